@@ -1,0 +1,1 @@
+"""The suite's library: experiments as configuration, kernels, shards on scratch, and what Slurm says."""

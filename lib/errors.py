@@ -1,0 +1,29 @@
+"""Errors that a person can act on, and the exit codes of every job."""
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+DONE, UNEXPECTED, USER, REQUEUE = 0, 1, 2, 75  # 75 = EX_TEMPFAIL of sysexits.h: stopped by a signal, work is left
+
+
+class UserError(Exception):
+    """One sentence that says what is wrong and what to do about it."""
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """' (did you mean X?)', or nothing when no valid word is close."""
+    close = get_close_matches(word, valid, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def exit_with(main: Callable[[], int | None]) -> None:
+    """Run a job's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main() or DONE)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(USER)
+    except BrokenPipeError:  # `make status | head`
+        sys.stderr.close()
+        sys.exit(DONE)
