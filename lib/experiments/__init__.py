@@ -1,0 +1,8 @@
+"""What an experiment is: a validated, frozen configuration, the inputs it needs, its cells and their digests.
+Public: load, Experiment, KINDS. Knows no kernel, no Slurm, no torch."""
+
+from lib.experiments.base import Experiment
+from lib.experiments.lls import LLS
+from lib.experiments.loading import KINDS, load
+
+__all__ = ["KINDS", "LLS", "Experiment", "load"]

@@ -1,0 +1,79 @@
+"""The parts that every experiment shares: frozen models, inputs by reference, cells and digests."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from lib.store import Cell, Column
+
+Dtype = Literal["bfloat16", "float32", "float64"]
+
+
+class Frozen(BaseModel):
+    """Immutable, and a key that is not declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class ModelSpec(Frozen):
+    id: str = Field(min_length=1, description="Hub id, or a local folder")
+    revision: str = Field("main", min_length=1, description="commit, tag or branch; what it resolved to is recorded")
+    dtype: Dtype = "bfloat16"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+
+class DatasetSpec(Frozen):
+    id: str = Field(min_length=1, description="Hub id, or a local .jsonl file")
+    revision: str = Field("main", min_length=1)
+    split: str = "train"
+
+    def named(self, **names: str) -> "DatasetSpec":
+        return self.model_copy(update={"id": self.id.format(**names)})
+
+
+class RunSpec(Frozen):
+    """How the work is cut and watched. Nothing here can change a result, so nothing here is in the digest."""
+
+    shard_rows: int = Field(1024, ge=1, description="rows committed at once: what a kill can lose")
+    log_seconds: float = Field(30.0, gt=0, description="one plain progress line this often in a log")
+    gpus: int = Field(1, ge=0, description="GPUs a task uses, for the estimate and the GPU-hours")
+
+
+def digest_of(parts: dict[str, Any]) -> str:
+    """sha256 over canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Experiment(Frozen):
+    kind: str
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=60)
+    run: RunSpec = RunSpec()
+
+    job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
+    _label: str = PrivateAttr("")
+
+    @property
+    def label(self) -> str:
+        """The name of its folders and jobs. Overrides that change results add a suffix: a trial never shares a path."""
+        return self._label or self.name
+
+    def science(self) -> dict[str, Any]:
+        """The part of the configuration that can change a result."""
+        return self.model_dump(mode="json", exclude={"name", "run"})
+
+    def schema(self) -> dict[str, Column]:
+        """The columns of a shard."""
+        raise NotImplementedError
+
+    def models(self) -> list[ModelSpec]:
+        raise NotImplementedError
+
+    def datasets(self) -> list[DatasetSpec]:
+        raise NotImplementedError
+
+    def cells(self, cache: Path, scratch: Path) -> list[Cell]:
+        """All cells in array order; a UserError names an input that is not fetched."""
+        raise NotImplementedError

@@ -1,0 +1,108 @@
+"""Log-likelihood shift: how much a system prompt moves the likelihood of each response (seed 000's experiment)."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from lib.experiments.base import DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
+from lib.store import Cell, Column, dataset_input, model_input
+
+# Raise it with any change of code that can change a bit of any score: it is part of every digest.
+KERNEL = "lls/1"
+
+
+class ScoreSpec(Frozen):
+    """Shapes of the kernel. They decide the last bits of a score, so they are part of the digest."""
+
+    lengths: list[int] = Field(
+        [64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048],
+        min_length=1,
+        description="buckets: a row is padded to the next length; a longer one is reported as too long",
+    )
+    batch_tokens: int = Field(8192, ge=1, description="tokens a batch: bucket length x a constant number of rows")
+    head_rows: int = Field(512, ge=1, description="positions whose logits are made at once")
+    per_token: bool = Field(False, description="keep the log-probability of every response token too")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "ScoreSpec":
+        if self.lengths != sorted(set(self.lengths)) or self.lengths[0] < 2:
+            raise ValueError("lengths must be ascending, without repeats, from 2 up")
+        if self.batch_tokens < self.lengths[-1]:
+            raise ValueError(f"batch_tokens must be at least the longest bucket ({self.lengths[-1]})")
+        return self
+
+
+class LLS(Experiment):
+    kind: Literal["lls"]
+    model: ModelSpec
+    traits: list[str] = Field(min_length=1, description="one cell (array index) each, in this order")
+    system_prompt: str = Field(min_length=1, description="{trait} is filled in")
+    dataset: DatasetSpec
+    base: Literal["default", "empty", "none"] = Field(
+        "default", description="what 'no system prompt' means: the template's own block, an empty block, or no block"
+    )
+    max_rows: int | None = Field(None, ge=1, description="only the first rows, for a trial")
+    score: ScoreSpec = ScoreSpec()
+
+    job: ClassVar[str] = "compute_lls"
+
+    @model_validator(mode="after")
+    def _named(self) -> "LLS":
+        if len(set(self.traits)) != len(self.traits):
+            raise ValueError("traits holds a name twice")
+        for trait in self.traits:
+            if not trait or not all(c.isalnum() or c in "-_" for c in trait):
+                raise ValueError(f"trait {trait!r} must be letters, digits, - or _: it names a folder")
+        for key, text in (("system_prompt", self.system_prompt), ("dataset.id", self.dataset.id)):
+            try:
+                text.format(trait="x")
+            except (KeyError, IndexError, ValueError, AttributeError):
+                raise ValueError(f"{key} may hold {{trait}} and no other braces") from None
+        return self
+
+    def prompt_for(self, trait: str) -> str:
+        return self.system_prompt.format(trait=trait)
+
+    def schema(self) -> dict[str, Column]:
+        """What a shard holds; NaN sums stand where status is not 0."""
+        columns = {
+            "row": Column("int32"),
+            "status": Column("uint8"),
+            "joint": Column("uint8"),
+            "tokens": Column("int32"),
+            "system_sum": Column("float64"),
+            "base_sum": Column("float64"),
+        }
+        if self.score.per_token:
+            columns |= {name: Column("float32", per="tokens") for name in ("system_logp", "base_logp")}
+        return columns
+
+    def models(self) -> list[ModelSpec]:
+        return [self.model]
+
+    def datasets(self) -> list[DatasetSpec]:
+        return [self.dataset.named(trait=trait) for trait in self.traits]
+
+    def cells(self, cache: Path, scratch: Path) -> list[Cell]:
+        model = model_input(cache, self.model.id, self.model.revision)
+        return [self._cell(i, trait, model.fingerprint, cache, scratch) for i, trait in enumerate(self.traits)]
+
+    def _cell(self, index: int, trait: str, model: str, cache: Path, scratch: Path) -> Cell:
+        spec = self.dataset.named(trait=trait)
+        data = dataset_input(cache, spec.id, spec.revision, spec.split)
+        digest = digest_of(self._identity(trait, model, data.sha256))
+        rows = min(data.rows, self.max_rows or data.rows)
+        return Cell(index, trait, rows, digest, scratch / self.label / "cells" / f"{trait}-{digest[:8]}")
+
+    def _identity(self, trait: str, model: str, data: str) -> dict[str, Any]:
+        """All that decides this cell's scores; other cells are left out, so adding a trait redoes nothing."""
+        return {
+            "kernel": KERNEL,
+            "model": {"fingerprint": model, "dtype": self.model.dtype, "attention": self.model.attention},
+            "data": data,
+            "max_rows": self.max_rows,
+            "system_prompt": self.prompt_for(trait),
+            "base": self.base,
+            "score": self.score.model_dump(mode="json"),
+        }

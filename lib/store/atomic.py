@@ -1,0 +1,80 @@
+"""Files that are whole or absent: written beside the target, fsynced, checked, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+
+HOST = socket.gethostname()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
+        elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "make it writable or point SUITE_SCRATCH at a folder that is"
+        elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
+            fix = "check this file system"
+        else:
+            raise
+        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno)}; {fix}") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace path by data, atomically and durably. The temporary name is unique to the attempt."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+        try:
+            with tmp.open("xb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            if tmp.stat().st_size != len(data) or sha256_file(tmp) != hashlib.sha256(data).hexdigest():
+                raise OSError(errno.EIO, "what was read back differs from what was written", str(path))
+            tmp.replace(path)
+        finally:
+            with suppress(OSError):
+                tmp.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None when it is absent, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Some network file systems refuse fsync on a folder: harmless there."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

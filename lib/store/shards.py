@@ -1,0 +1,228 @@
+"""Shards of a cell: a range of rows in one HDF5 file named by its content, and a marker that vouches for it.
+
+    <cell>/00000000-00001024-1f3a5c7e9b.h5     the data; the last part of the name is from its sha256
+    <cell>/00000000-00001024.json              the marker: digest, sha256, size, and how it came about
+
+"Done" means: the marker is there, it carries the cell's digest, and its file has the size and sha256 that it says.
+The data file depends on the rows alone, not on who wrote it or when: two copies of a task that run at once write the
+same file, and should they differ (two kinds of GPU), the marker still points at one whole file."""
+
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lib.errors import UserError
+from lib.store.atomic import HOST, sha256_file, write_bytes, write_json
+
+CHUNK_ROWS = 16384  # 128 KiB of float64: one chunk for most shards, few for a merged cell
+MARKER_NAME = re.compile(r"(\d{8})-(\d{8})\.json")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One array index: a name, its rows and the digest of all that decides its results."""
+
+    index: int
+    name: str
+    rows: int
+    digest: str
+    path: Path  # folder of its shards on scratch
+
+
+@dataclass(frozen=True)
+class Column:
+    """One dataset of a shard: a value a row, or, with `per`, as many values a row as that integer column says."""
+
+    dtype: str
+    per: str | None = None
+
+
+Schema = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Marker:
+    start: int
+    stop: int
+    path: Path  # of the marker itself
+    file: Path
+    sha256: str
+    seconds: float  # the kernel's time, for rows/s
+    info: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def commit(
+    folder: Path,
+    digest: str,
+    start: int,
+    stop: int,
+    schema: Schema,
+    columns: dict[str, np.ndarray],
+    info: dict[str, Any],
+) -> Marker:
+    """Write one shard and then its marker."""
+    check_columns(schema, columns, stop - start)
+    data = to_hdf5(schema, columns, {"digest": digest, "start": start, "stop": stop})
+    sha = hashlib.sha256(data).hexdigest()
+    name = f"{start:08d}-{stop:08d}"
+    file = folder / f"{name}-{sha[:10]}.h5"
+    write_bytes(file, data)
+    with h5py.File(file, "r", locking=False) as f:  # can it be read back as what it is?
+        read_columns(f, schema)
+    marker = {
+        "digest": digest,
+        "start": start,
+        "stop": stop,
+        "file": file.name,
+        "sha256": sha,
+        "bytes": len(data),
+        **info,
+    }
+    write_json(folder / f"{name}.json", marker)
+    return Marker(start, stop, folder / f"{name}.json", file, sha, float(info.get("seconds", 0.0)), marker)
+
+
+def scan(folder: Path, digest: str, deep: bool = False) -> tuple[list[Marker], list[tuple[Path, str]]]:
+    """The done shards of a cell, and the markers that do not hold with the reason. `deep` reads every byte."""
+    try:
+        paths = sorted(p for p in folder.iterdir() if MARKER_NAME.fullmatch(p.name))
+    except FileNotFoundError:
+        return [], []
+    except OSError as e:
+        raise UserError(f"cannot list {folder}: {e.strerror}; check that scratch is mounted and readable") from None
+    if len(paths) > 64:  # a network file system answers each stat in a millisecond: ask for many at once
+        with ThreadPoolExecutor(16) as pool:
+            results = list(pool.map(lambda p: _check(p, digest, deep), paths))
+    else:
+        results = [_check(p, digest, deep) for p in paths]
+    done = [r for r in results if isinstance(r, Marker)]
+    bad = [(p, r) for p, r in zip(paths, results, strict=True) if isinstance(r, str)]
+    return sorted(done, key=lambda m: (m.start, m.stop)), bad
+
+
+def _check(path: Path, digest: str, deep: bool) -> Marker | str:
+    """A marker that holds, or why it does not."""
+    try:
+        raw = json.loads(path.read_bytes())
+        marker = Marker(
+            int(raw["start"]),
+            int(raw["stop"]),
+            path,
+            path.parent / raw["file"],
+            raw["sha256"],
+            float(raw["seconds"]),
+            raw,
+        )
+        size = int(raw["bytes"])
+        if path.name != f"{marker.start:08d}-{marker.stop:08d}.json" or marker.start >= marker.stop:
+            return "its name and its rows differ"
+        if raw["digest"] != digest:
+            return f"digest {str(raw['digest'])[:8]} is another experiment's (wanted {digest[:8]})"
+        if Path(raw["file"]).name != raw["file"]:
+            return "it points outside its folder"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "the marker cannot be read"
+    try:
+        found = marker.file.stat().st_size
+        if found != size:
+            return f"{marker.file.name} has {found} bytes, the marker says {size}"
+        if deep and sha256_file(marker.file) != marker.sha256:
+            return f"{marker.file.name} has another sha256 than the marker says"
+    except OSError as e:
+        return f"{raw['file']}: {e.strerror}"
+    return marker
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files whose writer is gone: a dead process of this host, or anything a day old."""
+    for path in folder.glob(".tmp-*"):
+        with suppress(OSError, ValueError):
+            mine = path.name.startswith(f".tmp-{HOST}-")
+            pid = int(path.name.removeprefix(f".tmp-{HOST}-").partition("-")[0]) if mine else 0
+            if (mine and not Path(f"/proc/{pid}").exists()) or time.time() - path.stat().st_mtime > 86400:
+                path.unlink()
+
+
+def set_aside(bad: list[tuple[Path, str]]) -> None:
+    """Take markers that do not hold out of the way; nothing is deleted."""
+    for path, _ in bad:
+        with suppress(FileNotFoundError):  # another copy of the task was quicker
+            path.rename(path.with_name(path.name + ".bad"))
+
+
+def gaps(done: list[Marker], rows: int) -> list[tuple[int, int]]:
+    """The row ranges that no done shard covers. Shards may overlap and may have been cut in any sizes."""
+    open_from, found = 0, []
+    for marker in sorted(done, key=lambda m: m.start):
+        if marker.start > open_from:
+            found.append((open_from, min(marker.start, rows)))
+        open_from = max(open_from, marker.stop)
+    if open_from < rows:
+        found.append((open_from, rows))
+    return [(a, b) for a, b in found if a < b]
+
+
+def plan_shards(missing: list[tuple[int, int]], shard_rows: int) -> list[tuple[int, int]]:
+    """Missing ranges cut at multiples of shard_rows."""
+    shards = []
+    for start, stop in missing:
+        while start < stop:
+            cut = min(stop, (start // shard_rows + 1) * shard_rows)
+            shards.append((start, cut))
+            start = cut
+    return shards
+
+
+def check_columns(schema: Schema, columns: Mapping[str, np.ndarray], rows: int) -> None:
+    if set(columns) != set(schema):
+        raise ValueError(f"columns {sorted(columns)} are not the schema's {sorted(schema)}")
+    for name, column in schema.items():
+        want = int(columns[column.per].sum()) if column.per else rows
+        if len(columns[name]) != want:
+            raise ValueError(f"column {name} has {len(columns[name])} values, not {want}")
+
+
+def to_hdf5(schema: Schema, columns: Mapping[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
+    """The bytes of an HDF5 file, the same for the same values.
+
+    Made in memory, so that a full disk is a plain OSError of write() and never a broken HDF5 handle. Each chunk carries
+    fletcher32; shuffle + gzip 4 costs less time than it saves on a network file system."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=("v110", "v110")) as f:
+        for key, value in sorted(attributes.items()):
+            f.attrs[key] = value
+        for name, column in schema.items():
+            values = np.ascontiguousarray(columns[name], dtype=column.dtype)
+            if len(values):
+                chunks = (min(len(values), CHUNK_ROWS), *values.shape[1:])
+                f.create_dataset(
+                    name,
+                    data=values,
+                    chunks=chunks,
+                    compression="gzip",
+                    compression_opts=4,
+                    shuffle=True,
+                    fletcher32=True,
+                )
+            else:
+                f.create_dataset(name, data=values)
+    return buffer.getvalue()
+
+
+def read_columns(f: h5py.File, schema: Schema) -> dict[str, np.ndarray]:
+    return {name: f[name][:] for name in schema}
