@@ -16,7 +16,7 @@ compile() { # compile BUILD: requirements on stdin; Python 3.11 is the older of 
   uv -q pip compile - --python-version 3.11 --python-platform x86_64-manylinux_2_28 --excludes "env/excludes-$1.txt" \
     --constraints "$constraints" --no-annotate --no-header --no-emit-package torch --output-file "$out" >/dev/null
   grep '^torch==' requirements.txt >>"$out"
-  { echo '# Made by env/lock.sh from requirements.txt; do not edit.' && LC_ALL=C sort "$out"; } >"$out.new"
+  { echo '# Made by env/setup-lock.sh from requirements.txt; do not edit.' && LC_ALL=C sort "$out"; } >"$out.new"
   mv "$out.new" "$out"
   echo "$out: $(grep -c == "$out") packages"
 }
