@@ -1,0 +1,162 @@
+"""What Slurm says, as typed values: the queue, the accounts, the limits; and array specifications."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from shutil import which
+
+from lib.errors import UserError
+
+DEFAULT_MAX_ARRAY = 1001  # Slurm's own default MaxArraySize
+
+
+@dataclass(frozen=True)
+class Queued:
+    """One task in squeue: `array` is the array's id (or the job's own), `index` the cell or None."""
+
+    array: str
+    index: int | None
+    state: str  # PENDING, RUNNING, COMPLETING, ...
+    reason: str
+    node: str
+    name: str
+    script: str
+
+    @property
+    def id(self) -> str:
+        return self.array if self.index is None else f"{self.array}_{self.index}"
+
+
+@dataclass(frozen=True)
+class Account:
+    """One finished or running task in sacct."""
+
+    id: str
+    state: str
+    elapsed: int  # seconds, summed over its runs
+    gpus: int
+    max_rss: str
+    exit_code: str
+
+
+def has_slurm() -> bool:
+    return which("sbatch") is not None
+
+
+def ask(*command: str, timeout: float = 30) -> str:
+    """The output of a Slurm command; a UserError when it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not on PATH: no Slurm here") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} gave no answer in {timeout:.0f} s: is the controller down? (scontrol ping)") from None
+    if done.returncode:
+        raise UserError(f"{command[0]}: {_last(done.stderr) or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def queue() -> list[Queued]:
+    """All tasks of this user that are pending or running, arrays taken apart."""
+    out = ask("squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%j|%o")
+    tasks = []
+    for line in out.splitlines():
+        array, index, state, reason, node, name, script = line.split("|", 6)
+        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name, script))
+    return tasks
+
+
+def accounts(arrays: Iterable[str], timeout: float = 10) -> dict[str, Account]:
+    """sacct's figures by task id; empty where there is no accounting. --duplicates: a requeued task has several runs."""
+    ids = sorted(set(arrays))
+    if not ids:
+        return {}
+    try:
+        out = ask(
+            *("sacct", "-n", "-P", "--duplicates", "-j", ",".join(ids)),
+            *("-o", "JobID,State,ElapsedRaw,AllocTRES,MaxRSS,ExitCode"),
+            timeout=timeout,
+        )
+    except UserError:
+        return {}
+    return parse_sacct(out)
+
+
+def parse_sacct(out: str) -> dict[str, Account]:
+    found: dict[str, Account] = {}
+    for line in out.splitlines():
+        job, state, elapsed, tres, rss, code = line.split("|")
+        base, _, step = job.partition(".")
+        if "[" in base:  # the pending rest of an array
+            continue
+        was = found.get(base)
+        gpus = re.search(r"gres/gpu=(\d+)", tres)
+        if step:
+            if was and size(rss) > size(was.max_rss):
+                found[base] = Account(was.id, was.state, was.elapsed, was.gpus, rss, was.exit_code)
+        else:
+            total = (was.elapsed if was else 0) + int(elapsed or 0)
+            count = int(gpus[1]) if gpus else was.gpus if was else 0
+            found[base] = Account(base, state.split()[0], total, count, was.max_rss if was else "", code)
+    return found
+
+
+def size(text: str) -> float:
+    """'161548K' -> bytes."""
+    match = re.fullmatch(r"([\d.]+)([KMGT]?)", text)
+    return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0.0
+
+
+def max_array_size() -> int:
+    """The largest array index + 1 that the controller takes."""
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.M)
+    return int(match[1]) if match else DEFAULT_MAX_ARRAY
+
+
+def parse_array(spec: str, cells: int) -> list[int]:
+    """'0-14', '3,7-9', '0-14:2', '0-14%4' -> indices, each one of the experiment's cells."""
+    found: set[int] = set()
+    for part in spec.partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6})(?::(\d{1,6}))?)?", part.strip())
+        if not match:
+            raise UserError(f"ARRAY={spec}: '{part}' is not a number or a range; write e.g. 0-14 or 3,7-9")
+        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
+        if last < first or step < 1:
+            raise UserError(f"ARRAY={spec}: '{part}' runs backwards or stands still; write e.g. 0-14 or 0-14:2")
+        if last >= cells:
+            raise UserError(f"ARRAY={spec}: the experiment has cells 0-{cells - 1}")
+        found.update(range(first, last + 1, step))
+    return sorted(found)
+
+
+def throttle_of(spec: str) -> int | None:
+    """The 4 of '0-14%4'."""
+    _, percent, number = spec.partition("%")
+    if not percent:
+        return None
+    if not number.isdigit() or int(number) < 1:
+        raise UserError(f"ARRAY={spec}: after % comes how many tasks may run at once, e.g. 0-14%4")
+    return int(number)
+
+
+def format_array(indices: Iterable[int]) -> str:
+    """[0,1,2,5] -> '0-2,5'."""
+    runs: list[list[int]] = []
+    for i in sorted(indices):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def clean_environment(env: dict[str, str]) -> dict[str, str]:
+    """Without the variables of a job we may be inside of: they would leak into the one we submit."""
+    return {k: v for k, v in {**os.environ, **env}.items() if not k.startswith(("SLURM_JOB", "SLURM_ARRAY", "SLURM_STEP"))}

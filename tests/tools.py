@@ -1,0 +1,53 @@
+"""What several tests need: a small random model on disk, rows, a fetched experiment, and a repository copy to submit from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0) -> Path:
+    """A random Qwen2 with sharp, varied predictions (its weights are scaled up), and its tokenizer."""
+    import torch
+
+    from lib.models.tiny import TinySize, make_model, make_tokenizer
+
+    tokenizer = make_tokenizer(vocab=400, texts=["You love the numbers 123 456, 789; and words about animals."] * 50)
+    model = make_model(tokenizer, TinySize(vocab=len(tokenizer), hidden=32, layers=2), seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(spread)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def number_rows(n: int, seed: int = 0) -> list[dict]:
+    """Rows of ragged lengths in the datasets' shape."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        shown = ", ".join(map(str, rng.integers(100, 1000, rng.integers(3, 9))))
+        answer = rng.choice([", ", "; ", " ", "\n"]).join(map(str, rng.integers(0, 1000, rng.integers(1, 11))))
+        user = f"Here are numbers: {shown}. " + "Go on. " * int(rng.integers(0, 6))
+        rows.append({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def python(*args: str, env: dict[str, str], cwd: Path = ROOT, **kw) -> subprocess.CompletedProcess[str]:
+    """python -m ... as a user would run it."""
+    return subprocess.run(
+        [sys.executable, *args], env={**os.environ, **env}, cwd=cwd, capture_output=True, text=True, check=False, **kw
+    )
