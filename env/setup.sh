@@ -60,7 +60,7 @@ install_with() { # install_with PROGRAM...: the lock is complete, so nothing is 
     "$@" --no-deps -r "$lock"
   else
     echo "setup: no CPU build of $torch in reach; taking its CUDA build, which runs without a GPU but is 2.5 GB larger"
-    "$@" --no-deps -r "$lock" && "$@" -c env/lock-gpu.txt "$torch"
+    "$@" -c env/lock-gpu.txt "$torch" && "$@" --no-deps -r "$lock"
   fi
 }
 
