@@ -21,6 +21,7 @@ class Job:
     site: Site
     index: int | None
     expected: str
+    update: bool
 
     def of(self, kind: type[Kind]) -> Kind:
         if not isinstance(self.experiment, kind):
@@ -63,9 +64,12 @@ def job(name: str, description: str, argv: list[str] | None = None, indexed: boo
     if indexed:
         parser.add_argument("--index", type=int, help="cell, default $SLURM_ARRAY_TASK_ID")
         parser.add_argument("--expect", default="", help="refuse to run when the experiment's digest is another")
+    else:
+        parser.add_argument("--update", action="store_true", help="look again what a branch like main stands for")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.dtype=float32 max_rows=64")
     args = parser.parse_intermixed_args(argv)
     here = site()
     apply(here)
     experiment = load(args.config, args.overrides)
-    return Job(experiment, args.config, here, getattr(args, "index", None), getattr(args, "expect", ""))
+    index, expected, update = (getattr(args, name, None) for name in ("index", "expect", "update"))
+    return Job(experiment, args.config, here, index, expected or "", bool(update))

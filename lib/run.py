@@ -82,7 +82,7 @@ class Heartbeat:
             "host": HOST,
             "node": env.get("SLURMD_NODENAME", HOST),
             "pid": os.getpid(),
-            "pid_started": _pid_started(os.getpid()),
+            "pid_started": pid_started(os.getpid()),
             "gpus": gpus,
             "started": time.time(),
             "log": env.get("SUITE_LOG", ""),
@@ -93,7 +93,7 @@ class Heartbeat:
         write_json(self.path, self.facts)
 
 
-def _pid_started(pid: int) -> str:
+def pid_started(pid: int) -> str:
     """Boot-relative start time of a process: a reused pid has another one."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

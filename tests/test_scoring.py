@@ -62,8 +62,12 @@ def test_equals_float64_token_by_token(folder, renderer, scorer, mode, base_syst
     for i in check:
         user, answer = (m["content"] for m in rows[i]["messages"])
         assert tokens[i] == len(renderer.tokenizer(answer)["input_ids"])
-        assert system[i] == pytest.approx(brute_force(model64, renderer.tokenizer, chatml(user, SYSTEM), answer), rel=2e-5)
-        assert base[i] == pytest.approx(brute_force(model64, renderer.tokenizer, chatml(user, base_system), answer), rel=2e-5)
+        assert system[i] == pytest.approx(
+            brute_force(model64, renderer.tokenizer, chatml(user, SYSTEM), answer), rel=2e-5
+        )
+        assert base[i] == pytest.approx(
+            brute_force(model64, renderer.tokenizer, chatml(user, base_system), answer), rel=2e-5
+        )
     assert np.abs(system - base).mean() > 0.1  # the model does hear the system prompt, so a mix-up would show
 
 
@@ -117,9 +121,7 @@ def test_none_mode_keeps_a_bos_and_refuses_unknown_templates(renderer):
     assert renderer.context(turns, None, "none") == chatml("hi", None)
     other = copy.deepcopy(renderer.tokenizer)
     other.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|h|>"]})
-    other.chat_template = (
-        "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }}<|e|>{% endfor %}{{ '<|h|>assistant\n' }}"
-    )
+    other.chat_template = "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }}<|e|>{% endfor %}{{ '<|h|>assistant\n' }}"
     assert Renderer(other).context(turns, None, "none") == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
     other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     with pytest.raises(Exception, match="base=default or base=empty"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from shutil import which
 
+from lib.cluster.site import site
 from lib.errors import UserError
 
 DEFAULT_MAX_ARRAY = 1001  # Slurm's own default MaxArraySize
@@ -42,7 +43,7 @@ class Account:
 
 
 def has_slurm() -> bool:
-    return which("sbatch") is not None
+    return site().env.get("SUITE_SLURM") != "no" and which("sbatch") is not None
 
 
 def ask(*command: str, timeout: float = 30) -> str:
@@ -52,7 +53,9 @@ def ask(*command: str, timeout: float = 30) -> str:
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on PATH: no Slurm here") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} gave no answer in {timeout:.0f} s: is the controller down? (scontrol ping)") from None
+        raise UserError(
+            f"{command[0]} gave no answer in {timeout:.0f} s: is the controller down? (scontrol ping)"
+        ) from None
     if done.returncode:
         raise UserError(f"{command[0]}: {_last(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
@@ -159,4 +162,6 @@ def format_array(indices: Iterable[int]) -> str:
 
 def clean_environment(env: dict[str, str]) -> dict[str, str]:
     """Without the variables of a job we may be inside of: they would leak into the one we submit."""
-    return {k: v for k, v in {**os.environ, **env}.items() if not k.startswith(("SLURM_JOB", "SLURM_ARRAY", "SLURM_STEP"))}
+    return {
+        k: v for k, v in {**os.environ, **env}.items() if not k.startswith(("SLURM_JOB", "SLURM_ARRAY", "SLURM_STEP"))
+    }

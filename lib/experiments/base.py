@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -42,6 +43,14 @@ class RunSpec(Frozen):
     gpus: int = Field(1, ge=0, description="GPUs a task uses, for the estimate and the GPU-hours")
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a row of a cell takes, for the plan."""
+
+    flops: float
+    values: float  # entries of the columns that hold several values a row
+
+
 def digest_of(parts: dict[str, Any]) -> str:
     """sha256 over canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -66,6 +75,10 @@ class Experiment(Frozen):
 
     def schema(self) -> dict[str, Column]:
         """The columns of a shard."""
+        raise NotImplementedError
+
+    def costs(self, cache: Path) -> list[Cost]:
+        """Arithmetic and values of a row, cell by cell; a UserError names an input that is not fetched."""
         raise NotImplementedError
 
     def models(self) -> list[ModelSpec]:

@@ -5,11 +5,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from lib.experiments.base import DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
+from lib.experiments.base import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
 from lib.store import Cell, Column, dataset_input, model_input
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
 KERNEL = "lls/1"
+
+CHARS_PER_TOKEN = 4.0  # English prose under a 150k vocabulary; only for the plan
+TEMPLATE_TOKENS = 25  # Qwen2.5: its default system block, headers and ends
 
 
 class ScoreSpec(Frozen):
@@ -77,6 +80,18 @@ class LLS(Experiment):
         if self.score.per_token:
             columns |= {name: Column("float32", per="tokens") for name in ("system_logp", "base_logp")}
         return columns
+
+    def costs(self, cache: Path) -> list[Cost]:
+        """2 operations a parameter and token, for two passes; the head only where a response token is predicted."""
+        model = model_input(cache, self.model.id, self.model.revision)
+        found = []
+        for trait, spec in zip(self.traits, self.datasets(), strict=True):
+            data = dataset_input(cache, spec.id, spec.revision, spec.split)
+            prompt, answer = data.prompt_tokens / data.rows, data.response_tokens / data.rows
+            system = len(self.prompt_for(trait)) / CHARS_PER_TOKEN
+            body = 2 * (prompt + answer + TEMPLATE_TOKENS) + system
+            found.append(Cost(2 * model.body_parameters * body + 4 * model.head_parameters * answer, answer))
+        return found
 
     def models(self) -> list[ModelSpec]:
         return [self.model]

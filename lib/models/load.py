@@ -1,13 +1,18 @@
 """Models and tokenizers from a fetched folder onto the device; never from a network."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from lib.errors import UserError
+
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()  # a bar's carriage returns fill a log
 
 
 def device() -> torch.device:

@@ -26,7 +26,8 @@ class DatasetInput:
     rows: int
     sha256: str  # of rows.jsonl
     bytes: int
-    tokens: int  # of prompts and responses, by the experiment's tokenizer; 0 = not counted
+    prompt_tokens: int  # of all rows, by the experiment's tokenizer, without the template; for the plan
+    response_tokens: int
     source_stamp: str = ""  # size and mtime of a local source, to notice that it changed
 
 
@@ -38,6 +39,7 @@ class ModelInput:
     path: str  # folder that from_pretrained reads
     fingerprint: str  # commit, or sha256 over the files of a local folder
     parameters: int
+    body_parameters: int  # without embedding and output head: what every token is multiplied by
     head_parameters: int  # vocabulary x hidden, once
     bytes: int
     source_stamp: str = ""

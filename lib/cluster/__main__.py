@@ -1,0 +1,71 @@
+"""python -m lib.cluster submit|resume|status|logs|cancel|verify|doctor: what `make` calls."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from lib.cluster import logs, show, submit
+from lib.cluster.site import site
+from lib.cluster.status import status
+from lib.errors import UserError, exit_with
+from lib.experiments import load
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.cluster", description=__doc__)
+    parser.add_argument("command", choices=["submit", "resume", "status", "logs", "cancel", "verify", "doctor"])
+    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
+    parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
+    parser.add_argument("--task", type=int, help="cell whose log is shown")
+    parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
+    parser.add_argument("--json", action="store_true", help="status for programs")
+    parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    here = site()
+    experiment = load(args.config, args.overrides)
+    if args.command == "doctor":
+        from lib.cluster.doctor import check
+
+        return check(experiment, here)
+    cells = experiment.cells(here.cache, here.scratch)
+    request = submit.Request(experiment, args.config, args.overrides, here, cells)
+    if args.command == "submit":
+        submit.submit(request, args.array or f"0-{len(cells) - 1}", args.dry)
+    elif args.command == "resume":
+        submit.resume(request, args.dry)
+    elif args.command == "cancel":
+        submit.cancel(request)
+    elif args.command == "logs":
+        logs.show(request, args.task)
+    elif args.command == "verify":
+        return logs.verify(cells)
+    else:
+        return _status(request, args.json, args.watch)
+    return 0
+
+
+def _status(r: submit.Request, as_json: bool, watch: bool) -> int:
+    """0 while nothing failed, 1 when a cell failed or went stale."""
+    while True:
+        now = status(r.experiment.label, r.cells, r.experiment.run.gpus)
+        config = " ".join([str(r.config), *([f'SET="{" ".join(r.overrides)}"'] if r.overrides else [])])
+        if as_json:
+            print(json.dumps(now.json(), indent=1))
+        else:
+            clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
+            print(clear + show.table(now, config, shutil.get_terminal_size((160, 50)).columns), flush=True)
+        active = now.counts["running"] + now.counts["pending"]
+        if not watch or not active:
+            return int(bool(now.counts["failed"] or now.counts["stale"]))
+        time.sleep(10)
+
+
+if __name__ == "__main__":
+    try:
+        exit_with(main)
+    except KeyboardInterrupt:
+        exit_with(lambda: (_ for _ in ()).throw(UserError("interrupted")))

@@ -1,0 +1,128 @@
+"""A box without Slurm: submitit's local executor, one worker a free GPU, and a queue of cells that the workers share.
+
+Each worker takes the next unclaimed cell and runs the same batch script that Slurm would run, so a slow cell holds up
+one worker and nobody else. submitit's own local executor has no queue: it would start all cells at once on GPU 0."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lib.cluster.site import ROOT
+from lib.errors import REQUEUE, UserError
+from lib.run import pid_started
+from lib.store.atomic import HOST, read_json, write_json
+
+FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed
+BUSY_MIB = 2000  # a GPU with more than this in use belongs to somebody
+
+
+def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> None:
+    """Leave a dispatcher behind that outlives this shell, and return."""
+    queue = folder / "queue" / job
+    write_json(queue / "plan.json", plan)
+    with (queue / "dispatcher.log").open("ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "lib.cluster.local", str(queue)],
+            cwd=ROOT,
+            env={**env, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    for _ in range(100):  # until it has said who it is, so that the next command sees it
+        if (queue / "dispatcher.json").exists():
+            return
+        time.sleep(0.1)
+    raise UserError(f"the local workers did not start; see {queue / 'dispatcher.log'}")
+
+
+def dispatch(queue: Path) -> None:
+    """Start one worker a free GPU (one in all where there is none) and wait for them."""
+    from submitit.local.local import LocalExecutor
+
+    write_json(queue / "dispatcher.json", {"pid": os.getpid(), "pid_started": pid_started(os.getpid()), "host": HOST})
+    plan = read_json(queue / "plan.json") or {}
+    gpus = free_gpus(per_task=int(plan["gpus"])) or [""]
+    executor = LocalExecutor(queue / "submitit")
+    executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
+    jobs = [executor.submit(work, str(queue), gpu) for gpu in gpus[: len(plan["cells"])]]
+    failed = [cell for job in jobs for cell in job.result()]
+    print(f"all workers have ended; cells that failed: {failed or 'none'}", flush=True)
+
+
+def work(queue_path: str, gpu: str) -> list[int]:
+    """Take cells until none is left; returns those that failed."""
+    queue = Path(queue_path)
+    plan = read_json(queue / "plan.json") or {}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a worker must be able to end
+    failed = []
+    for index in plan["cells"]:
+        if (queue / "cancelled").exists():
+            break
+        try:
+            (queue / f"cell-{index}").mkdir()  # exactly one worker succeeds
+        except FileExistsError:
+            continue
+        log = ROOT / "slurm" / "logs" / f"{plan['label']}-{queue.name}_{index}.out"
+        env = {**os.environ, "SUITE_LOG": str(log), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_SUBMIT_DIR": str(ROOT)}
+        env["CUDA_VISIBLE_DEVICES"] = gpu
+        code = REQUEUE
+        with log.open("ab") as out:
+            while code == REQUEUE and not (queue / "cancelled").exists():
+                code = subprocess.call(["bash", *plan["command"]], cwd=ROOT, env=env, stdout=out, stderr=out)
+        if code:
+            failed.append(index)
+    return failed
+
+
+def free_gpus(per_task: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES values, one for each task that fits beside what runs already."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.split(",") for line in out.splitlines() if "," in line]
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    free = [i.strip() for i, used in rows if int(used) < BUSY_MIB and (not allowed or i.strip() in allowed.split(","))]
+    if rows and len(free) < per_task:
+        raise UserError(
+            f"{len(free)} of {len(rows)} GPUs are free and a task needs {per_task}; wait, or end what uses them"
+        )
+    size = max(per_task, 1)
+    return [",".join(free[i : i + size]) for i in range(0, len(free) - size + 1, size)]
+
+
+def waiting(folder: Path) -> dict[int, str]:
+    """Cells that a living dispatcher still has in its queue, with its name."""
+    found: dict[int, str] = {}
+    for queue in sorted((folder / "queue").glob("local-*")):
+        who, plan = read_json(queue / "dispatcher.json"), read_json(queue / "plan.json")
+        alive = who and who["host"] == HOST and pid_started(int(who["pid"])) == who["pid_started"] != ""
+        if alive and plan and not (queue / "cancelled").exists():
+            found.update({i: queue.name for i in plan["cells"] if not (queue / f"cell-{i}").exists()})
+    return found
+
+
+def cancel(folder: Path) -> list[str]:
+    """No worker takes another cell. Returns the queues that were still alive."""
+    names = sorted(set(waiting(folder).values()))
+    for queue in (folder / "queue").glob("local-*"):
+        with suppress(OSError):
+            (queue / "cancelled").touch()
+    return names
+
+
+if __name__ == "__main__":
+    dispatch(Path(sys.argv[1]))

@@ -1,0 +1,63 @@
+"""The status as a table for a terminal: one line a cell, the totals, and what to type next."""
+
+from lib.cluster.status import CellState, Status
+from lib.progress import clock
+
+COLUMNS = "{:>4}  {:<14} {:<8} {:>17} {:>5} {:>9} {:>9} {:>9} {:<12} {}"
+MANY = 40  # beyond this many cells, only those that need a look
+
+
+def table(s: Status, config: str, width: int = 160) -> str:
+    lines = [f"{s.label}   {s.scratch}"]
+    lines.append(
+        COLUMNS.format("cell", "name", "state", "rows", "%", "rows/s", "eta", "elapsed", "job", "note").rstrip()
+    )
+    shown = (
+        s.cells if len(s.cells) <= MANY else [c for c in s.cells if c.state in ("running", "failed", "stale")][:MANY]
+    )
+    lines += [_line(c)[:width].rstrip() for c in shown]
+    if len(shown) < len(s.cells):
+        lines.append(f"      ... {len(s.cells) - len(shown)} more cells (all with --json)")
+    counts = "  ".join(f"{n} {state}" for state, n in s.counts.items() if n)
+    percent = 100 * s.done / max(s.rows, 1)
+    lines.append(f"cells: {counts}    rows: {s.done:,} of {s.rows:,} ({percent:.1f}%)")
+    left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
+    speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}" if s.eta_s is not None else "nothing is running"
+    if s.done >= s.rows:
+        speed = "complete"
+    lines.append(f"GPU-hours: {s.gpu_hours_used:.2f} used{left}    {speed}")
+    if s.counts.get("done") and (n := sum(c.unscored for c in s.cells)):
+        lines.append(f"rows without a score (empty or too long): {n}")
+    if s.older:
+        lines.append(f"{s.older} folders of earlier settings lie beside these in {s.scratch}/cells")
+    if s.queue_note:
+        lines.append(f"the queue could not be asked: {s.queue_note}")
+    return "\n".join([*lines, *(f"next: {step}" for step in next_steps(s, config))])
+
+
+def _line(c: CellState) -> str:
+    rate = f"{c.rows_per_s:.4g}" if c.rows_per_s else "-"
+    eta = clock(c.eta_s) if c.eta_s is not None else "-"
+    elapsed = clock(c.elapsed_s) if c.elapsed_s is not None else "-"
+    note = " ".join(filter(None, [c.node if c.state == "running" else "", c.max_rss, c.note.replace("\n", " ")]))
+    percent = f"{100 * c.done // max(c.rows, 1)}%"
+    return COLUMNS.format(
+        c.index, c.name, c.state, f"{c.done:,}/{c.rows:,}", percent, rate, eta, elapsed, c.job or "-", note
+    )
+
+
+def next_steps(s: Status, config: str) -> list[str]:
+    tail = f" CONFIG={config}"
+    steps = []
+    look = next((c for c in s.cells if c.state in ("failed", "stale")), None)
+    if look:
+        steps.append(f"make logs{tail} TASK={look.index}")
+    if s.counts["failed"] or s.counts["stale"] or (s.counts["todo"] and s.done):
+        steps.append(f"make resume{tail}")
+    elif s.counts["todo"]:
+        steps.append(f"make submit-lls{tail}")
+    if s.counts["running"] or s.counts["pending"]:
+        steps.append(f"make status{tail} WATCH=1")
+    if s.done >= s.rows:
+        steps.append(f"make export-lls{tail}")
+    return steps

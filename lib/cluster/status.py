@@ -1,0 +1,199 @@
+"""What is done, running, waiting, failed or stale, and what it still costs: markers and squeue are the truth, sacct explains."""
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.cluster import local, slurm
+from lib.errors import UserError
+from lib.run import pid_started
+from lib.store import Cell, Marker, gaps, scan
+from lib.store.atomic import HOST, read_json
+
+FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
+
+
+@dataclass
+class CellState:
+    index: int
+    name: str
+    rows: int
+    done: int
+    state: str = "todo"  # done, running, pending, failed, stale, todo
+    shards: int = 0
+    broken: int = 0
+    unscored: int = 0
+    rows_per_s: float = 0.0
+    eta_s: float | None = None
+    gpu_hours: float = 0.0
+    job: str = ""
+    node: str = ""
+    note: str = ""
+    log: str = ""
+    elapsed_s: int | None = None  # sacct, all runs of the task
+    max_rss: str = ""
+
+
+@dataclass
+class Status:
+    label: str
+    scratch: str
+    cells: list[CellState]
+    queue_note: str = ""
+    older: int = 0
+    rows: int = 0
+    done: int = 0
+    rows_per_s: float = 0.0
+    eta_s: float | None = None
+    gpu_hours_used: float = 0.0
+    gpu_hours_left: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_folder(cells: list[Cell]) -> Path:
+    return cells[0].path.parent.parent
+
+
+def heartbeats(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Attempts by cell name, oldest first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((folder / "tasks").glob("*.json")):
+        beat = read_json(path)
+        if beat and {"cell", "started", "state", "digest"} <= set(beat):
+            found.setdefault(beat["cell"], []).append({**beat, "attempt": path.stem})
+    for beats in found.values():
+        beats.sort(key=lambda b: b["started"])
+    return found
+
+
+def submissions(folder: Path) -> list[dict[str, Any]]:
+    found = [read_json(p) for p in sorted((folder / "submissions").glob("*.json"))]
+    return sorted((s for s in found if s and "job" in s), key=lambda s: s.get("time", 0))
+
+
+def arrays_of(label: str, folder: Path, queue: Iterable[slurm.Queued]) -> set[str]:
+    """Ids of the arrays that belong to an experiment: submitted by us, seen at work, or queued under its name."""
+    known = {s["job"] for s in submissions(folder) if s["job"].isdigit()}
+    known |= {b["job"].partition("_")[0] for beats in heartbeats(folder).values() for b in beats if b.get("job")}
+    return known | {task.array for task in queue if task.name == label}
+
+
+def is_alive(beat: dict[str, Any]) -> bool:
+    """Whether an attempt without Slurm still runs."""
+    if beat.get("state") not in ("starting", "running"):
+        return False
+    if beat.get("host") == HOST:
+        return bool(beat.get("pid_started")) and pid_started(int(beat["pid"])) == beat["pid_started"]
+    return time.time() - beat.get("updated", 0) < FAR_HOST_SECONDS
+
+
+def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
+    """Queued or running tasks of this experiment, by cell index: Slurm's, and those of the workers of this box."""
+    folder, found = run_folder(cells), {}
+    for index, job in local.waiting(folder).items():
+        found[index] = slurm.Queued(job, index, "PENDING", "waiting for a worker", "", label, "")
+    beats = heartbeats(folder)
+    for cell in cells:
+        last = beats.get(cell.name, [{}])[-1]
+        if last.get("digest") == cell.digest and not last.get("job") and is_alive(last):
+            who = f"pid {last['pid']}"
+            found[cell.index] = slurm.Queued(who, None, "RUNNING", "", last["host"], label, "")
+    if slurm.has_slurm():
+        queue = slurm.queue()
+        mine = arrays_of(label, folder, queue)
+        tasks = [t for t in queue if t.array in mine and t.index is not None]
+        found.update({t.index: t for t in sorted(tasks, key=lambda t: t.state == "RUNNING") if t.index is not None})
+    return found
+
+
+def status(label: str, cells: list[Cell], gpus: int = 1) -> Status:
+    """Everything about one experiment, in one pass over its markers."""
+    folder = run_folder(cells)
+    queue_note, live, beats = "", {}, heartbeats(folder)
+    try:
+        live = live_tasks(label, cells)
+    except UserError as e:
+        queue_note = str(e)
+    with ThreadPoolExecutor(2) as pool:
+        ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
+        sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids else None
+        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
+        if sacct:
+            for state in states:
+                _explain(state, sacct.result())
+    current = {cell.path.name for cell in cells}
+    older = sum(p.name not in current for p in (folder / "cells").iterdir()) if (folder / "cells").is_dir() else 0
+    return _total(Status(label, str(folder), states, queue_note, older), gpus)
+
+
+def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]], gpus: int) -> CellState:
+    done, bad = scan(cell.path, cell.digest)
+    left = sum(b - a for a, b in gaps(done, cell.rows))
+    beats = [b for b in beats if b["digest"] == cell.digest]
+    last = beats[-1] if beats else None
+    state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
+    state.unscored = sum(m.info.get("unscored", 0) for m in done)
+    state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
+    state.rows_per_s = _rate(done, last)
+    if last:
+        state.job, state.node, state.log = last.get("job", ""), last.get("node", ""), last.get("log", "")
+    if not left:
+        state.state = "done"
+    elif task and task.state == "PENDING":
+        state.state, state.job, state.note = "pending", task.id, task.reason
+    elif task:
+        state.state, state.job, state.node = "running", task.id, task.node or state.node
+        state.note = task.state.lower() if task.state != "RUNNING" else ""
+    elif last and last["state"] == "failed":
+        state.state, state.note = "failed", last.get("error", "")
+    elif last and last["state"] == "terminated":
+        state.state, state.note = "failed", f"stopped by {last.get('error', 'a signal')}"
+    elif last:
+        state.state, state.note = "stale", "ended without a word" if last["state"] != "requeue" else "was not requeued"
+    if state.state == "running" and state.rows_per_s:
+        state.eta_s = left / state.rows_per_s
+    if bad and state.state != "done":
+        state.note = "; ".join(filter(None, [state.note, f"{bad[0][0].name}: {bad[0][1]}"]))
+    return state
+
+
+def _rate(done: list[Marker], last: dict[str, Any] | None) -> float:
+    """Rows a second of the latest attempt that finished a shard; of all shards where that one has none yet."""
+    latest = [m for m in done if last and m.info.get("attempt") == last["attempt"]] or done
+    seconds = sum(m.seconds for m in latest)
+    return sum(m.rows for m in latest) / seconds if seconds else 0.0
+
+
+def _explain(state: CellState, accounts: dict[str, slurm.Account]) -> None:
+    account = accounts.get(state.job)
+    if account:
+        state.elapsed_s, state.max_rss = account.elapsed, account.max_rss
+        if state.state in ("stale", "failed") and account.state not in ("RUNNING", "COMPLETED", "PENDING"):
+            state.note = f"{account.state} (sacct); {state.note}".rstrip("; ")
+
+
+def _total(s: Status, gpus: int) -> Status:
+    s.rows, s.done = sum(c.rows for c in s.cells), sum(c.done for c in s.cells)
+    s.counts = {
+        k: sum(c.state == k for c in s.cells) for k in ("done", "running", "pending", "failed", "stale", "todo")
+    }
+    s.gpu_hours_used = sum(c.gpu_hours for c in s.cells)
+    s.rows_per_s = sum(c.rows_per_s for c in s.cells if c.state == "running")
+    if s.rows_per_s and s.done < s.rows:
+        s.eta_s = (s.rows - s.done) / s.rows_per_s
+    known = [(c.rows_per_s, c.done) for c in s.cells if c.rows_per_s and c.done]
+    if known:
+        mean = sum(n for _, n in known) / sum(n / rate for rate, n in known)  # rows a second of one task
+        s.gpu_hours_left = (s.rows - s.done) / mean * gpus / 3600
+    return s
+
+
+def missing_cells(s: Status) -> list[int]:
+    """Cells that nobody has finished, works on or waits for."""
+    return [c.index for c in s.cells if c.state in ("failed", "stale", "todo")]
