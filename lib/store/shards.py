@@ -84,6 +84,8 @@ def commit(
     write_bytes(file, data)
     with h5py.File(file, "r", locking=False) as f:  # can it be read back as what it is?
         read_columns(f, schema)
+    if "status" in columns:  # in every schema that has one, 0 = the row has a result
+        info = {**info, "unscored": int(np.count_nonzero(columns["status"]))}
     marker = {
         "digest": digest,
         "start": start,

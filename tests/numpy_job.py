@@ -1,0 +1,44 @@
+"""A job with the suite's loop and a kernel of plain numpy, slow enough to be killed in the middle: python numpy_job.py FOLDER."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lib.errors import exit_with
+from lib.run import run_cell
+from lib.store import Cell, Column
+
+SCHEMA = {
+    "row": Column("int32"),
+    "status": Column("uint8"),
+    "tokens": Column("int32"),
+    "x": Column("float64"),
+    "t": Column("float32", per="tokens"),
+}
+ROWS = 400
+
+
+def cell_in(folder: Path) -> Cell:
+    return Cell(0, "numpy", ROWS, "5a" * 32, folder / "run" / "cells" / "numpy-5a5a5a5a")
+
+
+def columns(start: int, stop: int) -> dict[str, np.ndarray]:
+    row = np.arange(start, stop, dtype=np.int32)
+    tokens = (row % 5).astype(np.int32)
+    t = np.concatenate([np.sin(np.arange(n) + r).astype(np.float32) for r, n in zip(row, tokens, strict=True)])
+    return {"row": row, "status": np.zeros(len(row), np.uint8), "tokens": tokens, "x": np.cos(row / 7.0), "t": t}
+
+
+def kernel(start: int, stop: int) -> dict[str, np.ndarray]:
+    time.sleep(float(os.environ.get("SHARD_SECONDS", "0.02")))
+    return columns(start, stop)
+
+
+if __name__ == "__main__":
+    shard_rows = int(os.environ.get("SHARD_ROWS", "10"))
+    one = cell_in(Path(sys.argv[1]))
+    exit_with(lambda: run_cell(one, SCHEMA, lambda: (kernel, {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0))

@@ -1,0 +1,147 @@
+"""The loop under fire: kill -9 at random points, signals, two copies at once, other shard sizes; the merge stays the same bytes."""
+
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from numpy_job import ROWS, SCHEMA, cell_in, columns
+from tools import ROOT
+
+from lib.store import gaps, merge, scan
+from lib.store.shards import to_hdf5
+
+
+def start(folder: Path, **env: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "numpy_job.py"), str(folder)],
+        env={**os.environ, **{k: str(v) for k, v in env.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    out, _ = job.communicate(timeout=60)
+    return job.returncode, out
+
+
+def wait_for_shards(folder: Path, n: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(list(cell_in(folder).path.glob("*.json"))) < n:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def states(folder: Path) -> list[str]:
+    return [json.loads(p.read_text())["state"] for p in sorted((folder / "run" / "tasks").glob("*.json"))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> bytes:
+    """What the merged file must be, from the kernel's own definition in one piece."""
+    one = cell_in(Path("/nowhere"))
+    return to_hdf5(SCHEMA, columns(0, ROWS), {"digest": one.digest, "cell": one.name, "rows": ROWS, "config": ""})
+
+
+def test_killed_at_random_points_and_cut_anew_each_time_gives_the_same_bytes(tmp_path, uninterrupted):
+    dice, kills = random.Random(7), 0
+    for _ in range(60):
+        job = start(tmp_path, SHARD_ROWS=dice.choice([3, 7, 10, 16]), SHARD_SECONDS=0.01)
+        time.sleep(dice.uniform(0.15, 0.55))
+        if job.poll() is None:
+            kills += 1
+        job.kill()
+        finish(job)
+        if not gaps(scan(cell_in(tmp_path).path, cell_in(tmp_path).digest)[0], ROWS):
+            break
+    code, out = finish(start(tmp_path))
+    assert code == 0, out
+    assert kills >= 3, "the job was too quick to be killed"
+    assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
+    assert not list(cell_in(tmp_path).path.glob(".tmp-*"))
+
+
+def test_the_warning_signal_finishes_the_shard_and_asks_for_a_requeue(tmp_path, uninterrupted):
+    job = start(tmp_path, SHARD_SECONDS=0.4)
+    wait_for_shards(tmp_path, 1)
+    time.sleep(0.1)  # in the middle of the second
+    job.send_signal(signal.SIGUSR1)
+    code, out = finish(job)
+    done, bad = scan(cell_in(tmp_path).path, cell_in(tmp_path).digest, deep=True)
+    assert code == 75 and len(done) == 2 and not bad, out
+    assert states(tmp_path) == ["requeue"]
+    code, out = finish(start(tmp_path))
+    assert code == 0 and "20 of 400 rows done, 38 shards to do" in out
+    assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_termination_stops_at_once_and_keeps_what_is_whole(tmp_path, signum):
+    job = start(tmp_path, SHARD_SECONDS=5)
+    while not (out := job.stdout.readline()).startswith("cell"):
+        assert out, "it ended early"
+    time.sleep(0.3)
+    began = time.monotonic()
+    job.send_signal(signum)
+    code, out = finish(job)
+    assert code == 128 + signum and time.monotonic() - began < 3
+    assert re.search(r"stopped by SIG(TERM|INT): finished shards are kept", out)
+    assert states(tmp_path) == ["terminated"]
+
+
+def test_two_copies_at_once_both_end_well(tmp_path, uninterrupted):
+    jobs = [start(tmp_path, SHARD_ROWS=size, SHARD_SECONDS=0.02) for size in (10, 10, 16)]
+    assert [finish(job)[0] for job in jobs] == [0, 0, 0]
+    assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
+
+
+def test_a_broken_shard_is_said_set_aside_and_done_again(tmp_path, uninterrupted):
+    assert finish(start(tmp_path))[0] == 0
+    done, _ = scan(cell_in(tmp_path).path, cell_in(tmp_path).digest)
+    data = bytearray(done[4].file.read_bytes())
+    data[-9] ^= 1
+    done[4].file.write_bytes(data)
+    code, out = finish(start(tmp_path))
+    assert code == 0
+    assert "shard 00000040-00000050 does not hold: " in out and "it is done again" in out and "1 shards to do" in out
+    assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
+
+
+def test_nothing_left_to_do_starts_no_kernel(tmp_path):
+    assert finish(start(tmp_path))[0] == 0
+    began = time.monotonic()
+    code, out = finish(start(tmp_path, SHARD_SECONDS=100))
+    assert code == 0 and "0 shards to do" in out and time.monotonic() - began < 30
+
+
+def test_a_log_gets_plain_lines_without_carriage_returns(tmp_path):
+    _, out = finish(start(tmp_path))
+    assert re.search(r"^rows 400/400 100% [\d.e+]+ rows/s eta 0:00$", out, re.M) and "\r" not in out
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
+    command = [sys.executable, str(ROOT / "tests" / "numpy_job.py"), str(tmp_path)]
+    with subprocess.Popen(command, stderr=follower, stdout=subprocess.DEVNULL) as job:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(leader, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            shown += piece
+    assert job.returncode == 0 and b"\r" in shown and b"400/400" in shown
