@@ -61,6 +61,7 @@ end_jobs() {
 }
 
 [ -z "$(daemons slurmctld)" ] || end_jobs
+rm -f "$dir/env.sh" # it would point shells at a Slurm that does not answer
 stop 10 slurmd
 stop 10 slurmctld
 stop 15 slurmdbd
