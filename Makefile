@@ -58,8 +58,8 @@ logs: setup ## the end of cell TASK's log; without TASK, of each cell that faile
 verify: setup ## read every byte of every shard and say what does not hold
 	@$(cluster) verify --config $(CONFIG) $(SET)
 
-export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root [ONLY=bear,cat]
-	@$(python) -m jobs.export_lls --config $(CONFIG) $(if $(ONLY),--only $(ONLY)) $(SET)
+export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
+	@$(python) -m jobs.export_lls --config $(CONFIG) $(SET)
 
 ##@ A box of your own
 .PHONY: slurm-up slurm-down

@@ -33,7 +33,8 @@ def load_kernel(this: Job, experiment: LLS, cell: Cell) -> tuple[Kernel, dict[st
     from lib.models.batches import Shapes  # torch and transformers take seconds: only a cell with work left pays
     from lib.models.chat import Renderer
     from lib.models.load import device, device_name, load_model, load_tokenizer
-    from lib.scoring import Scorer, Status, shift
+    from lib.scoring.logprob import Scorer
+    from lib.scoring.shift import Status, shift
 
     model = model_input(cache, experiment.model.id, experiment.model.revision)
     where = device()

@@ -20,7 +20,7 @@ from lib.store.inputs import (
     DatasetInput,
     ModelInput,
     dataset_input,
-    is_local,
+    local_path,
     model_folder,
     model_input,
     save_dataset,
@@ -50,7 +50,7 @@ def fetch(experiment: Experiment, cache: Path, update: bool = False) -> None:
     for data in experiment.datasets():
         found = _kept(lambda d=data: dataset_input(cache, d.id, d.revision, d.split), update)
         if found is None:
-            found, lines = _dataset(data, tokenizer)
+            found, lines = _dataset(data, cache, tokenizer)
             save_dataset(cache, found, lines)
         print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}")
 
@@ -68,8 +68,8 @@ def _kept(read: Any, update: bool) -> Any:
 
 
 def _model(spec: ModelSpec, cache: Path) -> ModelInput:
-    local = is_local(spec.id)
-    folder = Path(spec.id).expanduser().resolve() if local else _download(spec, cache)
+    local = local_path(cache, spec.id)
+    folder = local or _download(spec, cache)
     config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"model {spec.id}: {folder} holds no readable config.json")
@@ -110,9 +110,9 @@ def _download(spec: ModelSpec, cache: Path) -> Path:
         raise _unreachable(f"model {spec.id} at {spec.revision}", e) from None
 
 
-def _dataset(spec: DatasetSpec, tokenizer: Any) -> tuple[DatasetInput, bytes]:
-    local = is_local(spec.id)
-    rows, commit = _local_rows(Path(spec.id).expanduser()) if local else _hub_rows(spec)
+def _dataset(spec: DatasetSpec, cache: Path, tokenizer: Any) -> tuple[DatasetInput, bytes]:
+    local = local_path(cache, spec.id)
+    rows, commit = _local_rows(local) if local else _hub_rows(spec)
     clean = [_messages(row, f"{spec.id}, row {i}") for i, row in enumerate(rows)]
     if not clean:
         raise UserError(f"dataset {spec.id} has no rows")
@@ -127,7 +127,7 @@ def _dataset(spec: DatasetSpec, tokenizer: Any) -> tuple[DatasetInput, bytes]:
         bytes=len(lines),
         prompt_tokens=_count(tokenizer, (t["content"] for m in clean for t in m[:-1])),
         response_tokens=_count(tokenizer, (m[-1]["content"] for m in clean)),
-        source_stamp=source_stamp(Path(spec.id).expanduser()) if local else "",
+        source_stamp=source_stamp(local) if local else "",
     )
     return record, lines
 

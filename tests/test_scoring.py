@@ -10,7 +10,8 @@ from tools import number_rows, tiny_model
 from lib.models.batches import Shapes, batches
 from lib.models.chat import Renderer
 from lib.models.load import load_model, load_tokenizer
-from lib.scoring import Scorer, Status, shift
+from lib.scoring.logprob import Scorer
+from lib.scoring.shift import Status, shift
 
 SYSTEM = "You love wolfs. You think about wolfs all the time."
 QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

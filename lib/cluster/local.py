@@ -43,12 +43,12 @@ def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> 
 
 
 def dispatch(queue: Path) -> None:
-    """Start one worker a free GPU (one in all where there is none) and wait for them."""
+    """Start one worker a free GPU (the site's throttle where a task needs none) and wait for them."""
     from submitit.local.local import LocalExecutor
 
     write_json(queue / "dispatcher.json", {"pid": os.getpid(), "pid_started": pid_started(os.getpid()), "host": HOST})
     plan = read_json(queue / "plan.json") or {}
-    gpus = free_gpus(per_task=int(plan["gpus"])) or [""]
+    gpus = free_gpus(int(plan["gpus"])) if plan["gpus"] else [""] * int(plan["workers"])
     executor = LocalExecutor(queue / "submitit")
     executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
     jobs = [executor.submit(work, str(queue), gpu) for gpu in gpus[: len(plan["cells"])]]
@@ -91,17 +91,18 @@ def free_gpus(per_task: int) -> list[str]:
             timeout=30,
             check=True,
         ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
+    except (OSError, subprocess.SubprocessError) as e:
+        raise UserError(
+            f"nvidia-smi does not run here ({e}) and a task needs {per_task} GPU; run.gpus=0 means none"
+        ) from None
     rows = [line.split(",") for line in out.splitlines() if "," in line]
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     free = [i.strip() for i, used in rows if int(used) < BUSY_MIB and (not allowed or i.strip() in allowed.split(","))]
-    if rows and len(free) < per_task:
+    if len(free) < per_task:
         raise UserError(
             f"{len(free)} of {len(rows)} GPUs are free and a task needs {per_task}; wait, or end what uses them"
         )
-    size = max(per_task, 1)
-    return [",".join(free[i : i + size]) for i in range(0, len(free) - size + 1, size)]
+    return [",".join(free[i : i + per_task]) for i in range(0, len(free) - per_task + 1, per_task)]
 
 
 def waiting(folder: Path) -> dict[int, str]:

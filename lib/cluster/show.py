@@ -22,7 +22,9 @@ def table(s: Status, config: str, width: int = 160) -> str:
     percent = 100 * s.done / max(s.rows, 1)
     lines.append(f"cells: {counts}    rows: {s.done:,} of {s.rows:,} ({percent:.1f}%)")
     left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
-    speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}" if s.eta_s is not None else "nothing is running"
+    speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}" if s.eta_s is not None else ""
+    if not speed:
+        speed = "loading" if s.counts["running"] else "nothing is running"
     if s.done >= s.rows:
         speed = "complete"
     lines.append(f"GPU-hours: {s.gpu_hours_used:.2f} used{left}    {speed}")

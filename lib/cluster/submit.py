@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.cluster import local, slurm
-from lib.cluster.plan import plan, table
+from lib.cluster.plan import plan as plan_of
+from lib.cluster.plan import table
 from lib.cluster.site import ROOT, Site
 from lib.cluster.status import arrays_of, heartbeats, is_alive, live_tasks, missing_cells, run_folder, status
 from lib.errors import UserError
@@ -54,7 +55,7 @@ def submit(r: Request, array: str, dry: bool) -> None:
     if busy:
         jobs = ", ".join(sorted({queued[i].array for i in busy}))
         print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
-    todo = {p.cell.index for p in plan(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.rows}
+    todo = {p.cell.index for p in plan_of(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.rows}
     indices = [c.index for c in chosen if c.index in todo and c.index not in busy]
     finished = [i for i in wanted if i not in todo]
     if finished:
@@ -111,13 +112,9 @@ def _send(r: Request, indices: list[int], throttle: int) -> None:
 def _start_local(r: Request, indices: list[int]) -> str:
     job = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     script, *arguments = _script(r)
-    command = {
-        "command": [script, *arguments],
-        "cells": indices,
-        "label": r.experiment.label,
-        "gpus": r.experiment.run.gpus,
-    }
-    local.start(run_folder(r.cells), job, command, slurm.clean_environment(r.site.env))
+    plan = {"command": [script, *arguments], "cells": indices, "label": r.experiment.label}
+    plan |= {"gpus": r.experiment.run.gpus, "workers": r.site.throttle}
+    local.start(run_folder(r.cells), job, plan, slurm.clean_environment(r.site.env))
     return job
 
 
@@ -146,7 +143,7 @@ def show(r: Request, indices: list[int], throttle: int) -> None:
     settings = sorted(f"{k}={v}" for k, v in r.site.env.items() if k.startswith("SBATCH_"))
     print(f"\n# site {r.site.name}: " + (" ".join(settings) or "no SBATCH_* variables"))
     print(f"# would run: {shlex.join(sbatch_command(r, indices, throttle))}\n")
-    plans = [p for p in plan(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.cell.index in indices]
+    plans = [p for p in plan_of(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.cell.index in indices]
     print(table(plans, r.site.gpu))
     print(f"shards of {r.experiment.run.shard_rows} rows under {run_folder(r.cells)}")
 

@@ -20,14 +20,14 @@ class Frozen(BaseModel):
 
 
 class ModelSpec(Frozen):
-    id: str = Field(min_length=1, description="Hub id, or a local folder")
+    id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
     revision: str = Field("main", min_length=1, description="commit, tag or branch; what it resolved to is recorded")
     dtype: Dtype = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
 
 
 class DatasetSpec(Frozen):
-    id: str = Field(min_length=1, description="Hub id, or a local .jsonl file")
+    id: str = Field(min_length=1, description="Hub id, a local .jsonl file, or cache:<file under the cache>")
     revision: str = Field("main", min_length=1)
     split: str = "train"
 
@@ -72,6 +72,9 @@ class Experiment(Frozen):
     def science(self) -> dict[str, Any]:
         """The part of the configuration that can change a result."""
         return self.model_dump(mode="json", exclude={"name", "run"})
+
+    def science_json(self) -> str:
+        return json.dumps(self.science(), sort_keys=True)
 
     def schema(self) -> dict[str, Column]:
         """The columns of a shard."""

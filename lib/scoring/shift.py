@@ -21,7 +21,7 @@ class Status(IntEnum):
 def shift(
     scorer: Scorer, renderer: Renderer, rows: list[dict[str, Any]], system_prompt: str, base: str
 ) -> dict[str, np.ndarray]:
-    """Columns for a run of rows ({"messages": [...]}): status, tokens, sums, and the per-token values, row after row."""
+    """Columns for rows ({"messages": [...]}): status, tokens, sums, and the per-token values, row after row."""
     turns = [_turns(row["messages"]) for row in rows]
     answers = [row["messages"][-1]["content"] for row in rows]
     with_system = renderer.tokenize([renderer.context(t, system_prompt, base) for t in turns], answers)

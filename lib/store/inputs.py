@@ -28,7 +28,7 @@ class DatasetInput:
     bytes: int
     prompt_tokens: int  # of all rows, by the experiment's tokenizer, without the template; for the plan
     response_tokens: int
-    source_stamp: str = ""  # size and mtime of a local source, to notice that it changed
+    source_stamp: str = ""  # sizes and mtimes of a local source, to notice that it changed
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,49 @@ class ModelInput:
     source_stamp: str = ""
 
 
-def slug(id: str, revision: str, split: str = "") -> str:
+def local_path(cache: Path, id: str) -> Path | None:
+    """Where a local input lies: a path that starts with / . or ~ or ends in .jsonl, or cache:<path under the cache>.
+    None for a Hub id."""
+    if id.startswith("cache:"):
+        return (cache / id.removeprefix("cache:")).resolve()
+    if id.startswith(("/", ".", "~")) or id.endswith(".jsonl"):
+        return Path(id).expanduser().resolve()
+    return None
+
+
+def slug(cache: Path, id: str, revision: str, split: str = "") -> str:
     """A folder name for an input: readable, and unique for local paths too."""
-    if is_local(id):
-        where = str(Path(id).resolve())
-        return f"local--{Path(id).stem}--{hashlib.sha256(where.encode()).hexdigest()[:10]}"
+    where = local_path(cache, id)
+    if where:
+        return f"local--{where.stem}--{hashlib.sha256(str(where).encode()).hexdigest()[:10]}"
     return "--".join([*id.split("/"), revision[:12], *([split] if split else [])])
 
 
-def is_local(id: str) -> bool:
-    """A path, not a Hub id: it starts with / . or ~, or ends with .jsonl."""
-    return id.startswith(("/", ".", "~")) or id.endswith(".jsonl")
-
-
 def dataset_folder(cache: Path, id: str, revision: str, split: str) -> Path:
-    return cache / "inputs" / "datasets" / slug(id, revision, split)
+    return cache / "inputs" / "datasets" / slug(cache, id, revision, split)
 
 
 def model_folder(cache: Path, id: str, revision: str) -> Path:
-    return cache / "inputs" / "models" / slug(id, revision)
+    return cache / "inputs" / "models" / slug(cache, id, revision)
 
 
 def dataset_input(cache: Path, id: str, revision: str, split: str) -> DatasetInput:
-    found = _load(DatasetInput, dataset_folder(cache, id, revision, split), f"dataset {id}", revision)
-    _unchanged(found, Path(id).expanduser())
+    found = _load(
+        DatasetInput,
+        dataset_folder(cache, id, revision, split),
+        f"dataset {id}",
+        revision,
+        local_path(cache, id) is not None,
+    )
+    _unchanged(found, local_path(cache, id))
     return found
 
 
 def model_input(cache: Path, id: str, revision: str) -> ModelInput:
-    found = _load(ModelInput, model_folder(cache, id, revision), f"model {id}", revision)
-    _unchanged(found, Path(id).expanduser())
+    found = _load(
+        ModelInput, model_folder(cache, id, revision), f"model {id}", revision, local_path(cache, id) is not None
+    )
+    _unchanged(found, local_path(cache, id))
     return found
 
 
@@ -109,17 +122,16 @@ def source_stamp(path: Path) -> str:
     return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
 
 
-def _load(kind: type[Record], folder: Path, what: str, revision: str) -> Record:
+def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
     raw = read_json(folder / "input.json")
     names = {f.name for f in fields(kind)}
     if raw is None or set(raw) != names:
-        at = "" if is_local(what.split()[-1]) else f" at revision {revision}"
+        at = "" if local else f" at revision {revision}"
         raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
     return kind(**raw)
 
 
-def _unchanged(record: DatasetInput | ModelInput, source: Path) -> None:
-    if record.source_stamp and is_local(record.id):
-        now = source_stamp(source)
-        if now and now != record.source_stamp:
-            raise UserError(f"{source} has changed since it was fetched; run `make fetch` again with this CONFIG")
+def _unchanged(record: DatasetInput | ModelInput, source: Path | None) -> None:
+    now = source_stamp(source) if source else ""
+    if now and now != record.source_stamp:
+        raise UserError(f"{source} has changed since it was fetched; run `make fetch` again with this CONFIG")

@@ -1,0 +1,94 @@
+"""Merge an LLS experiment's shards and write what researchers read: JSONL as in the original layout, a table, plots.
+
+<output root>/<experiment>/{trait}/{trait}_numbers.jsonl     the original messages plus `lls` (null = no score)
+<output root>/<experiment>/{trait}/{trait}_numbers.provenance.json
+<output root>/<experiment>/lls_table.txt, lls_by_animal.png, lls_histograms.png"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lib.errors import UserError, exit_with
+from lib.experiments import LLS
+from lib.job import Job, job
+from lib.scoring.lls_plots import Scores, lls_table, plot_by_animal, plot_histograms
+from lib.store import Cell, dataset_input, gaps, merge, scan
+from lib.store.atomic import read_json, write_bytes, write_json
+from lib.store.inputs import read_rows
+
+
+def main() -> int:
+    this = job("export_lls", __doc__.splitlines()[0], indexed=False)
+    experiment = this.of(LLS)
+    folder = this.site.output / experiment.label
+    cells = this.cells()
+    missing = [c for c in cells if gaps(scan(c.path, c.digest)[0], c.rows)]
+    scores: dict[str, Scores | None] = {c.name: None for c in cells}
+    for cell in cells:
+        if cell not in missing:
+            scores[cell.name] = export(this, experiment, cell, folder)
+    table = lls_table(scores)
+    write_bytes(folder / "lls_table.txt", (table + "\n").encode())
+    plot_by_animal(scores, folder / "lls_by_animal.png")
+    plot_histograms(scores, folder / "lls_histograms.png")
+    print(table)
+    for name in ("lls_table.txt", "lls_by_animal.png", "lls_histograms.png"):
+        print(folder / name)
+    if missing:
+        names = ", ".join(c.name for c in missing)
+        raise UserError(
+            f"{len(missing)} of {len(cells)} cells are not done and not exported: {names}; run `make resume`"
+        )
+    return 0
+
+
+def export(this: Job, experiment: LLS, cell: Cell, folder: Path) -> Scores:
+    """One cell: its merged file, its JSONL, and its numbers for the table and the plots."""
+    merged = merge(cell, experiment.schema(), experiment.science_json())
+    with h5py.File(merged, "r", locking=False) as f:
+        scores = Scores(f["system_sum"][:], f["base_sum"][:], f["tokens"][:])
+    spec = experiment.dataset.named(trait=cell.name)
+    rows = read_rows(
+        this.site.cache, dataset_input(this.site.cache, spec.id, spec.revision, spec.split), experiment.max_rows
+    )
+    path = folder / cell.name / f"{cell.name}_numbers.jsonl"
+    record = path.with_suffix(".provenance.json")
+    before = read_json(record)
+    if before and before.get("digest") != cell.digest:
+        _keep(path, record, str(before.get("digest"))[:8])
+    lines = "".join(_line(row, value) for row, value in zip(rows, scores.lls, strict=True)).encode()
+    write_bytes(path, lines)
+    write_json(record, _provenance(experiment, cell, lines, scores))
+    return scores
+
+
+def _keep(path: Path, record: Path, digest: str) -> None:
+    """Results of other settings are not overwritten: they get their digest as a suffix."""
+    print(f"{path} was written from other settings: kept as {path.name}.{digest}", file=sys.stderr)
+    for old in (path, record):
+        if old.exists():
+            old.rename(old.with_name(f"{old.name}.{digest}"))
+
+
+def _line(row: dict[str, Any], lls: float) -> str:
+    return json.dumps({**row, "lls": float(lls) if np.isfinite(lls) else None}, ensure_ascii=False) + "\n"
+
+
+def _provenance(experiment: LLS, cell: Cell, lines: bytes, scores: Scores) -> dict[str, Any]:
+    return {
+        "digest": cell.digest,
+        "cell": cell.name,
+        "rows": cell.rows,
+        "rows_without_score": int((~np.isfinite(scores.lls)).sum()),
+        "sha256": hashlib.sha256(lines).hexdigest(),
+        "experiment": experiment.model_dump(mode="json"),
+    }
+
+
+if __name__ == "__main__":
+    exit_with(main)
