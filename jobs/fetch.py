@@ -43,9 +43,8 @@ def fetch(experiment: Experiment, cache: Path, update: bool = False) -> None:
     for spec in experiment.models():
         model = _kept(lambda s=spec: model_input(cache, s.id, s.revision), update) or _model(spec, cache)
         save_model(cache, model)
-        print(
-            f"model {spec.id}: {model.commit[:12]}, {model.parameters / 1e9:.3g} B parameters, {model.bytes / 2**30:.3g} GiB"
-        )
+        size = f"{model.parameters / 1e9:.3g} B parameters, {model.bytes / 2**30:.3g} GiB"
+        print(f"model {spec.id}: {model.commit[:12]}, {size}")
         tokenizer = _tokenizer(model.path)
     for data in experiment.datasets():
         found = _kept(lambda d=data: dataset_input(cache, d.id, d.revision, d.split), update)
@@ -103,7 +102,8 @@ def _download(spec: ModelSpec, cache: Path) -> Path:
         free = shutil.disk_usage(cache).free
         if need > free:
             raise UserError(
-                f"model {spec.id} takes {need / 2**30:.0f} GiB and {cache} has {free / 2**30:.0f} GiB free; free some or set SUITE_CACHE"
+                f"model {spec.id} takes {need / 2**30:.0f} GiB and {cache} has {free / 2**30:.0f} GiB free; "
+                "free some, or set SUITE_CACHE to a larger place"
             )
         return Path(snapshot_download(spec.id, revision=info.sha, allow_patterns=MODEL_FILES))
     except (OSError, ValueError, RuntimeError) as e:

@@ -1,4 +1,6 @@
-"""A job with the suite's loop and a kernel of plain numpy, slow enough to be killed in the middle: python numpy_job.py FOLDER."""
+"""A job with the suite's loop and a kernel of plain numpy, slow enough to be killed in the middle.
+
+python numpy_job.py FOLDER"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Configuration: every mistake is named with its file, key, what is valid and the nearest; the digest sees what matters."""
+"""Configuration: mistakes are named with file, key, what is valid and the nearest; the digest."""
 
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
@@ -78,7 +78,7 @@ def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, text, says):
 
 
 def test_a_missing_file_names_the_nearest():
-    with pytest.raises(UserError, match="did you mean .*lls_72b.yaml"):
+    with pytest.raises(UserError, match=r"did you mean .*lls_72b\.yaml"):
         load(ROOT / "configs" / "lls_72.yaml")
 
 
@@ -139,6 +139,6 @@ def test_the_digest_moves_with_the_data_and_the_weights(small, tmp_path):
 
 def test_what_is_not_fetched_is_named(small):
     with pytest.raises(
-        UserError, match="model Qwen/Qwen2.5-72B-Instruct at revision 495f.* is not fetched; run `make fetch`"
+        UserError, match=r"model Qwen/Qwen2.5-72B-Instruct at revision 495f.* is not fetched; run `make fetch`"
     ):
         load(SEED).cells(small / "cache", small / "scratch")

@@ -1,4 +1,4 @@
-"""The loop under fire: kill -9 at random points, signals, two copies at once, other shard sizes; the merge stays the same bytes."""
+"""The loop under fire: kill -9, signals, two copies at once, other shard sizes; the merge stays the same bytes."""
 
 import json
 import os

@@ -122,7 +122,8 @@ def test_none_mode_keeps_a_bos_and_refuses_unknown_templates(renderer):
     assert renderer.context(turns, None, "none") == chatml("hi", None)
     other = copy.deepcopy(renderer.tokenizer)
     other.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|h|>"]})
-    other.chat_template = "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }}<|e|>{% endfor %}{{ '<|h|>assistant\n' }}"
+    block = "{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content }}<|e|>{% endfor %}"
+    other.chat_template = "{{ bos_token }}" + block + "{{ '<|h|>assistant\n' }}"
     assert Renderer(other).context(turns, None, "none") == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
     other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     with pytest.raises(Exception, match="base=default or base=empty"):

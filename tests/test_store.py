@@ -197,7 +197,8 @@ def main():
     try:
         put(cell, full, 500, 40000)
     finally:
-        print(json.dumps([[m.start for m in scan(cell.path, DIGEST, deep=True)[0]], [p.name[:4] for p in cell.path.iterdir()]]))
+        done = [m.start for m in scan(cell.path, DIGEST, deep=True)[0]]
+        print(json.dumps([done, [p.name[:4] for p in cell.path.iterdir()]]))
 exit_with(main)
 """
 

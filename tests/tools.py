@@ -1,4 +1,4 @@
-"""What several tests need: a small random model on disk, rows, a fetched experiment, and a repository copy to submit from."""
+"""What several tests need: a small random model on disk, rows, an experiment that is ready to run."""
 
 import json
 import os

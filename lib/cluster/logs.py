@@ -50,9 +50,8 @@ def verify(cells: list[Cell]) -> int:
             print(f"cell {cell.index} ({cell.name}): {path.name}: {reason}")
         devices = {m.info.get("device", "") for m in done} - {""}
         if len(devices) > 1:
-            print(
-                f"cell {cell.index} ({cell.name}): scored on {', '.join(sorted(devices))}: last bits may differ between them"
-            )
+            names = ", ".join(sorted(devices))
+            print(f"cell {cell.index} ({cell.name}): computed on {names}: last bits may differ between them")
     print(
         f"{shards} shards hold, {wrong} do not, {missing} rows are not done"
         + ("; run `make resume`" if wrong or missing else "")

@@ -47,7 +47,7 @@ def table(plans: list[CellPlan], gpu: str) -> str:
     hours = sum(p.gpu_hours for p in plans)
     lines.append(line.format("", "all", rows, todo, shards, si(sum(p.bytes for p in plans)), f"{hours:.3f}"))
     lines.append(
-        f"GPU-hours: arithmetic at {SHARE:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), loading not counted"
+        f"GPU-hours: arithmetic at {SHARE:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
     )
     return "\n".join(lines)
 

@@ -77,7 +77,7 @@ def queue() -> list[Queued]:
 
 
 def accounts(arrays: Iterable[str], timeout: float = 10) -> dict[str, Account]:
-    """sacct's figures by task id; empty where there is no accounting. --duplicates: a requeued task has several runs."""
+    """sacct's figures by task id; empty where there is no accounting. A requeued task has several runs."""
     ids = sorted(set(arrays))
     if not ids:
         return {}

@@ -1,4 +1,6 @@
-"""What is done, running, waiting, failed or stale, and what it still costs: markers and squeue are the truth, sacct explains."""
+"""What is done, running, waiting, failed or stale, and what it still costs.
+
+Markers and squeue are the truth; sacct explains."""
 
 import time
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Read configs/*.yaml with key=value overrides; every mistake names the file, the key, what is valid and the nearest."""
+"""Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
 
 from pathlib import Path
 from typing import Any

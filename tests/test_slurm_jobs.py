@@ -1,0 +1,249 @@
+"""The batch scripts on a real Slurm: arrays, warnings, preemption, limits, requeues, a dead node; status over it."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Slurm, wait_until
+from tools import number_rows, tiny_model, write_rows
+
+from jobs.fetch import fetch
+from lib.experiments import load
+from lib.store import gaps, merge, scan
+
+TRAITS = ["cat", "dog", "owl"]
+ROWS = 80
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A fetched experiment of three cells, and its merged files from a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model(folder / "model")
+    for i, trait in enumerate(TRAITS):
+        write_rows(folder / f"{trait}.jsonl", number_rows(ROWS, i))
+    (folder / "small.yaml").write_text(
+        f"kind: lls\nname: small\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [{', '.join(TRAITS)}]\n"
+        f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
+        # batches far larger than a shard fills: each shard then takes about a second, time enough to be disturbed
+        "score: {lengths: [64, 128, 192, 256], batch_tokens: 8192, head_rows: 64, per_token: true}\n"
+        "run: {shard_rows: 8, gpus: 1, log_seconds: 1}\n"
+    )
+    fetch(load(folder / "small.yaml"), folder / "cache")
+    return folder
+
+
+class Run:
+    """One experiment in a scratch of its own, on the Slurm of the tests."""
+
+    def __init__(self, slurm: Slurm, inputs: Path, scratch: Path) -> None:
+        self.slurm, self.config, self.scratch = slurm, inputs / "small.yaml", scratch
+        roots = {"SUITE_SCRATCH": scratch, "SUITE_CACHE": inputs / "cache", "SUITE_OUTPUT": scratch / "outputs"}
+        self.env = {**{k: str(v) for k, v in roots.items()}, "OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
+        self.cells = load(self.config).cells(inputs / "cache", scratch)
+
+    def make(self, target: str, *settings: str) -> str:
+        return self.slurm.run("make", "-s", target, f"CONFIG={self.config}", *settings, cwd=ROOT, **self.env)
+
+    def submit(self, array: str = "0-2", **settings: str) -> str:
+        out = self.make("submit-lls", f"ARRAY={array}", *[f"{k}={v}" for k, v in settings.items()])
+        return out.split()[2].rstrip(":")
+
+    def sbatch(self, flags: list[str], *arguments: str) -> str:
+        """As a user types it: the plain file, its #SBATCH lines and the site's SBATCH_* variables."""
+        return self.slurm.sbatch(*flags, "slurm/compute_lls.sbatch", self.config, *arguments, cwd=ROOT, **self.env)
+
+    def status(self) -> dict:
+        done = subprocess.run(
+            ["make", "-s", "status", f"CONFIG={self.config}", "JSON=1"],
+            cwd=ROOT, env=self.slurm.env | self.env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    def state(self, index: int) -> dict:
+        return self.status()["cells"][index]
+
+    def shards(self, index: int) -> int:
+        return len(scan(self.cells[index].path, self.cells[index].digest)[0])
+
+    def wait_for_shards(self, index: int, n: int) -> None:
+        wait_until(lambda: self.shards(index) >= n, 60, lambda: f"{self.shards(index)} shards\n{self.log(index)}")
+
+    def log(self, index: int) -> str:
+        return "\n".join(p.read_text() for p in (ROOT / "slurm" / "logs").glob(f"*_{index}.out"))
+
+    def merged(self, index: int) -> bytes:
+        experiment = load(self.config)
+        return merge(self.cells[index], experiment.schema(), experiment.science_json()).read_bytes()
+
+
+@pytest.fixture
+def run(fresh_slurm, inputs, tmp_path):
+    one = Run(fresh_slurm, inputs, tmp_path)
+    before = set((ROOT / "slurm" / "logs").iterdir())
+    yield one
+    fresh_slurm.clear()
+    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm, inputs, tmp_path_factory):
+    """Merged bytes of each cell, computed in this process's children without Slurm, in one shard."""
+    one = Run(slurm, inputs, tmp_path_factory.mktemp("undisturbed"))
+    for index in range(len(TRAITS)):
+        one.slurm.run(
+            ".venv/bin/python", "-m", "jobs.compute_lls", "--config", one.config, "--index", index,
+            "run.shard_rows=1000", cwd=ROOT, **one.env,
+        )  # fmt: skip
+    return [one.merged(i) for i in range(len(TRAITS))]
+
+
+def test_an_array_from_submission_to_export(run, undisturbed):
+    said = run.make("submit-lls", "ARRAY=0-2%2")
+    job = said.split()[2].rstrip(":")
+    assert f"next: squeue -j {job}" in said and said.count("next: ") == 3
+    assert "already queued or running" in run.make("submit-lls", "ARRAY=0-2")
+    wait_until(lambda: run.state(0)["state"] == "running", 30, "cell 0 is not running")
+    now = run.status()
+    assert now["cells"][2]["state"] == "pending" and now["cells"][2]["note"] == "JobArrayTaskLimit"
+    run.slurm.wait_for(job, "COMPLETED", timeout=120)
+    assert [run.merged(i) for i in range(3)] == undisturbed
+    run.slurm.sacct(job, rows=3)
+    now = run.status()
+    assert now["counts"] == {"done": 3, "running": 0, "pending": 0, "failed": 0, "stale": 0, "todo": 0}
+    account = run.slurm.run("sacct", "-nPX", "-j", f"{job}_1", "-o", "ElapsedRaw").strip()
+    assert now["cells"][1]["elapsed_s"] == int(account) and now["cells"][1]["rows_per_s"] > 0
+    table = run.make("export-lls")
+    assert "dog" in table and (run.scratch / "outputs" / "small" / "dog" / "dog_numbers.jsonl").exists()
+    assert "nothing to submit" in run.make("submit-lls", "ARRAY=0-2")
+    assert "30 shards hold, 0 do not, 0 rows are not done" in run.make("verify")
+
+
+def test_the_warning_requeues_this_task_alone(run, undisturbed):
+    job = run.submit("0-1")
+    run.wait_for_shards(0, 2)
+    run.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    wait_until(lambda: run.slurm.show(f"{job}_0")["Restarts"] == "1", 30, lambda: run.log(0))
+    assert run.slurm.show(f"{job}_1")["Restarts"] == "0"
+    run.slurm.wait_for(job, "COMPLETED", timeout=120)
+    log = run.log(0)
+    assert "stopping after this shard" in log and f"requeue {job}_0" in log and "restart 1" in log
+    assert [run.merged(i) for i in range(2)] == undisturbed[:2]
+
+
+def test_the_time_limit_warns_first_and_the_task_comes_back(run, undisturbed):
+    """--time=1 with a warning 180 s ahead: Slurm sends USR1 at its first look, within 30 s; never TIMEOUT."""
+    job = run.sbatch(["--array=1", "--time=1"], "run.shard_rows=1")
+    wait_until(lambda: run.slurm.show(f"{job}_1")["Restarts"] == "1", 80, lambda: run.log(1))
+    assert "the time limit is near" in run.log(1) and 1 <= run.shards(1) < ROWS
+    assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(job, rows=0)}
+
+
+def test_a_time_limit_without_time_for_the_warning_is_said_and_resumed(run, undisturbed):
+    job = run.submit("2")
+    run.wait_for_shards(2, 1)
+    subprocess.run(
+        ["scontrol", "update", f"jobid={job}_2", "EndTime=now+1seconds"],
+        env=run.slurm.env,
+        check=False,
+        capture_output=True,
+    )
+    run.slurm.wait_for(job, "TIMEOUT", "COMPLETED", "PENDING", timeout=90)
+    if run.slurm.states(job)[f"{job}_2"] == "TIMEOUT":
+        run.slurm.sacct(job, rows=1)
+        state = run.state(2)
+        assert state["state"] == "failed" and "TIMEOUT (sacct)" in state["note"]
+        run.make("resume")
+    wait_until(lambda: run.state(2)["state"] == "done", 120, lambda: run.log(2))
+    assert run.merged(2) == undisturbed[2]
+
+
+def test_preemption_brings_the_task_back_by_itself(run, undisturbed):
+    job = run.submit("0")
+    run.wait_for_shards(0, 2)
+    node = run.slurm.show(f"{job}_0")["NodeList"]
+    high = run.slurm.sbatch(
+        "-p", "high", "-w", node, "--exclusive", "--wrap", "sleep 2", "-o", "/dev/null", cwd=run.scratch
+    )
+    run.slurm.wait_for(high, "COMPLETED", timeout=60)
+    run.slurm.wait_for(job, "COMPLETED", timeout=120)
+    assert [r["State"] for r in run.slurm.sacct(job, rows=2)] == ["PREEMPTED", "COMPLETED"]
+    assert "stopped by SIGTERM: finished shards are kept" in run.log(0)
+    assert run.merged(0) == undisturbed[0]
+
+
+def test_scontrol_requeue(run, undisturbed):
+    job = run.submit("0")
+    run.wait_for_shards(0, 2)
+    run.slurm.run("scontrol", "requeue", f"{job}_0")
+    wait_until(lambda: run.slurm.show(f"{job}_0")["Restarts"] == "1", 30, "not requeued")
+    run.slurm.wait_for(job, "COMPLETED", timeout=120)
+    assert run.merged(0) == undisturbed[0]
+
+
+def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
+    job = run.sbatch(["--array=0"], "run.shard_rows=1")
+    run.wait_for_shards(0, 1)
+    node = run.slurm.show(f"{job}_0")["NodeList"]
+    run.slurm.kill_node(node)
+    run.slurm.wait_for(job, "COMPLETED", timeout=180)
+    attempts = {m.info["attempt"] for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
+    assert len(attempts) == 2, attempts  # both copies have committed shards
+    run.slurm.revive_node(node)
+    assert not gaps(scan(run.cells[0].path, run.cells[0].digest, deep=True)[0], ROWS)
+    assert run.merged(0) == undisturbed[0]
+
+
+def test_cancel_ends_for_good_and_resume_submits_just_the_rest(run, undisturbed):
+    job = run.submit("0-2")
+    run.wait_for_shards(0, 1)
+    assert job in run.make("cancel")
+    run.slurm.wait_for(job, "CANCELLED", timeout=60)
+    time.sleep(3)
+    assert set(run.slurm.states(job).values()) == {"CANCELLED"}  # our own exit does not requeue what a user cancelled
+    wait_until(lambda: run.state(0)["state"] == "failed", 30, lambda: str(run.state(0)))
+    again = run.make("resume").split()[2].rstrip(":")
+    run.slurm.wait_for(again, "COMPLETED", timeout=120)
+    assert "nothing to resume" in run.make("resume")
+    assert [run.merged(i) for i in range(3)] == undisturbed
+
+
+def test_a_failed_task_is_shown_with_its_reason_and_log(run, inputs):
+    rows = inputs / "cache" / "inputs" / "datasets"
+    target = next(rows.glob("*owl*")) / "rows.jsonl"
+    whole = target.read_bytes()
+    try:
+        target.write_bytes(whole[:-5])
+        job = run.submit("2")
+        run.slurm.wait_for(job, "FAILED", timeout=60)
+        state = run.state(2)
+        assert state["state"] == "failed" and "is not the file that was fetched" in state["note"]
+        assert run.slurm.sacct(job)[0]["ExitCode"] == "2:0"
+        assert "run `make fetch` again" in run.make("logs")
+    finally:
+        target.write_bytes(whole)
+
+
+def test_a_killed_task_is_stale_until_resumed(run):
+    job = run.submit("1")
+    run.wait_for_shards(1, 1)
+    beat = json.loads(next((run.scratch / "small" / "tasks").glob("dog-*.json")).read_text())
+    subprocess.run(["kill", "-9", str(beat["pid"])], check=True)
+    run.slurm.wait_for(job, "FAILED", timeout=60)
+    run.slurm.sacct(job)
+    state = run.state(1)
+    assert state["state"] == "stale" and "FAILED (sacct); ended without a word" in state["note"]
+
+
+def test_an_edited_config_does_not_leak_into_a_pending_job(run):
+    text = run.config.read_text()
+    try:
+        job = run.submit("0")
+        run.config.write_text(text.replace("You love", "You adore"))
+        run.slurm.wait_for(job, "FAILED", timeout=60)
+        assert "changed since this job was submitted" in run.log(0)
+    finally:
+        run.config.write_text(text)
