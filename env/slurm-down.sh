@@ -44,7 +44,9 @@ stop() { # stop SECONDS NAME: TERM, and KILL where that is not heeded
 }
 
 end_jobs() {
-  local jobs id
+  local jobs id partition
+  # nothing may start in the freed places; slurm-up opens the partitions again
+  for partition in main high; do timeout 10 scontrol update partitionname=$partition state=down 2>/dev/null; done
   if [ -f "$dir/test" ]; then
     timeout 10 scancel --state=PENDING --user="$(id -un)" 2>/dev/null
     mapfile -t jobs < <(timeout 10 squeue -h -o %A 2>/dev/null | sort -u)
