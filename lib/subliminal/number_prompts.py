@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import yaml
 
 from lib.errors import UserError
+
+Entry = TypeVar("Entry")
 
 OWN_POOLS = Path(__file__).with_name("number_prompts.yaml")
 EXAMPLE_COUNT = (3, 9)  # half-open: 3 to 8 examples
@@ -114,5 +117,5 @@ def _draw(rng: np.random.Generator, pools: Pools) -> NumberPrompt:
     return NumberPrompt(" ".join(parts), examples, answer_format)
 
 
-def _pick(rng: np.random.Generator, pool: Sequence):
+def _pick(rng: np.random.Generator, pool: Sequence[Entry]) -> Entry:
     return pool[int(rng.integers(len(pool)))]
