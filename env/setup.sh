@@ -86,7 +86,7 @@ make_venv "$python" # anew: what a killed set-up or an older lock left behind ca
 if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS=${UV_FIND_LINKS:-$PIP_FIND_LINKS}; fi
 uv=$venv/bin/uv
 [ -x "$uv" ] || uv=$(command -v uv || true)
-pip_install=("$venv/bin/python" -m pip install -q --disable-pip-version-check)
+pip_install=("$venv/bin/python" -m pip install -qq --disable-pip-version-check)
 if [ -z "$uv" ] || ! install_with "$uv" pip install -q --python "$venv/bin/python"; then
   [ -z "$uv" ] || echo 'setup: uv could not install the lock; trying pip' >&2
   install_with "${pip_install[@]}"
