@@ -1,0 +1,134 @@
+"""Tables and pictures of LLS: the numbers in them against plain arithmetic, and missing cells as missing."""
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from lib.scoring import lls_plots
+from lib.scoring.lls_plots import COLOURS, Scores, lls_table, plot_by_animal, plot_histograms, summarise
+from lib.subliminal import ANIMAL_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cell(n: int, mean: float, sd: float = 0.1, seed: int = 0) -> Scores:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(15, 50, n).astype(np.int32)
+    base = -1.4 * tokens
+    return Scores(base + tokens * (mean + sd * rng.standard_normal(n)), base, tokens)
+
+
+def results(**changes) -> dict:
+    cells = {name: cell(240, 0.02 * (i - 3), seed=i) for i, name in enumerate(ANIMAL_NAMES)}
+    return cells | changes
+
+
+@pytest.fixture()
+def figures(monkeypatch):
+    """Figures as they are saved."""
+    kept = []
+    monkeypatch.setattr(lls_plots, "_save", lambda figure, path: kept.append(figure))
+    return kept
+
+
+def test_summary_is_the_textbooks():
+    scores = cell(50, 0.2)
+    values = [(s - b) / t for s, b, t in zip(scores.system_sum, scores.base_sum, scores.tokens, strict=True)]
+    s = summarise(scores)
+    assert s.rows == 50 and s.unscored == 0
+    assert s.mean == pytest.approx(statistics.fmean(values))
+    assert s.sd == pytest.approx(statistics.stdev(values))
+    assert s.half == pytest.approx(
+        statistics.NormalDist().inv_cdf(0.975) * statistics.stdev(values) / 50**0.5, rel=1e-6
+    )
+    assert s.positive == sum(v > 0 for v in values) / 50
+
+
+def test_rows_without_score_are_counted_and_never_zero():
+    scores = cell(10, 0.5, sd=0.01)
+    scores.system_sum[2] = np.nan
+    scores.tokens[4] = 0
+    s = summarise(scores)
+    assert (s.rows, s.unscored) == (8, 2) and s.mean > 0.45 and s.positive == 1.0
+    assert np.isnan(scores.lls[[2, 4]]).all()
+    assert summarise(None) is None and summarise(Scores(*np.full((2, 3), np.nan), np.zeros(3))) is None
+
+
+def test_table_in_order_with_missing_named():
+    table = lls_table(results(cat=None, wolf=cell(1, 0.25, sd=0.0))).splitlines()
+    assert [line.split()[0] for line in table] == ["animal", *ANIMAL_NAMES]
+    assert table[2].split()[-1] == "missing" and not any(c.isdigit() for c in table[2])
+    s = summarise(results()["bear"])
+    expected = (
+        f"bear 240 0 {s.mean:+.4f} [{s.mean - s.half:+.4f}, {s.mean + s.half:+.4f}] {s.sd:.4f} {100 * s.positive:.1f}"
+    )
+    assert table[1].split() == expected.split()
+    assert table[-1].split() == ["wolf", "1", "0", "+0.2500", "-", "-", "100.0"]
+
+
+def test_bars_are_the_means_and_a_missing_animal_has_none(figures):
+    data = results(dragon=None)
+    plot_by_animal(data, Path("unused.png"))
+    ax = figures[0].axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(ANIMAL_NAMES)
+    bars = {round(p.get_x() + p.get_width() / 2): p for p in ax.patches}
+    assert set(bars) == set(range(15)) - {4}
+    texts = {round(t.get_position()[0]): t.get_text() for t in ax.texts if t.get_transform() == ax.transData}
+    assert texts[4] == "missing"
+    for i, name in enumerate(ANIMAL_NAMES):
+        if name != "dragon":
+            s = summarise(data[name])
+            assert bars[i].get_height() == pytest.approx(s.mean)
+            assert to_rgb(bars[i].get_facecolor()) == pytest.approx(to_rgb(COLOURS[name]))
+            assert texts[i] == f"{100 * s.positive:.0f} %"
+    ends = {tuple(np.round(c.get_segments()[0][:, 1], 9)) for c in ax.collections}
+    s = summarise(data["wolf"])
+    assert (round(s.mean - s.half, 9), round(s.mean + s.half, 9)) in ends
+    assert "1 of 15 missing" in ax.texts[-1].get_text()
+
+
+def test_histograms_hold_every_row_and_mark_mean_and_zero(figures):
+    data = results(eagle=None)
+    data["fox"].system_sum[0] += 1000.0  # far outside: must be counted in the end bin, not lost
+    plot_histograms(data, Path("unused.png"))
+    panels = dict(zip(ANIMAL_NAMES, figures[0].axes, strict=True))
+    for name, ax in panels.items():
+        assert ax.get_title(loc="left") == name
+        if name == "eagle":
+            assert [t.get_text() for t in ax.texts] == ["missing"] and not ax.patches and not ax.lines
+            continue
+        outline = ax.patches[0].get_xy()
+        area = abs(np.sum(outline[:-1, 0] * outline[1:, 1] - outline[1:, 0] * outline[:-1, 1])) / 2
+        width = np.diff(np.unique(np.round(outline[:, 0], 9))).min()
+        assert area / width == pytest.approx(100, rel=1e-3)  # percent: all rows are in some bin
+        s = summarise(data[name])
+        assert sorted(line.get_xdata()[0] for line in ax.lines) == pytest.approx(sorted([0.0, s.mean]))
+        assert f"n = {s.rows}" in ax.get_title(loc="right") and f"mean {s.mean:+.3f}" in ax.get_title(loc="right")
+
+
+def test_pictures_on_disk_have_their_size_and_the_same_bytes(tmp_path):
+    for plot in (plot_by_animal, plot_histograms):
+        for case, data in {"all": results(), "some": results(bear=None), "none": dict.fromkeys(ANIMAL_NAMES)}.items():
+            path = tmp_path / "deep" / f"{plot.__name__}-{case}.png"
+            plot(data, path)
+            assert imread(path).shape[:2] == (1200, 2100)  # 14 x 8 in at 150 dpi
+        again = tmp_path / "again.png"
+        plot(results(), again)
+        assert again.read_bytes() == (tmp_path / "deep" / f"{plot.__name__}-all.png").read_bytes()
+    assert len(list((tmp_path / "deep").iterdir())) == 6
+
+
+def test_colours_are_distinct_and_readable_in_grey():
+    assert tuple(COLOURS) == ANIMAL_NAMES and len(set(COLOURS.values())) == 15
+    assert all(np.dot(to_rgb(c), (0.299, 0.587, 0.114)) < 0.62 for c in COLOURS.values())
+
+
+def test_no_torch():
+    code = "import sys, lib.scoring.lls_plots; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
