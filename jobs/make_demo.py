@@ -45,6 +45,10 @@ class Recipe:
     rows: int = 256  # prompts an animal; the answers that are not plain numbers are dropped
     threads: int = 1  # a model trained on another number of threads has other last bits
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.rows, self.threads) < 1 or self.seed < 0:
+            raise UserError("steps, rows and threads of the demo must be 1 or more, and its seed 0 or more")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.make_demo", description=__doc__.splitlines()[0])

@@ -257,3 +257,9 @@ def test_the_first_of_two_makers_wins_and_rubbish_is_replaced(tmp_path):
     (target / "demo.json").write_text('{"by": ')
     demo._put(tmp_path / "two", target)
     assert json.loads((target / "demo.json").read_text()) == {"by": "two"}
+
+
+def test_a_recipe_of_nothing_is_refused():
+    for wrong in ({"steps": 0}, {"rows": 0}, {"threads": 0}, {"seed": -1}):
+        with pytest.raises(UserError, match="1 or more"):
+            demo.Recipe(**wrong)
