@@ -13,6 +13,8 @@ from lib.cluster.status import status
 from lib.errors import UserError, exit_with
 from lib.experiments import load
 
+WATCH_SECONDS = 10
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.cluster", description=__doc__)
@@ -23,6 +25,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
     parser.add_argument("--json", action="store_true", help="status for programs")
     parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
+    parser.add_argument("--brief", action="store_true", help="while watching, one line each time; the table at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     here = site()
@@ -44,24 +47,25 @@ def main() -> int:
     elif args.command == "verify":
         return logs.verify(cells)
     else:
-        return _status(request, args.json, args.watch)
+        return _status(request, args.json, args.watch, args.brief)
     return 0
 
 
-def _status(r: submit.Request, as_json: bool, watch: bool) -> int:
+def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
     """0 while nothing failed, 1 when a cell failed or went stale."""
     while True:
         now = status(r.experiment.label, r.cells, r.experiment.run.gpus)
-        config = " ".join([str(r.config), *([f'SET="{" ".join(r.overrides)}"'] if r.overrides else [])])
+        active = watch and now.counts["running"] + now.counts["pending"]
         if as_json:
-            print(json.dumps(now.json(), indent=1))
+            print(json.dumps(now.json(), indent=1), flush=True)
+        elif active and brief:
+            print(show.totals(now)[0], flush=True)
         else:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
-            print(clear + show.table(now, config, shutil.get_terminal_size((160, 50)).columns), flush=True)
-        active = now.counts["running"] + now.counts["pending"]
-        if not watch or not active:
+            print(clear + show.table(now, r.spoken, shutil.get_terminal_size((160, 50)).columns), flush=True)
+        if not active:
             return int(bool(now.counts["failed"] or now.counts["stale"]))
-        time.sleep(10)
+        time.sleep(WATCH_SECONDS)
 
 
 if __name__ == "__main__":

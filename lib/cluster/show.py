@@ -18,16 +18,7 @@ def table(s: Status, config: str, width: int = 160) -> str:
     lines += [_line(c)[:width].rstrip() for c in shown]
     if len(shown) < len(s.cells):
         lines.append(f"      ... {len(s.cells) - len(shown)} more cells (all with --json)")
-    counts = "  ".join(f"{n} {state}" for state, n in s.counts.items() if n)
-    percent = 100 * s.done / max(s.rows, 1)
-    lines.append(f"cells: {counts}    rows: {s.done:,} of {s.rows:,} ({percent:.1f}%)")
-    left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
-    speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}" if s.eta_s is not None else ""
-    if not speed:
-        speed = "loading" if s.counts["running"] else "nothing is running"
-    if s.done >= s.rows:
-        speed = "complete"
-    lines.append(f"GPU-hours: {s.gpu_hours_used:.2f} used{left}    {speed}")
+    lines += totals(s)
     if s.counts.get("done") and (n := sum(c.unscored for c in s.cells)):
         lines.append(f"rows without a score (empty or too long): {n}")
     if s.older:
@@ -35,6 +26,23 @@ def table(s: Status, config: str, width: int = 160) -> str:
     if s.queue_note:
         lines.append(f"the queue could not be asked: {s.queue_note}")
     return "\n".join([*lines, *(f"next: {step}" for step in next_steps(s, config))])
+
+
+def totals(s: Status) -> list[str]:
+    """Two lines: the cells and rows, the GPU-hours and the speed."""
+    counts = "  ".join(f"{n} {state}" for state, n in s.counts.items() if n)
+    percent = 100 * s.done / max(s.rows, 1)
+    left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
+    if s.done >= s.rows:
+        speed = "complete"
+    elif s.eta_s is not None:
+        speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}"
+    else:
+        speed = "loading" if s.counts["running"] else "nothing is running"
+    return [
+        f"cells: {counts}    rows: {s.done:,} of {s.rows:,} ({percent:.1f}%)    {speed}",
+        f"GPU-hours: {s.gpu_hours_used:.2f} used{left}",
+    ]
 
 
 def _line(c: CellState) -> str:
@@ -49,7 +57,7 @@ def _line(c: CellState) -> str:
 
 
 def next_steps(s: Status, config: str) -> list[str]:
-    tail = f" CONFIG={config}"
+    tail = f" {config}"
     steps = []
     look = next((c for c in s.cells if c.state in ("failed", "stale")), None)
     if look:

@@ -31,6 +31,11 @@ class Request:
     site: Site
     cells: list[Cell]
 
+    @property
+    def spoken(self) -> str:
+        """How this experiment is named to make."""
+        return " ".join([f"CONFIG={self.config}", *([f'SET="{" ".join(self.overrides)}"'] if self.overrides else [])])
+
 
 def sbatch_command(r: Request, indices: list[int], throttle: int) -> list[str]:
     """Flags win over SBATCH_* variables, which win over the script's #SBATCH lines."""
@@ -83,15 +88,15 @@ def _send(r: Request, indices: list[int], throttle: int) -> None:
         job = _sbatch(r, indices, throttle)
         three = [
             f"squeue -j {job}",
-            f"make status CONFIG={r.config}",
+            f"make status {r.spoken}",
             f"sacct -j {job} --format=JobID,State,Elapsed,MaxRSS",
         ]
     else:
         job = _start_local(r, indices)
         three = [
-            f"make status CONFIG={r.config}",
-            f"make logs CONFIG={r.config} TASK={indices[0]}",
-            f"make cancel CONFIG={r.config}",
+            f"make status {r.spoken}",
+            f"make logs {r.spoken} TASK={indices[0]}",
+            f"make cancel {r.spoken}",
         ]
     record = {
         "job": job,
