@@ -7,6 +7,7 @@
 import hashlib
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from lib.errors import UserError, exit_with
 from lib.experiments import LLS
 from lib.job import Job, job
-from lib.scoring.lls_plots import Scores, lls_table, plot_by_animal, plot_histograms
+from lib.scoring.lls_plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
 from lib.store import Cell, dataset_input, gaps, merge, scan
 from lib.store.atomic import read_json, write_bytes, write_json
 from lib.store.inputs import read_rows
@@ -84,7 +85,7 @@ def _provenance(experiment: LLS, cell: Cell, lines: bytes, scores: Scores) -> di
         "digest": cell.digest,
         "cell": cell.name,
         "rows": cell.rows,
-        "rows_without_score": int((~np.isfinite(scores.lls)).sum()),
+        "summary": asdict(summary) if (summary := summarise(scores)) else None,
         "sha256": hashlib.sha256(lines).hexdigest(),
         "experiment": experiment.model_dump(mode="json"),
     }

@@ -76,6 +76,7 @@ def work(queue_path: str, gpu: str) -> list[int]:
         with log.open("ab") as out:
             while code == REQUEUE and not (queue / "cancelled").exists():
                 code = subprocess.call(["bash", *plan["command"]], cwd=ROOT, env=env, stdout=out, stderr=out)
+        (queue / f"cell-{index}" / "exit").write_text(f"{code}\n")
         if code:
             failed.append(index)
     return failed
@@ -105,20 +106,24 @@ def free_gpus(per_task: int) -> list[str]:
     return [",".join(free[i : i + per_task]) for i in range(0, len(free) - per_task + 1, per_task)]
 
 
-def waiting(folder: Path) -> dict[int, str]:
-    """Cells that a living dispatcher still has in its queue, with its name."""
-    found: dict[int, str] = {}
+def tasks(folder: Path) -> dict[int, tuple[str, str]]:
+    """Cells in the hands of a living dispatcher: PENDING in its queue, or RUNNING, with the queue's name."""
+    found: dict[int, tuple[str, str]] = {}
     for queue in sorted((folder / "queue").glob("local-*")):
         who, plan = read_json(queue / "dispatcher.json"), read_json(queue / "plan.json")
         alive = who and who["host"] == HOST and pid_started(int(who["pid"])) == who["pid_started"] != ""
-        if alive and plan and not (queue / "cancelled").exists():
-            found.update({i: queue.name for i in plan["cells"] if not (queue / f"cell-{i}").exists()})
+        for index in plan["cells"] if alive and plan else []:
+            claim = queue / f"cell-{index}"
+            if claim.exists() and not (claim / "exit").exists():
+                found[index] = ("RUNNING", queue.name)
+            elif not claim.exists() and not (queue / "cancelled").exists():
+                found[index] = ("PENDING", queue.name)
     return found
 
 
 def cancel(folder: Path) -> list[str]:
     """No worker takes another cell. Returns the queues that were still alive."""
-    names = sorted(set(waiting(folder).values()))
+    names = sorted({name for _, name in tasks(folder).values()})
     for queue in (folder / "queue").glob("local-*"):
         with suppress(OSError):
             (queue / "cancelled").touch()

@@ -98,8 +98,9 @@ def is_alive(beat: dict[str, Any]) -> bool:
 def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
     """Queued or running tasks of this experiment, by cell index: Slurm's, and those of the workers of this box."""
     folder, found = run_folder(cells), {}
-    for index, job in local.waiting(folder).items():
-        found[index] = slurm.Queued(job, index, "PENDING", "waiting for a worker", "", label, "")
+    for index, (state, job) in local.tasks(folder).items():
+        reason = "waiting for a worker" if state == "PENDING" else ""
+        found[index] = slurm.Queued(job, index, state, reason, HOST, label, "")
     beats = heartbeats(folder)
     for cell in cells:
         last = beats.get(cell.name, [{}])[-1]
