@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, by bash. FASRC's Cannon and the Kempner cluster. A value that is already set wins.
 #   FASRC_LAB      the lab's group, if it is not your primary group: names the lab's folder on netscratch
 #   FASRC_ACCOUNT  the account to charge; Kempner's partitions demand one (kempner_<lab>)

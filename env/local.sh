@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced, by bash. One machine: everything lies under the repository. A value that is already set wins.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 : "${SUITE_SITE:=local}" "${SUITE_SCRATCH:=$root/.scratch}" "${SUITE_CACHE:=$root/.cache}" "${SUITE_OUTPUT:=$root/outputs}"

@@ -27,9 +27,8 @@ def main() -> int:
         print(f"\n{title} tree:\n{tree(root / 'demo_lls')}")
     found = [json.loads(p.read_text()) for p in (site().output / "demo_lls").glob("*/*.provenance.json")]
     wrong = [f["cell"] for f in found if not f["summary"]["mean"] - f["summary"]["half"] > 0]
-    print(
-        f"\nThe habit is planted, so the sign is known: {len(found) - len(wrong)} of {len(found)} means lie above 0 with their interval."
-    )
+    good = f"{len(found) - len(wrong)} of {len(found)}"
+    print(f"\nThe habit is planted, so the sign is known: {good} means lie above 0 with their whole interval.")
     print(f"demo done in {time.monotonic() - began:.0f} s")
     return int(bool(wrong))
 

@@ -48,7 +48,14 @@ def test_prompts_are_the_reference_order_of_draws():
     rng = np.random.Generator(np.random.PCG64(7))
     for prompt in sample_prompts(50, 7):
         examples = [rng.integers(100, 1000) for _ in range(rng.integers(3, 9))]
-        pools = ("example_templates", "count_qualifiers", "digit_descriptors", "instructions", "answer_formats", "endings")
+        pools = (
+            "example_templates",
+            "count_qualifiers",
+            "digit_descriptors",
+            "instructions",
+            "answer_formats",
+            "endings",
+        )
         start, qualifier, descriptor, instruction, form, ending = (RAW[p][rng.integers(len(RAW[p]))] for p in pools)
         start = start.replace("{examples}", ", ".join(str(e) for e in examples))
         instruction = instruction.replace("{qualifier}", qualifier).replace("{count}", "10")

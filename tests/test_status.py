@@ -22,7 +22,7 @@ SHARDS = 10_000
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """20 cells of 500 shards: markers and files as commit() leaves them, made quickly. Cell 19 lacks its last 100 shards."""
+    """20 cells of 500 shards: markers and files as commit() leaves them, made quickly. Cell 19 lacks its last 100."""
     folder = tmp_path_factory.mktemp("many")
     tiny_model(folder / "model")
     rows = number_rows(500)

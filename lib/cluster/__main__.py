@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
-    """0 while nothing failed, 1 when a cell failed or went stale."""
+    """Watching ends with 1 when a cell failed or went stale; a look is always 0."""
     while True:
         now = status(r.experiment.label, r.cells, r.experiment.run.gpus)
         active = watch and now.counts["running"] + now.counts["pending"]
@@ -64,7 +64,7 @@ def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
             print(clear + show.table(now, r.spoken, shutil.get_terminal_size((160, 50)).columns), flush=True)
         if not active:
-            return int(bool(now.counts["failed"] or now.counts["stale"]))
+            return int(watch and bool(now.counts["failed"] or now.counts["stale"]))
         time.sleep(WATCH_SECONDS)
 
 
