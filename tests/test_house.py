@@ -139,10 +139,19 @@ def test_files_stay_short_enough_to_be_seen_whole():
 
 
 GOLDEN = {
-    "job-name": "compute_lls", "array": "0-14%16", "partition": "gpu_requeue", "constraint": "h200", "gpus-per-node": "1",
-    "cpus-per-gpu": "8", "mem-per-gpu": "180G", "time": "0-04:00", "requeue": "", "open-mode": "append",
-    "signal": "B:USR1@180", "output": "slurm/logs/%x-%A_%a.out",
-}  # fmt: skip
+    "job-name": "compute_lls",
+    "array": "0-14%16",
+    "partition": "gpu_requeue",
+    "constraint": "h200",
+    "gpus-per-node": "1",
+    "cpus-per-gpu": "8",
+    "mem-per-gpu": "180G",
+    "time": "0-04:00",
+    "requeue": "",
+    "open-mode": "append",
+    "signal": "B:USR1@180",
+    "output": "slurm/logs/%x-%A_%a.out",
+}
 
 
 def test_the_lls_batch_file_asks_fasrc_for_exactly_this():

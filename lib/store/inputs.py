@@ -7,7 +7,9 @@ Jobs, plans and status read these and nothing else, so they need neither a netwo
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,9 @@ from lib.errors import UserError
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
 
 Record = TypeVar("Record", "DatasetInput", "ModelInput")
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
+WEIGHTLESS = re.compile(r"embed_tokens|embed_positions|lm_head|wte|wpe")  # not a matmul of every token
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class ModelInput:
     parameters: int
     body_parameters: int  # without embedding and output head: what every token is multiplied by
     head_parameters: int  # vocabulary x hidden, once
-    bytes: int
+    bytes: int  # of all model files
     source_stamp: str = ""
 
 
@@ -104,14 +109,66 @@ def save_model(cache: Path, record: ModelInput) -> None:
 
 def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list[dict[str, Any]]:
     """The rows, after a check that the file is the one that was recorded."""
+    path = check_rows(cache, spec)
+    with path.open(encoding="utf-8") as f:
+        return [json.loads(line) for line, _ in zip(f, range(limit or spec.rows), strict=False)]
+
+
+def check_rows(cache: Path, spec: DatasetInput) -> Path:
+    """Where the rows lie; a UserError when they are not what was recorded."""
     path = dataset_folder(cache, spec.id, spec.revision, spec.split) / "rows.jsonl"
     try:
-        if sha256_file(path) != spec.sha256:
-            raise UserError(f"{path} is not the file that was fetched (its sha256 differs); run `make fetch` again")
-        with path.open(encoding="utf-8") as f:
-            return [json.loads(line) for line, _ in zip(f, range(limit or spec.rows), strict=False)]
+        if sha256_file(path) == spec.sha256:
+            return path
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}); run `make fetch`") from None
+    raise UserError(f"{path} is not the file that was fetched (its sha256 differs); run `make fetch` again")
+
+
+def check_model(spec: ModelInput) -> None:
+    """A UserError when the files of a model are not whole: sizes and safetensors headers, without reading weights."""
+    folder = Path(spec.path)
+    broken = broken_weights(folder)
+    if broken:
+        raise UserError(f"{broken[0]} is cut off or not a safetensors file; run `make fetch` again")
+    found = sum(path.stat().st_size for path in model_files(folder) if path.exists())
+    if found != spec.bytes:
+        raise UserError(f"model {spec.id}: {folder} holds {found} of {spec.bytes} bytes; run `make fetch` again")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Links whose file is gone are among them."""
+    return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+
+
+def broken_weights(folder: Path) -> list[Path]:
+    """Safetensors files whose length is not the one that their own header states."""
+    return sorted(path for path in folder.glob("*.safetensors") if tensor_shapes(path) is None)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]] | None:
+    """Names and shapes in a safetensors file, from its header; None when the file is cut off or something else."""
+    try:
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > path.stat().st_size:
+                return None
+            header = {k: v for k, v in json.loads(f.read(length)).items() if k != "__metadata__"}
+        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        shapes = {name: [int(side) for side in t["shape"]] for name, t in header.items()}
+        return shapes if end == path.stat().st_size else None
+    except (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def parameters(folder: Path) -> tuple[int, int]:
+    """(all parameters, those that every token is multiplied by) of whole safetensors files."""
+    total = body = 0
+    for path in folder.glob("*.safetensors"):
+        for name, shape in (tensor_shapes(path) or {}).items():
+            total += prod(shape)
+            body += 0 if WEIGHTLESS.search(name) else prod(shape)
+    return total, body
 
 
 def source_stamp(path: Path) -> str:
