@@ -1,0 +1,250 @@
+"""Preflight: what would stop an experiment's jobs, one line a check, each that fails with the command that helps.
+
+`make doctor CONFIG=...`; exit code 1 when a line says FAIL. Nothing here imports torch or touches a network."""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from lib.cluster.plan import CellPlan, plan, si
+from lib.cluster.request import Env, Line, ask, slurm_lines
+from lib.cluster.site import ROOT, Site
+from lib.errors import UserError
+from lib.experiments import Experiment
+from lib.store.atomic import write_bytes
+from lib.store.inputs import check_model, check_rows, dataset_input, local_path, model_input
+
+DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
+CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+def check(experiment: Experiment, site: Site) -> int:
+    cells = plans = None
+    with contextlib.suppress(UserError):  # inputs that are not fetched have their own lines
+        cells = experiment.cells(site.cache, site.scratch)
+        plans = plan(experiment, cells, site.cache, site.gpu)
+    script = ROOT / "slurm" / f"{experiment.job}.sbatch"
+    slurm = site.env.get("SUITE_SLURM") != "no"
+    probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
+        ("slurm", lambda: slurm_lines(site.env, ROOT, script, cells and len(cells))),
+        ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
+        ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
+        ("space", lambda: space_lines(site, plans, lost_bytes(experiment, site.cache))),
+        ("quota", lambda: quota_lines(site.env, site.scratch, plans)),
+        ("python", lambda: [python_line(ROOT)]),
+        ("torch", lambda: gpu_lines(site.env, torch_cuda(), site.gpu, slurm)),
+        ("models", lambda: [models_line(experiment, site.cache)]),
+        ("datasets", lambda: [datasets_line(experiment, site.cache)]),
+        ("token", lambda: [token_line(experiment, site)]),
+        ("secrets", lambda: [secrets_line(site.env)]),
+    ]
+    levels = []
+    for name, probe in probes:
+        for line in _guarded(name, probe):
+            levels.append(line.level)
+            fix = f"; fix: {line.fix}" if line.fix else ""
+            print(f"{line.level:<4}  {line.name:<9}  {' '.join(line.found.split())}{fix}", flush=True)
+    print(", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "FAIL")))
+    return int("FAIL" in levels)
+
+
+def _guarded(name: str, probe: Callable[[], Iterable[Line]]) -> Iterator[Line]:
+    try:
+        yield from probe()
+    except (UserError, OSError, ValueError) as e:
+        found, _, fix = str(e).partition("; ")
+        yield Line("FAIL", name, found, fix or "see the message")
+
+
+def writable(name: str, folder: Path, variable: str) -> Line:
+    """Make it, write, fsync, read back, delete."""
+    trial = folder / f".doctor-{secrets.token_hex(8)}"
+    try:
+        write_bytes(trial, secrets.token_bytes(4096))
+        trial.unlink()
+    except (UserError, OSError) as e:
+        return Line("FAIL", name, str(e).partition("; ")[0], f"export {variable}=<a folder that can be written>")
+    return Line("ok", name, f"{folder} can be written")
+
+
+def space_lines(site: Site, plans: list[CellPlan] | None, lost: int) -> Iterator[Line]:
+    """`lost`: bytes of recorded models that `make fetch` has to bring again."""
+    need, files = _needs(plans)
+    scratch, cache = (next(p for p in (root, *root.parents) if p.exists()) for root in (site.scratch, site.cache))
+    if lost and scratch.stat().st_dev == cache.stat().st_dev:
+        need += lost
+    elif lost and lost > (free := shutil.disk_usage(cache).free):
+        yield Line("FAIL", "cache", f"models take {si(lost)}, {si(free)} free in {cache}", "free some, or SUITE_CACHE=")
+    free = shutil.disk_usage(scratch).free
+    known = f"{si(need)} needed" if plans or lost else "what is needed is known after `make fetch`"
+    level = "FAIL" if need > free else "ok"
+    fix = f"free {si(need - free)}, or export SUITE_SCRATCH=<a larger place>" if need > free else ""
+    yield Line(level, "space", f"{known}, {si(free)} free in {scratch}", fix)
+    stat = os.statvfs(scratch)
+    if not stat.f_files:
+        yield Line("ok", "inodes", "this file system does not count them")
+        return
+    level = "FAIL" if files > stat.f_favail else "ok"
+    fix = "raise run.shard_rows, delete files, or export SUITE_SCRATCH=<another place>" if level == "FAIL" else ""
+    yield Line(level, "inodes", f"{files} files needed, {stat.f_favail} inodes free", fix)
+
+
+def _needs(plans: list[CellPlan] | None) -> tuple[int, int]:
+    """(bytes, files): shards and the merged file; a marker beside each shard, and a few files a cell."""
+    return 2 * sum(p.bytes for p in plans or []), sum(2 * len(p.shards) + 4 for p in plans or [])
+
+
+def quota_lines(env: Env, scratch: Path, plans: list[CellPlan] | None) -> Iterator[Line]:
+    """FASRC: scratch is /n/<file system>/<lab>/..., and `quota -g <lab> /n/<file system>` tells of it."""
+    parts = scratch.parts
+    if env.get("SUITE_SITE") != "fasrc" or len(parts) < 4 or not shutil.which("quota", path=env.get("PATH")):
+        return
+    command = ["quota", "-g", parts[3], str(Path(*parts[:3]))]
+    good, out = ask(env, *command)
+    found = parse_quota(out) if good else None
+    if found is None:
+        yield Line("warn", "quota", f"`{' '.join(command)}` was not understood", "run it and read it yourself")
+        return
+    (need, files), (used, limit, used_files, limit_files) = _needs(plans), found
+    what = f"{si(used)} of {si(limit) if limit else 'unlimited'}"
+    what += f", {used_files:.0f} of {limit_files:.0f} files" if limit_files else ""
+    if (limit and used + need > limit) or (limit_files and used_files + files > limit_files):
+        yield Line(
+            "FAIL", "quota", f"{parts[3]} uses {what}; {si(need)}, {files} files needed", "free some of the lab's"
+        )
+    else:
+        yield Line("ok", "quota", f"{parts[3]} uses {what}")
+
+
+def parse_quota(text: str) -> tuple[float, float, float, float] | None:
+    """(bytes, limit, files, limit) of quota's and lfs quota's table: used, soft, hard [grace] twice; kB without a unit,
+    0 = no limit."""
+    number = re.compile(r"(\d+(?:\.\d+)?)([kKMGTP]?)\*?")
+    for line in text.splitlines():
+        found = [m for m in map(number.fullmatch, line.split()) if m]
+        if len(found) >= 3:
+            used, soft, hard = (float(m[1]) * 1024 ** " KMGTP".index(m[2].upper() or "K") for m in found[:3])
+            files = [float(m[1]) * 1000 ** " KMGTP".index(m[2].upper() or " ") for m in found[3:6]]
+            return used, hard or soft, *((files[0], files[2] or files[1]) if len(files) == 3 else (0.0, 0.0))
+    return None
+
+
+def python_line(root: Path, version: tuple[int, ...] = sys.version_info[:2]) -> Line:
+    name = ".".join(map(str, version))
+    if version not in ((3, 11), (3, 12)):
+        return Line("FAIL", "python", f"{name} is neither 3.11 nor 3.12", "PYTHON=python3.12 make setup")
+    with contextlib.suppress(OSError, ValueError):
+        build, digest = (root / ".venv" / "suite-stamp").read_text().split()
+        if hashlib.sha256((root / "env" / f"lock-{build}.txt").read_bytes()).hexdigest() == digest:
+            return Line("ok", "python", f"{name}, .venv as env/lock-{build}.txt says")
+    return Line("FAIL", "python", f"{name}, but .venv is not what env/lock-*.txt says", "make setup")
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version torch was built for, '' for a CPU build, None without torch; read, not imported."""
+    spec = find_spec("torch")
+    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else None
+    found = re.search(r"^cuda\b.*?=\s*(?:'([\d.]+)'|None)", text or "", re.M)
+    return (found[1] or "") if found else None
+
+
+def gpu_lines(env: Env, cuda: str | None, wanted: str, slurm: bool) -> Iterator[Line]:
+    """torch's build against the GPUs of the site and of this node, and the driver here against torch."""
+    good, out = ask(env, "nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader")
+    gpus = [[word.strip() for word in line.split(",", 2)] for line in out.splitlines() if good and line.count(",") > 1]
+    if cuda is None:
+        yield Line("FAIL", "torch", "is not in .venv", "make setup")
+        return
+    has = {f"{name} (sm_{cap.replace('.', '')})": float(cap) for _, cap, name in gpus}
+    has = has or ({wanted: CAPABILITY[wanted]} if wanted in CAPABILITY else {})
+    yield build_line(cuda, has if gpus or wanted != "cpu" else {}, wanted)
+    if gpus and cuda:
+        yield driver_line(cuda, gpus[0][0])
+    elif not gpus and wanted != "cpu" and not slurm:
+        yield Line("warn", "driver", f"no GPU here, no Slurm, and the site says {wanted}", "export SUITE_GPU=cpu")
+    elif not gpus and wanted != "cpu":
+        yield Line("ok", "driver", "no GPU on this node; a task without a working one stops with an error")
+
+
+def build_line(cuda: str, gpus: dict[str, float], wanted: str) -> Line:
+    name = f"CUDA {cuda}" if cuda else "the CPU build"
+    if not cuda and wanted != "cpu":
+        return Line("FAIL", "torch", f"the CPU build, and tasks run on {wanted}", "SUITE_BUILD=gpu make setup")
+    version = _version(cuda)
+    for gpu, capability in gpus.items() if cuda else ():
+        if capability >= 10 and version < (12, 8):
+            return Line("FAIL", "torch", f"CUDA {cuda} has no code for {gpu}", "install a torch of CUDA 12.8 or newer")
+        if capability < 7 or (capability < 7.5 and version >= (13, 0)):
+            return Line(
+                "FAIL", "torch", f"CUDA {cuda} no longer serves {gpu}", "export SBATCH_CONSTRAINT=<a newer GPU>"
+            )
+    return Line("ok", "torch", name + (f", serves {', '.join(gpus)}" if cuda and gpus else ""))
+
+
+def driver_line(cuda: str, driver: str) -> Line:
+    need = next((oldest for since, oldest in DRIVERS.items() if _version(cuda) >= since), 450)
+    if int(driver.partition(".")[0]) < need:
+        found = f"{driver}, and torch's CUDA {cuda} needs {need} or newer"
+        return Line("FAIL", "driver", found, "use nodes with a newer driver, or ask the administrators")
+    return Line("ok", "driver", f"{driver}, torch's CUDA {cuda} needs {need}")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2]) if text else (0, 0)
+
+
+def models_line(experiment: Experiment, cache: Path) -> Line:
+    found = [model_input(cache, spec.id, spec.revision) for spec in experiment.models()]
+    for model in found:
+        check_model(model)
+    return Line("ok", "models", ", ".join(f"{m.id} {m.commit[:12]} {si(m.bytes)}" for m in found))
+
+
+def lost_bytes(experiment: Experiment, cache: Path) -> int:
+    lost = 0
+    for spec in experiment.models():
+        with contextlib.suppress(UserError):
+            model = model_input(cache, spec.id, spec.revision)
+            try:
+                check_model(model)
+            except UserError:
+                lost += model.bytes
+    return lost
+
+
+def datasets_line(experiment: Experiment, cache: Path) -> Line:
+    rows = [dataset_input(cache, spec.id, spec.revision, spec.split) for spec in experiment.datasets()]
+    for data in rows:
+        check_rows(cache, data)
+    return Line("ok", "datasets", f"{len(rows)}, {sum(d.rows for d in rows)} rows, each with its sha256")
+
+
+def token_line(experiment: Experiment, site: Site) -> Line:
+    """Only the files' modes are looked at: their text stays where it is."""
+    path = Path(site.env["HF_TOKEN_PATH"])
+    loose = [p for p in (path, path.with_name("stored_tokens")) if p.exists() and p.stat().st_mode & 0o077]
+    if loose:
+        names = " ".join(map(str, loose))
+        return Line("FAIL", "token", f"others can read {names}", f"chmod 600 {names}")
+    if path.exists():
+        return Line("ok", "token", f"{path}, mode 600")
+    ids = [spec.id for spec in [*experiment.models(), *experiment.datasets()]]
+    if all(local_path(site.cache, id) for id in ids):
+        return Line("ok", "token", "none, and every input is local")
+    return Line("warn", "token", f"none in {path}: gated and private repositories need it", ".venv/bin/hf auth login")
+
+
+def secrets_line(env: Env) -> Line:
+    here = [name for name in SECRETS if env.get(name) or os.environ.get(name)]
+    if here:
+        found = f"{', '.join(here)} would travel with every job (sbatch --export=ALL)"
+        return Line("warn", "secrets", found, f"unset {' '.join(here)}, and keep the token in its file: hf auth login")
+    return Line("ok", "secrets", "no token among the variables that jobs inherit")

@@ -1,0 +1,103 @@
+"""The Hub at arm's length: model snapshots and dataset rows at one commit; whatever goes wrong is one sentence.
+
+huggingface_hub and datasets read HF_HOME, HF_ENDPOINT and the token's path when they are imported: hence here, late."""
+
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.store.inputs import MODEL_FILES
+
+
+def model_snapshot(id: str, revision: str) -> Path:
+    """The folder <HF_HOME>/hub/models--.../snapshots/<commit>; a broken download goes on where it stopped."""
+    with _sentences(f"model {id} at {revision}"):
+        from huggingface_hub import HfApi, constants, snapshot_download
+
+        _quiet()
+        info = HfApi().model_info(id, revision=revision, files_metadata=True)
+        sizes = {s.rfilename: s.size for s in info.siblings or []}
+        wanted = {name: size for name, size in sizes.items() if any(Path(name).match(p) for p in MODEL_FILES)}
+        store = Path(constants.HF_HUB_CACHE)
+        snapshot = store / f"models--{id.replace('/', '--')}" / "snapshots" / str(info.sha)
+        _room(
+            f"model {id}", sum(size or 0 for name, size in wanted.items() if not _whole(snapshot / name, size)), store
+        )
+        return Path(snapshot_download(id, revision=info.sha, allow_patterns=MODEL_FILES))
+
+
+def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str]:
+    """(rows, the commit that the revision stands for)."""
+    with _sentences(f"dataset {id} at {revision}"):
+        from datasets import load_dataset
+        from huggingface_hub import HfApi
+
+        _quiet()
+        commit = HfApi().dataset_info(id, revision=revision).sha
+        return load_dataset(id, split=split, revision=commit), str(commit)
+
+
+def _whole(path: Path, size: int | None) -> bool:
+    """Whether a file of a snapshot is there with its size. One that is cut off is removed with what it links to: the
+    Hub's library takes any file that is there for a whole one."""
+    if path.exists() and size in (None, path.stat().st_size):
+        return True
+    path.resolve().unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _room(what: str, need: int, store: Path) -> None:
+    store.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store).free
+    if need > free:
+        raise UserError(
+            f"{what} needs {need / 2**30:.0f} GiB more and {store} has {free / 2**30:.0f} GiB free; "
+            "free some, or set SUITE_CACHE to a larger place"
+        )
+
+
+def _quiet() -> None:
+    """A bar's carriage returns fill a log."""
+    if not sys.stderr.isatty():
+        from datasets import disable_progress_bars as datasets_bars
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+        datasets_bars()
+
+
+@contextmanager
+def _sentences(what: str) -> Iterator[None]:
+    """One sentence for whatever the Hub or its libraries raise: their errors have no base in common."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        raise _sentence(what, e) from e
+
+
+def _sentence(what: str, e: BaseException) -> UserError:
+    codes = {getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(e)}
+    if codes & {401, 403} or any(type(cause).__name__ == "GatedRepoError" for cause in _causes(e)):
+        return UserError(
+            f"{what}: access is refused; check the id, accept its licence on the Hub, and log in with "
+            "`.venv/bin/hf auth login`"
+        )
+    if 404 in codes:
+        return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")
+    why = " ".join(str(e).split())[:160]
+    return UserError(
+        f"{what} cannot be fetched ({type(e).__name__}: {why}); run `make fetch` again, on a node with a network"
+    )
+
+
+def _causes(e: BaseException | None) -> Iterator[BaseException]:
+    while e is not None:
+        yield e
+        e = e.__cause__ or e.__context__

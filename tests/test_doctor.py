@@ -1,0 +1,433 @@
+"""Preflight: every check holds and fails for its own reason, on the real Slurm where it asks Slurm."""
+
+import dataclasses
+import getpass
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Slurm
+from tools import number_rows, python, tiny_model, write_rows
+
+from jobs.fetch import fetch
+from lib.cluster import doctor, request
+from lib.cluster.plan import plan
+from lib.cluster.site import Site
+from lib.errors import UserError
+from lib.experiments import load
+from lib.store.inputs import dataset_folder, model_input
+
+SCRIPT = ROOT / "slurm" / "compute_lls.sbatch"
+TOKEN = "hf_" + "S3cretS3cret" * 3
+
+
+def stub(folder: Path, name: str, text: str) -> dict[str, str]:
+    """An environment whose PATH starts with a command of that name that says the text."""
+    path = folder / name
+    path.write_text(f"#!/bin/bash\ncat <<'END'\n{text}\nEND\n")
+    path.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def asked(env: dict[str, str], cells: int | None = 3) -> dict[str, request.Line]:
+    return {line.name: line for line in request.slurm_lines(env, ROOT, SCRIPT, cells)}
+
+
+def failed(lines: dict[str, request.Line]) -> list[str]:
+    return [name for name, line in lines.items() if line.level == "FAIL"]
+
+
+# what sbatch is asked
+
+
+def test_the_request_is_read_as_sbatch_reads_it(fresh_slurm: Slurm, tmp_path: Path) -> None:
+    text = (
+        "#!/bin/bash\n#SBATCH --partition=nowhere\n# a comment\n\n#SBATCH -t 90 --comment=x # and --time=5\n"
+        "##SBATCH --time=7\n #SBATCH --time=8\n#SBATCH --gpus-per-node=2 -C local\n#SBATCH --partition=high\n"
+        "echo\n#SBATCH --time=9\n"
+    )
+    (tmp_path / "job.sbatch").write_text(text.replace(" #SBATCH --time=8\n", ""))
+    job = fresh_slurm.sbatch(
+        "-H", "-o", "/dev/null", "job.sbatch", cwd=tmp_path, SBATCH_PARTITION="main", SBATCH_MEM_PER_GPU="100M"
+    )
+    shown = fresh_slurm.show(job)
+    env = {"SBATCH_PARTITION": "main", "SBATCH_MEM_PER_GPU": "100M"}
+    found = request.requested((tmp_path / "job.sbatch").read_text(), env)
+    assert shown["Partition"] == found["partition"] == "main"
+    assert shown["TimeLimit"] == "01:30:00" and request.minutes(found["time"]) == 90
+    assert shown["Features"] == found["constraint"] == "local"
+    assert shown["TresPerNode"].endswith(f"gpu:{request.gpus_of(found)}") and request.gpus_of(found) == 2
+    assert request.requested("#SBATCH --time=1\necho\n", {"SBATCH_TIMELIMIT": "2"}) == {"time": "2"}
+
+
+@pytest.mark.parametrize(
+    "text, minutes",
+    {
+        "4": 4,
+        "4:30": 4.5,
+        "2:00:00": 120,
+        "1-0": 1440,
+        "0-04:00": 240,
+        "1-1:30:30": 1530.5,
+        "UNLIMITED": float("inf"),
+    }.items(),
+)
+def test_slurms_times(text: str, minutes: float) -> None:
+    assert request.minutes(text) == minutes
+
+
+def test_a_time_that_is_none_is_named() -> None:
+    with pytest.raises(UserError, match="time 'soon' is not one of"):
+        request.minutes("soon")
+
+
+@pytest.mark.parametrize(
+    "options, gpus",
+    [
+        ({"gpus-per-node": "h200:4"}, 4),
+        ({"gpus": "2"}, 2),
+        ({"gres": "gpu:a100:3"}, 3),
+        ({"gres": "gpu:1"}, 1),
+        ({}, 0),
+    ],
+)
+def test_gpus_asked(options: dict[str, str], gpus: int) -> None:
+    assert request.gpus_of(options) == gpus
+
+
+def test_features() -> None:
+    node = "h200,ib,amd"
+    assert all(request.has_features(node, c) for c in ("", "h200", "a100|h200", "h200&ib", "[h200|a100]", "(h200&ib)"))
+    assert not any(request.has_features(node, c) for c in ("h100", "h200&rtx", "a100|h100", "h2"))
+
+
+# the real Slurm
+
+
+@pytest.fixture
+def env(slurm: Slurm) -> dict[str, str]:
+    return dict(slurm.env)
+
+
+def test_what_fits_passes_every_check(env: dict[str, str]) -> None:
+    lines = asked(env)
+    assert list(lines) == ["slurm", "account", "partition", "time", "nodes", "array", "sbatch"]
+    assert {line.level for line in lines.values()} == {"ok"}, lines
+    assert "3 nodes of main have that" in lines["nodes"].found
+
+
+@pytest.mark.parametrize(
+    "variable, value, name, found, fix",
+    [
+        ("SBATCH_PARTITION", "nope", "partition", "nope not found", "SBATCH_PARTITION="),
+        ("SBATCH_CONSTRAINT", "h200", "nodes", "no node of main is h200 (local)", "SBATCH_CONSTRAINT="),
+        ("SBATCH_GPUS_PER_NODE", "3", "nodes", "at most 2 GPU", "SBATCH_GPUS_PER_NODE"),
+        ("SBATCH_MEM_PER_GPU", "900G", "nodes", "no node has that much", "SBATCH_MEM_PER_GPU"),
+        ("SBATCH_CPUS_PER_GPU", "99", "nodes", "no node has that much", "SBATCH_CPUS_PER_GPU"),
+        ("SBATCH_RESERVATION", "none_such", "sbatch", "eservation", "DRY=1"),
+        ("PATH", "/nonexistent", "slurm", "sbatch is not on PATH", "SUITE_SLURM=no"),
+    ],
+)
+def test_a_request_that_does_not_fit(env, variable, value, name, found, fix) -> None:
+    lines = asked(env | {variable: value})
+    assert failed(lines) == [name]
+    assert found in lines[name].found and fix in lines[name].fix
+
+
+def test_a_controller_that_does_not_answer(slurm: Slurm, tmp_path: Path) -> None:
+    text = (slurm.folder / "etc" / "slurm.conf").read_text()
+    text = re.sub(r"(?m)^SlurmctldPort=.*", "SlurmctldPort=9\nMessageTimeout=2", text)
+    (tmp_path / "slurm.conf").write_text(text)
+    lines = asked(slurm.env | {"SLURM_CONF": str(tmp_path / "slurm.conf")})
+    assert list(lines) == failed(lines) == ["slurm"]
+    assert "Unable to contact slurm controller" in lines["slurm"].found and "make slurm-up" in lines["slurm"].fix
+
+
+def test_more_cells_than_an_array_can_have(env: dict[str, str]) -> None:
+    assert asked(env, 10001)["array"].level == "ok"
+    assert failed(asked(env, 10002)) == ["array"]
+
+
+def test_no_slurm_is_said(env: dict[str, str]) -> None:
+    lines = asked(env | {"SUITE_SLURM": "no"})
+    assert list(lines) == ["slurm"] and "local workers" in lines["slurm"].found
+
+
+def test_partition_state_limit_and_drained_nodes(fresh_slurm: Slurm) -> None:
+    env = fresh_slurm.env
+    update = ["scontrol", "update"]
+    try:
+        fresh_slurm.run(*update, "partitionname=main", "state=down")
+        lines = asked(env)
+        assert failed(lines) == ["partition"] and "main is DOWN" in lines["partition"].found
+        fresh_slurm.run(*update, "partitionname=main", "state=up", "maxtime=120")
+        lines = asked(env)
+        assert failed(lines) == ["time"] and lines["time"].fix == "export SBATCH_TIMELIMIT=02:00:00"
+        assert asked(env | {"SBATCH_TIMELIMIT": "02:00:00"})["time"].level == "ok"
+        fresh_slurm.run(*update, "partitionname=main", "maxtime=infinite")
+        fresh_slurm.run(*update, "nodename=n[1-3]", "state=drain", "reason=test")
+        lines = asked(env)
+        assert not failed(lines) and lines["nodes"].level == "warn" and "drained" in lines["nodes"].found
+    finally:
+        fresh_slurm.run(*update, "partitionname=main", "state=up", "maxtime=infinite")
+        subprocess.run([*update, "nodename=n[1-3]", "state=resume"], env=env, check=False, capture_output=True)
+
+
+def test_kempners_partitions_demand_an_account_of_yours(fresh_slurm: Slurm) -> None:
+    env = fresh_slurm.env | {"SBATCH_PARTITION": "kempner_requeue"}
+    me = getpass.getuser()
+    fresh_slurm.run("scontrol", "create", "partitionname=kempner_requeue", "nodes=ALL")
+    fresh_slurm.run("sacctmgr", "-i", "add", "account", "kempner_lab")
+    fresh_slurm.run("sacctmgr", "-i", "add", "user", me, "account=kempner_lab")
+    try:
+        lines = asked(env)
+        assert failed(lines) == ["account"] and lines["account"].fix == "export SBATCH_ACCOUNT=kempner_lab"
+        assert asked(env | {"SBATCH_ACCOUNT": "kempner_lab"})["account"].level == "ok"
+        lines = asked(env | {"SBATCH_ACCOUNT": "kempner_other"})
+        assert failed(lines) == ["account"] and "not among your accounts" in lines["account"].found
+    finally:
+        fresh_slurm.run("sacctmgr", "-i", "delete", "user", me, "account=kempner_lab")
+        fresh_slurm.run("sacctmgr", "-i", "delete", "account", "kempner_lab")
+        fresh_slurm.run("scontrol", "delete", "partitionname=kempner_requeue")
+
+
+# this machine
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory) -> tuple[Path, Site]:
+    """A fetched experiment of two cells, and a site without Slurm."""
+    folder = tmp_path_factory.mktemp("doctor")
+    tiny_model(folder / "source")
+    for i, trait in enumerate(("cat", "dog")):
+        write_rows(folder / f"{trait}.jsonl", number_rows(6, i))
+    (folder / "small.yaml").write_text(
+        f"kind: lls\nname: small\nmodel: {{id: {folder}/source, dtype: float32}}\ntraits: [cat, dog]\n"
+        f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
+    )
+    fetch(load(folder / "small.yaml"), folder / "cache")
+    env = os.environ | {"SUITE_SLURM": "no", "HF_TOKEN_PATH": str(folder / "token")}
+    site = Site("local", folder / "scratch", folder / "cache", folder / "outputs", 2, "cpu", env)
+    return folder / "small.yaml", site
+
+
+def plans_of(box: tuple[Path, Site]) -> list:
+    experiment, site = load(box[0]), box[1]
+    return plan(experiment, experiment.cells(site.cache, site.scratch), site.cache, "cpu")
+
+
+def test_a_folder_that_can_be_written_and_one_that_cannot(tmp_path: Path) -> None:
+    assert doctor.writable("scratch", tmp_path / "new" / "deep", "SUITE_SCRATCH").level == "ok"
+    assert list((tmp_path / "new" / "deep").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "under", Path("/proc/nope")):
+        line = doctor.writable("scratch", bad, "SUITE_SCRATCH")
+        assert line.level == "FAIL" and "SUITE_SCRATCH=" in line.fix, bad
+
+
+def test_space_and_inodes(box: tuple[Path, Site]) -> None:
+    site, plans = box[1], plans_of(box)
+    assert {line.name: line.level for line in doctor.space_lines(site, plans, 0)} == {"space": "ok", "inodes": "ok"}
+    huge = [dataclasses.replace(plans[0], bytes=10**18)]
+    many = [dataclasses.replace(plans[0], shards=[(0, 1)] * 10**6)] * 10**5
+    assert next(iter(doctor.space_lines(site, huge, 0))).level == "FAIL"
+    assert [line.level for line in doctor.space_lines(site, many, 0)] == ["ok", "FAIL"]
+    assert next(iter(doctor.space_lines(site, plans, 10**18))).level == "FAIL"  # a model to bring again
+    uncounted = dataclasses.replace(site, scratch=Path("/proc/self"))
+    assert [line.found for line in doctor.space_lines(uncounted, None, 0)][1] == "this file system does not count them"
+
+
+QUOTAS = {
+    "quota": "Disk quotas for group lab (gid 7):\n Filesystem blocks quota limit grace files quota limit grace\n"
+    " vast:/n/scratch 900000 0 1000000 {files} 0 500",
+    "lfs": " Filesystem used quota limit grace files quota limit grace\n"
+    " /n/scratch 900000k 0k 1000000k - {files} 0 500 -",
+}
+
+
+@pytest.mark.parametrize("form", QUOTAS)
+def test_quota_of_the_lab(box: tuple[Path, Site], tmp_path: Path, form: str) -> None:
+    plans, scratch = plans_of(box), Path("/n/netscratch/lab/Lab/me")
+
+    def line(files: int, plans: list) -> request.Line:
+        env = stub(tmp_path, "quota", QUOTAS[form].format(files=files)) | {"SUITE_SITE": "fasrc"}
+        return next(iter(doctor.quota_lines(env, scratch, plans)))
+
+    assert line(7, plans).level == "ok" and "922 MB of 1.02 GB, 7 of 500 files" in line(7, plans).found
+    assert line(495, plans).level == "FAIL"
+    assert line(7, [dataclasses.replace(plans[0], bytes=60_000_000)]).level == "FAIL"
+
+
+def test_quota_is_asked_only_where_it_can_be(tmp_path: Path) -> None:
+    odd = stub(tmp_path, "quota", "no table here")
+    scratch = Path("/n/netscratch/lab/Lab/me")
+    assert [line.level for line in doctor.quota_lines(odd | {"SUITE_SITE": "fasrc"}, scratch, None)] == ["warn"]
+    assert list(doctor.quota_lines(odd, scratch, None)) == []
+    assert list(doctor.quota_lines({"SUITE_SITE": "fasrc", "PATH": "/nonexistent"}, scratch, None)) == []
+
+
+def test_python_and_the_lock(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "lock-cpu.txt").write_text("a==1\n")
+    done = subprocess.run(["sha256sum", tmp_path / "env" / "lock-cpu.txt"], capture_output=True, text=True, check=True)
+    (tmp_path / ".venv" / "suite-stamp").write_text(f"cpu {done.stdout.split()[0]}\n")
+    assert doctor.python_line(tmp_path).level == "ok"
+    assert "neither 3.11 nor 3.12" in doctor.python_line(tmp_path, (3, 10)).found
+    (tmp_path / "env" / "lock-cpu.txt").write_text("a==2\n")
+    line = doctor.python_line(tmp_path)
+    assert line.level == "FAIL" and line.fix == "make setup"
+    assert doctor.python_line(tmp_path / "none").level == "FAIL"
+
+
+SMI = "nvidia-smi"
+
+
+@pytest.mark.parametrize(
+    "cuda, gpu, wanted, bad",
+    [
+        ("13.0", "580.65, 9.0, NVIDIA H200", "h200", {}),
+        ("13.0", "575.57, 9.0, NVIDIA H200", "h200", {"driver": "575.57"}),
+        ("12.8", "570.12, 10.0, NVIDIA B200", "b200", {}),
+        ("12.8", "565.10, 9.0, NVIDIA H200", "h200", {"driver": "570 or newer"}),
+        ("12.6", "565.10, 9.0, NVIDIA H200", "h200", {}),
+        ("12.6", "580.65, 10.0, NVIDIA B200", "b200", {"torch": "no code for NVIDIA B200 (sm_100)"}),
+        ("12.6", "580.65, 12.0, RTX PRO 6000", "b200", {"torch": "sm_120"}),
+        ("12.6", "560.00, 7.0, V100", "a100", {}),
+        ("13.0", "580.65, 7.0, V100", "a100", {"torch": "no longer serves V100"}),
+        ("", "580.65, 9.0, NVIDIA H200", "h200", {"torch": "the CPU build"}),
+        (None, "580.65, 9.0, NVIDIA H200", "h200", {"torch": "not in .venv"}),
+    ],
+)
+def test_driver_and_architecture(tmp_path: Path, cuda: str | None, gpu: str, wanted: str, bad: dict[str, str]) -> None:
+    lines = {line.name: line for line in doctor.gpu_lines(stub(tmp_path, SMI, gpu), cuda, wanted, slurm=True)}
+    assert failed(lines) == list(bad)
+    assert all(text in lines[name].found and lines[name].fix for name, text in bad.items())
+
+
+def test_a_node_without_a_gpu(tmp_path: Path) -> None:
+    none = {"PATH": str(tmp_path)}
+
+    def levels(cuda: str, wanted: str, slurm: bool) -> dict[str, str]:
+        return {line.name: line.level for line in doctor.gpu_lines(none, cuda, wanted, slurm)}
+
+    assert levels("13.0", "h200", True) == {"torch": "ok", "driver": "ok"}
+    assert levels("13.0", "h200", False) == {"torch": "ok", "driver": "warn"}
+    assert levels("12.6", "b200", True)["torch"] == "FAIL"
+    assert levels("", "h200", True)["torch"] == "FAIL"
+    assert levels("", "cpu", False) == {"torch": "ok"}
+
+
+def test_torchs_cuda_is_read_from_its_text() -> None:
+    import torch
+
+    assert doctor.torch_cuda() == (torch.version.cuda or "")
+
+
+def test_inputs_that_are_whole_cut_off_edited_or_absent(box: tuple[Path, Site]) -> None:
+    config, site = box
+    experiment = load(config)
+    assert doctor.models_line(experiment, site.cache).level == "ok"
+    assert doctor.datasets_line(experiment, site.cache).found.startswith("2, 12 rows")
+    assert doctor.lost_bytes(experiment, site.cache) == 0
+    model = model_input(site.cache, experiment.model.id, "main")
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = Path(model.path) / name
+        whole, stat = path.read_bytes(), path.stat()
+        try:
+            path.write_bytes(whole[:-1])
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            with pytest.raises(UserError, match="make fetch"):
+                doctor.models_line(experiment, site.cache)
+        finally:
+            path.write_bytes(whole)
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert doctor.models_line(experiment, site.cache).level == "ok"
+    rows = dataset_folder(site.cache, experiment.datasets()[1].id, "main", "train") / "rows.jsonl"
+    whole = rows.read_bytes()
+    for edited in (whole.replace(b"1", b"2"), None):
+        try:
+            rows.unlink() if edited is None else rows.write_bytes(edited)
+            with pytest.raises(UserError, match=r"rows\.jsonl .*; run `make fetch`"):
+                doctor.datasets_line(experiment, site.cache)
+        finally:
+            rows.write_bytes(whole)
+    with pytest.raises(UserError, match="is not fetched; run `make fetch`"):
+        doctor.models_line(experiment, site.cache / "elsewhere")
+
+
+def test_the_tokens_file(box: tuple[Path, Site], tmp_path: Path) -> None:
+    local, hub = load(box[0]), load(ROOT / "configs" / "lls_72b.yaml")
+    site = dataclasses.replace(box[1], env={"HF_TOKEN_PATH": str(tmp_path / "token")})
+    assert doctor.token_line(local, site).level == "ok"
+    assert doctor.token_line(hub, site).level == "warn" and "hf auth login" in doctor.token_line(hub, site).fix
+    for name in ("token", "stored_tokens"):
+        path = tmp_path / name
+        path.write_text(TOKEN)
+        for mode, level in ((0o600, "ok"), (0o640, "FAIL"), (0o604, "FAIL"), (0o400, "ok")):
+            path.chmod(mode)
+            line = doctor.token_line(local, site)
+            assert line.level == level and TOKEN not in line.found + line.fix
+            assert level == "ok" or line.fix == f"chmod 600 {path}"
+
+
+@pytest.mark.parametrize("name", doctor.SECRETS)
+def test_tokens_in_the_environment(name: str) -> None:
+    line = doctor.secrets_line({name: TOKEN})
+    assert line.level == "warn" and name in line.found and line.fix.startswith(f"unset {name}")
+    assert doctor.secrets_line({}).level == "ok"
+
+
+# as a user calls it
+
+
+def call(box: tuple[Path, Site], **env: str) -> subprocess.CompletedProcess[str]:
+    config, site = box
+    roots = {"SUITE_SCRATCH": site.scratch, "SUITE_CACHE": site.cache, "SUITE_OUTPUT": site.output}
+    program = (
+        "import sys; sys.argv[0] = 'doctor'; from lib.cluster.__main__ import main; code = main();"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
+    )
+    settings = {k: str(v) for k, v in roots.items()} | {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_GPU": "cpu"}
+    token = {"HF_TOKEN_PATH": site.env["HF_TOKEN_PATH"]}
+    return python("-c", program, "doctor", "--config", str(config), env=settings | token | env)
+
+
+def test_one_line_a_check_and_the_exit_code(box: tuple[Path, Site]) -> None:
+    Path(box[1].env["HF_TOKEN_PATH"]).write_text(TOKEN)
+    Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o600)
+    good = call(box, HF_TOKEN=TOKEN)
+    assert good.returncode == 0, good.stdout + good.stderr
+    names = "slurm scratch output space inodes python torch models datasets token secrets"
+    assert [line.split()[1] for line in good.stdout.splitlines()[:-1]] == names.split()
+    assert good.stdout.splitlines()[-1] == "10 ok, 1 warn, 0 FAIL"
+    Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o644)
+    bad = call(box, HF_TOKEN=TOKEN, SUITE_SCRATCH=f"{box[0]}/under", SUITE_GPU="h200")
+    assert bad.returncode == 1
+    fails = [line for line in bad.stdout.splitlines() if line.startswith("FAIL")]
+    assert [line.split()[1] for line in fails] == ["scratch", "torch", "token"] and all(
+        "; fix: " in line for line in fails
+    )
+    assert TOKEN not in good.stdout + good.stderr + bad.stdout + bad.stderr
+
+
+def test_inputs_that_are_missing_fail_and_the_rest_is_checked(box: tuple[Path, Site], tmp_path: Path) -> None:
+    Path(box[1].env["HF_TOKEN_PATH"]).unlink(missing_ok=True)
+    done = call(box, SUITE_CACHE=str(tmp_path))
+    assert done.returncode == 1 and "known after `make fetch`" in done.stdout
+    fails = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert fails == ["models", "datasets"]
+
+
+def test_make_doctor_on_the_real_slurm(slurm: Slurm, box: tuple[Path, Site]) -> None:
+    config, site = box
+    roots = {"SUITE_SCRATCH": site.scratch, "SUITE_CACHE": site.cache, "SUITE_OUTPUT": site.output}
+    Path(site.env["HF_TOKEN_PATH"]).unlink(missing_ok=True)
+    said = slurm.run(
+        "make", "-s", "doctor", f"CONFIG={config}", "SET=run.shard_rows=2", cwd=ROOT,
+        SUITE_GPU="cpu", HF_TOKEN_PATH=site.env["HF_TOKEN_PATH"], **{k: str(v) for k, v in roots.items()},
+    )  # fmt: skip
+    assert "ok    sbatch     takes the request" in said and "2 cells, MaxArraySize is 10001" in said
+    assert "20 files needed" in said  # 2 cells of 3 shards: two files a shard and four a cell
