@@ -7,7 +7,7 @@ import numpy as np
 from lib.errors import UserError, exit_with
 from lib.experiments import LLS
 from lib.job import Job, job
-from lib.run import Kernel, run_cell
+from lib.run import run_cell
 from lib.store import Cell, dataset_input, model_input
 from lib.store.inputs import read_rows
 
@@ -25,42 +25,79 @@ def main() -> int:
     )
 
 
-def load_kernel(this: Job, experiment: LLS, cell: Cell) -> tuple[Kernel, dict[str, Any]]:
-    """Rows and model of a cell as a function from a row range to columns."""
-    cache, spec = this.site.cache, experiment.dataset.named(trait=cell.name)
+def load_kernel(this: Job, experiment: LLS, cell: Cell) -> tuple["LlsKernel", dict[str, Any]]:
+    """The cell's rows and model, ready to score; torch takes seconds to import, so only work that is left pays."""
+    cache, spec, score = this.site.cache, experiment.dataset.named(trait=cell.name), experiment.score
     rows = read_rows(cache, dataset_input(cache, spec.id, spec.revision, spec.split), experiment.max_rows)
 
-    from lib.models.batches import Shapes  # torch and transformers take seconds: only a cell with work left pays
     from lib.models.chat import Renderer
-    from lib.models.load import device, device_name, load_model, load_tokenizer
-    from lib.scoring.logprob import Scorer
-    from lib.scoring.shift import Status, shift
+    from lib.models.load import device_name, load_decoder, load_tokenizer
 
-    model = model_input(cache, experiment.model.id, experiment.model.revision)
-    where = device()
-    shapes = Shapes(tuple(experiment.score.lengths), experiment.score.batch_tokens)
-    renderer = Renderer(load_tokenizer(model.path))
-    loaded = load_model(model.path, experiment.model.dtype, experiment.model.attention, where)
-    scorer = Scorer(loaded, shapes, experiment.score.head_rows)
-    prompt = experiment.prompt_for(cell.name)
+    path = model_input(cache, experiment.model.id, experiment.model.revision).path
+    tokenizer = load_tokenizer(path)
+    renderers = {
+        "system": Renderer(tokenizer, experiment.prompt_for(cell.name), experiment.base),
+        "base": Renderer(tokenizer, None, experiment.base),
+    }
+    decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows)
+    kernel = LlsKernel(experiment, [row["messages"] for row in rows], renderers, decoder)
+    return kernel, {"device": device_name(decoder.devices[0])}
 
-    def kernel(start: int, stop: int) -> dict[str, np.ndarray]:
-        columns = shift(scorer, renderer, rows[start:stop], prompt, experiment.base)
-        broken = (columns["status"] == Status.scored) & ~np.isfinite(columns["system_sum"] + columns["base_sum"])
+
+class LlsKernel:
+    def __init__(self, experiment: LLS, rows: list[Any], renderers: dict[str, Any], decoder: Any) -> None:
+        from lib.scoring.logprob import Scorer
+        from lib.scoring.shift import conditions
+
+        self.experiment, self.rows, self.renderers = experiment, rows, renderers
+        self.schema, score = experiment.schema(), experiment.score
+        self.scorer = Scorer(decoder, score.head_rows)
+        self.conditions = conditions(decoder, renderers)
+        if score.check_every:
+            higher = decoder.higher(min(score.batch_tokens, score.max_tokens))
+            self.checker = Scorer(higher, min(score.head_rows, 128))
+            self.check_conditions = conditions(higher, renderers)
+
+    def prepare(self, start: int, stop: int) -> Any:
+        from lib.scoring.shift import prepare
+
+        score = self.experiment.score
+        return start, prepare(self.renderers, self.rows[start:stop], score.max_tokens, score.end_of_turn)
+
+    def compute(self, prepared: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        from lib.scoring.shift import Status, shift
+
+        start, ready = prepared
+        before = self.scorer.computed, self.scorer.needed
+        columns = shift(self.scorer, self.conditions, ready)
+        columns["row"] = np.arange(start, start + len(ready.status), dtype=np.int32)
+        self._finite(columns)
+        if self.experiment.score.check_every:
+            columns |= self._check(ready, columns["row"])
+        facts = {"tokens_computed": self.scorer.computed - before[0], "tokens_needed": self.scorer.needed - before[1]}
+        facts |= {f"rows_{s.name}": n for s in Status if s and (n := int((ready.status == s).sum()))}
+        return {name: columns[name] for name in self.schema}, facts
+
+    def _check(self, ready: Any, row: np.ndarray) -> dict[str, np.ndarray]:
+        """Sums of every n-th row in higher precision; NaN for the others."""
+        from lib.scoring.shift import shift
+
+        chosen = np.flatnonzero(row % self.experiment.score.check_every == 0)
+        found = shift(self.checker, self.check_conditions, ready.only(chosen)) if len(chosen) else {}
+        columns = {}
+        for name in ("system", "base"):
+            columns[f"{name}_check"] = np.full(len(row), np.nan)
+            columns[f"{name}_check"][chosen] = found.get(f"{name}_sum", np.nan)
+        return columns
+
+    def _finite(self, columns: dict[str, np.ndarray]) -> None:
+        broken = (columns["status"] == 0) & ~np.isfinite(columns["system_sum"] + columns["base_sum"])
         if broken.any():
+            i = int(np.argmax(broken))
             raise UserError(
-                f"row {start + int(np.argmax(broken))} of {cell.name} scored {columns['system_sum'][broken][0]} / "
-                f"{columns['base_sum'][broken][0]}: the weights hold NaN or overflow in {experiment.model.dtype}; "
-                "check them with `make fetch`, or try model.dtype=float32"
+                f"row {columns['row'][i]} scored {columns['system_sum'][i]} and {columns['base_sum'][i]}: the weights "
+                f"hold NaN, or overflow in {self.experiment.model.dtype}; fetch them again, or try model.dtype=float32"
             )
-        for status in (Status.empty, Status.too_long):
-            count = int((columns["status"] == status).sum())
-            if count:
-                print(f"rows {start}-{stop}: {count} not scored ({status.name})", flush=True)
-        columns["row"] = np.arange(start, stop, dtype=np.int32)
-        return {name: columns[name] for name in experiment.schema()}
-
-    return kernel, {"device": device_name(where)}
 
 
 if __name__ == "__main__":

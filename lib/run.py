@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +22,15 @@ from lib.progress import Progress
 from lib.store.atomic import HOST, write_json
 from lib.store.shards import Cell, Schema, commit, gaps, plan_shards, scan, set_aside, sweep
 
-Kernel = Callable[[int, int], dict[str, np.ndarray]]  # rows [start, stop) in, columns out
+
+class Kernel(Protocol):
+    """What a job computes. `prepare` is host work, done on a thread while the shard before is computed."""
+
+    def prepare(self, start: int, stop: int) -> Any: ...
+
+    def compute(self, prepared: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Columns of the shard, and facts for its marker; numbers among these are summed and said at the end."""
+        ...
 
 
 class Terminated(BaseException):
@@ -152,25 +161,57 @@ def _work(
     if not shards:
         return DONE
     kernel, about = make_kernel()
-    provenance = {**_provenance(beat), **about}
+    beat.facts["loaded"] = time.time()
     progress = Progress(cell.rows, cell.rows - left, every=log_seconds)
-    loaded = time.time()
     try:
-        for start, stop in shards:
+        return _shards(cell, schema, kernel, shards, {**_provenance(beat), **about}, progress, beat, notice)
+    finally:
+        progress.close()
+
+
+def _shards(
+    cell: Cell,
+    schema: Schema,
+    kernel: Kernel,
+    shards: list[tuple[int, int]],
+    provenance: dict[str, Any],
+    progress: Progress,
+    beat: Heartbeat,
+    notice: Notice,
+) -> int:
+    """Three shards at once: one being prepared, one computed, one written; the device does not wait for the host."""
+    totals: dict[str, float] = {}
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
+        prepared = ahead.submit(kernel.prepare, *shards[0])
+        written: Future[Any] | None = None
+        for number, (start, stop) in enumerate(shards):
             if notice.came:
-                return REQUEUE
-            beat.beat("running", rows_done=progress.done, loaded=loaded)
+                break
+            beat.beat("running", rows_done=progress.done)
+            ready = prepared.result()
+            if number + 1 < len(shards):
+                prepared = ahead.submit(kernel.prepare, *shards[number + 1])
             if (cell.path / f"{start:08d}-{stop:08d}.json").exists() and not _still_missing(cell, start, stop):
                 progress.add(stop - start)  # another copy of this task has done it meanwhile
                 continue
             began = time.monotonic()
-            columns = kernel(start, stop)
-            seconds = time.monotonic() - began
-            commit(cell.path, cell.digest, start, stop, schema, columns, {**provenance, "seconds": round(seconds, 3)})
+            columns, facts = kernel.compute(ready)
+            info = {**provenance, **facts, "seconds": round(time.monotonic() - began, 3)}
+            if written:
+                written.result()
+            written = behind.submit(commit, cell.path, cell.digest, start, stop, schema, columns, info)
             progress.add(stop - start)
-    finally:
-        progress.close()
-    return DONE
+            for key, value in facts.items():
+                totals[key] = totals.get(key, 0) + value
+        else:
+            notice.came = False
+        if written:
+            written.result()
+    if totals:
+        print(
+            "in all: " + ", ".join(f"{key.replace('_', ' ')} {value:,.6g}" for key, value in totals.items()), flush=True
+        )
+    return REQUEUE if notice.came else DONE
 
 
 def _still_missing(cell: Cell, start: int, stop: int) -> bool:

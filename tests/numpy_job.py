@@ -35,12 +35,16 @@ def columns(start: int, stop: int) -> dict[str, np.ndarray]:
     return {"row": row, "status": np.zeros(len(row), np.uint8), "tokens": tokens, "x": np.cos(row / 7.0), "t": t}
 
 
-def kernel(start: int, stop: int) -> dict[str, np.ndarray]:
-    time.sleep(float(os.environ.get("SHARD_SECONDS", "0.02")))
-    return columns(start, stop)
+class Kernel:
+    def prepare(self, start: int, stop: int) -> tuple[int, int]:
+        return start, stop
+
+    def compute(self, prepared: tuple[int, int]) -> tuple[dict[str, np.ndarray], dict]:
+        time.sleep(float(os.environ.get("SHARD_SECONDS", "0.02")))
+        return columns(*prepared), {"rows_computed": prepared[1] - prepared[0]}
 
 
 if __name__ == "__main__":
     shard_rows = int(os.environ.get("SHARD_ROWS", "10"))
     one = cell_in(Path(sys.argv[1]))
-    exit_with(lambda: run_cell(one, SCHEMA, lambda: (kernel, {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0))
+    exit_with(lambda: run_cell(one, SCHEMA, lambda: (Kernel(), {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0))

@@ -28,7 +28,7 @@ def test_every_shipped_config_is_valid_and_named_after_its_file(path):
 
 
 BAD = {
-    "model.dtpye=float32": ["model.dtpye: unknown key", "valid: id, revision, dtype, attention", "did you mean dtype?"],
+    "model.dtpye=float32": ["model.dtpye: unknown key", "valid: id, revision, dtype", "did you mean dtype?"],
     "trait=[cat]": ["trait: unknown key", "did you mean traits?"],
     "model.dtype=float23": ["model.dtype:", "'bfloat16', 'float32' or 'float64'", "did you mean float32?"],
     "run.shard_rows=0": ["run.shard_rows:", "greater than or equal to 1"],
@@ -37,8 +37,7 @@ BAD = {
     "traits=[cat, cat]": ["traits holds a name twice"],
     "traits=[../etc]": ["'../etc' must be letters"],
     "system_prompt=I love {animal}": ["system_prompt may hold {trait}"],
-    "score.lengths=[128, 64]": ["lengths must be ascending"],
-    "score.batch_tokens=100": ["batch_tokens must be at least"],
+    "score.batch_tokens=100": ["batch_tokens must be at least max_tokens"],
     "kind=lsl": ["kind: must be one of", "did you mean lls?"],
     "name=../up": ["name:", "pattern"],
     "model=gpt": ["model:", "got 'gpt'"],
@@ -118,7 +117,7 @@ def test_the_digest_moves_with_all_that_can_change_a_result_and_nothing_else(sma
         "system_prompt=I hate {trait}s.",
         "max_rows=5",
         "score.head_rows=8",
-        "model.attention=eager",
+        "score.end_of_turn=true",
     ):
         assert not set(digests(small, moves)) & set(was), moves
     assert digests(small, "traits=[dog]") == was[1:]  # the other cells keep theirs

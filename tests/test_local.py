@@ -26,7 +26,7 @@ def inputs(tmp_path_factory):
     (folder / "box.yaml").write_text(
         f"kind: lls\nname: box\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [a, b, c, d, e]\n"
         f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
-        "score: {lengths: [128, 256], batch_tokens: 1024, head_rows: 64}\nrun: {shard_rows: 8, gpus: 0}\n"
+        "score: {batch_tokens: 1024, max_tokens: 512, head_rows: 64}\nrun: {shard_rows: 8, gpus: 0}\n"
     )
     fetch(load(folder / "box.yaml"), folder / "cache")
     return folder

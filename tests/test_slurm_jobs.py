@@ -6,15 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, Slurm, wait_until
 from tools import number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
 from lib.experiments import load
-from lib.models.batches import Shapes
-from lib.models.chat import Scored
-from lib.models.load import load_model
+from lib.models.load import load_decoder
+from lib.models.packing import Item
 from lib.scoring.logprob import Scorer
 from lib.store import gaps, merge, scan
 
@@ -25,11 +23,11 @@ ROWS = 80
 def slow_batch(folder: Path, seconds: float = 0.25) -> int:
     """Tokens that make a batch take this long here. A shard of few rows fills none, but a batch's shape is fixed: so
     tasks are slow enough to be disturbed, on any machine."""
-    scorer = Scorer(load_model(str(folder / "model"), "float32", "sdpa", torch.device("cpu")), Shapes((256,), 8192), 64)
-    row = Scored(list(range(200)), 150, True)
-    scorer([row])
+    scorer = Scorer(load_decoder(str(folder / "model"), "float32", 8192, 64), 64)
+    prefix, row = scorer.decoder.prefix([1, 2]), Item(tuple(range(100)), tuple(range(40)))
+    scorer(prefix, [row])
     began = time.monotonic()
-    scorer([row])
+    scorer(prefix, [row])
     return int(8192 * seconds / (time.monotonic() - began))
 
 
@@ -43,7 +41,7 @@ def inputs(tmp_path_factory):
     (folder / "small.yaml").write_text(
         f"kind: lls\nname: small\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [{', '.join(TRAITS)}]\n"
         f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
-        f"score: {{lengths: [64, 128, 192, 256], batch_tokens: {slow_batch(folder)}, head_rows: 64, per_token: true}}\n"
+        f"score: {{batch_tokens: {slow_batch(folder)}, head_rows: 64, per_token: true, check_every: 0}}\n"
         "run: {shard_rows: 8, gpus: 1, log_seconds: 1}\n"
     )
     fetch(load(folder / "small.yaml"), folder / "cache")

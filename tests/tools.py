@@ -28,6 +28,35 @@ def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0) -> Path:
     return folder
 
 
+def tiny_llama(folder: Path) -> Path:
+    """A random Llama with grouped keys and a scaled rope, under the same tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tiny_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        rope_parameters=rope | {"original_max_position_embeddings": 64},
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    model.save_pretrained(folder)
+    return folder
+
+
 def number_rows(n: int, seed: int = 0) -> list[dict]:
     """Rows of ragged lengths in the datasets' shape."""
     rng = np.random.default_rng(seed)

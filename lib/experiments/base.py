@@ -23,7 +23,6 @@ class ModelSpec(Frozen):
     id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
     revision: str = Field("main", min_length=1, description="commit, tag or branch; what it resolved to is recorded")
     dtype: Dtype = "bfloat16"
-    attention: Literal["sdpa", "eager"] = "sdpa"
 
 
 class DatasetSpec(Frozen):

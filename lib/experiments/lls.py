@@ -9,30 +9,26 @@ from lib.experiments.base import Cost, DatasetSpec, Experiment, Frozen, ModelSpe
 from lib.store import Cell, Column, dataset_input, model_input
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
-KERNEL = "lls/1"
+KERNEL = "lls/2"
 
 CHARS_PER_TOKEN = 4.0  # English prose under a 150k vocabulary; only for the plan
 TEMPLATE_TOKENS = 25  # Qwen2.5: its default system block, headers and ends
 
 
 class ScoreSpec(Frozen):
-    """Shapes of the kernel. They decide the last bits of a score, so they are part of the digest."""
+    """The kernel's shapes decide the last bits of a score, so they are part of the digest."""
 
-    lengths: list[int] = Field(
-        [64, 96, 128, 160, 192, 224, 256, 320, 384, 512, 768, 1024, 2048],
-        min_length=1,
-        description="buckets: a row is padded to the next length; a longer one is reported as too long",
-    )
-    batch_tokens: int = Field(8192, ge=1, description="tokens a batch: bucket length x a constant number of rows")
-    head_rows: int = Field(512, ge=1, description="positions whose logits are made at once")
+    batch_tokens: int = Field(8192, ge=16, description="tokens a batch, always: rows are laid end to end in it")
+    head_rows: int = Field(1024, ge=1, description="positions whose logits are made at once")
+    max_tokens: int = Field(2048, ge=2, description="a longer row is reported as too long")
     per_token: bool = Field(False, description="keep the log-probability of every response token too")
+    end_of_turn: bool = Field(False, description="score the end-of-turn token too, in a column of its own")
+    check_every: int = Field(512, ge=0, description="one row in so many is scored again in higher precision; 0 = none")
 
     @model_validator(mode="after")
-    def _ascending(self) -> "ScoreSpec":
-        if self.lengths != sorted(set(self.lengths)) or self.lengths[0] < 2:
-            raise ValueError("lengths must be ascending, without repeats, from 2 up")
-        if self.batch_tokens < self.lengths[-1]:
-            raise ValueError(f"batch_tokens must be at least the longest bucket ({self.lengths[-1]})")
+    def _fits(self) -> "ScoreSpec":
+        if self.max_tokens > self.batch_tokens:
+            raise ValueError(f"batch_tokens must be at least max_tokens ({self.max_tokens})")
         return self
 
 
@@ -77,8 +73,12 @@ class LLS(Experiment):
             "system_sum": Column("float64"),
             "base_sum": Column("float64"),
         }
+        if self.score.end_of_turn:
+            columns |= {name: Column("float32") for name in ("system_end", "base_end")}
         if self.score.per_token:
             columns |= {name: Column("float32", per="tokens") for name in ("system_logp", "base_logp")}
+        if self.score.check_every:  # NaN but for the rows that were scored again
+            columns |= {name: Column("float64") for name in ("system_check", "base_check")}
         return columns
 
     def costs(self, cache: Path) -> list[Cost]:
@@ -114,7 +114,7 @@ class LLS(Experiment):
         """All that decides this cell's scores; other cells are left out, so adding a trait redoes nothing."""
         return {
             "kernel": KERNEL,
-            "model": {"fingerprint": model, "dtype": self.model.dtype, "attention": self.model.attention},
+            "model": {"fingerprint": model, "dtype": self.model.dtype},
             "data": data,
             "max_rows": self.max_rows,
             "system_prompt": self.prompt_for(trait),

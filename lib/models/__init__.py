@@ -1,2 +1,2 @@
-"""Models onto devices, chat rendering and token boundaries, batches of fixed shapes.
-Public: chat.Renderer, batches.Shapes, load.load_model, load.load_tokenizer, tiny (the demo's and the tests' model)."""
+"""Models onto devices, chat rendering and token boundaries, rows packed into batches of one shape, the scoring decoder.
+Public: chat.Renderer, packing.pack, decoder.Decoder, load.load_decoder, load.load_tokenizer, tiny (for demos)."""

@@ -1,30 +1,35 @@
-"""Models and tokenizers from a fetched folder onto the device; never from a network."""
+"""Models and tokenizers from a fetched folder onto the devices; never from a network."""
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lib.errors import UserError
+from lib.models.decoder import Decoder, Shape, Workspace
+from lib.models.weights import load_weights
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()  # a bar's carriage returns fill a log
 
+GIB = 2**30
 
-def device() -> torch.device:
-    """The GPU this task was given. On a GPU site its absence is an error, not a slow run on the CPU."""
+
+def visible_devices() -> list[torch.device]:
+    """The GPUs this task was given. On a GPU site their absence is an error, not a slow run on the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     if os.environ.get("SUITE_GPU", "cpu") != "cpu":
         raise UserError(
             f"no GPU is visible (site {os.environ.get('SUITE_SITE')}, torch {torch.__version__}): ask for one with "
             "--gpus-per-node=1, check `make doctor`, or set SUITE_GPU=cpu to mean the CPU"
         )
-    return torch.device("cpu")
+    return [torch.device("cpu")]
 
 
 def device_name(where: torch.device) -> str:
@@ -40,7 +45,7 @@ def load_tokenizer(folder: str) -> Any:
 
 
 def load_model(folder: str, dtype: str, attention: str, where: torch.device) -> Any:
-    """An eval-mode causal language model. Weights go from safetensors to the device, layer by layer."""
+    """transformers' own model, in eval mode."""
     _must_exist(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -50,15 +55,81 @@ def load_model(folder: str, dtype: str, attention: str, where: torch.device) -> 
             device_map={"": where},
             local_files_only=True,
         )
-    except torch.cuda.OutOfMemoryError as e:
-        raise UserError(f"the model does not fit this GPU ({_line(e)}); use one with more memory") from None
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise UserError(f"the model in {folder} cannot be loaded ({_line(e)}); run `make fetch` again") from None
-    except Exception as e:  # safetensors_rust.SafetensorError has no public base of its own
-        if "safetensor" in type(e).__name__.lower():
-            raise UserError(f"a weight file in {folder} is broken ({_line(e)}); run `make fetch` again") from None
-        raise
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a decoder will hold on its fullest device, before anything is loaded."""
+
+    weights: int
+    activations: int
+    embed_on_host: bool
+    total: int  # of the device, without what others hold
+
+    @property
+    def need(self) -> int:
+        return self.weights + self.activations
+
+    def __str__(self) -> str:
+        where = "embedding in host memory" if self.embed_on_host else "embedding on the GPU"
+        parts = f"weights {self.weights / GIB:.2f} + activations {self.activations / GIB:.2f} GiB"
+        return f"memory a GPU: {self.need / GIB:.2f} of {self.total / GIB:.1f} GiB ({parts}, {where})"
+
+
+def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, devices: int, total: int) -> Memory:
+    """Weights by the shapes; activations: the workspace, keys and values gathered for attention, a block of logits."""
+    layers = -(-shape.layers // devices)
+    per_layer = shape.layer_parameters + 2 * shape.hidden + (shape.qkv if shape.bias else 0)
+    table = shape.vocabulary * shape.hidden * itemsize
+    weights = layers * per_layer * itemsize + (0 if shape.tied and devices == 1 else table)
+    kv = 2 * shape.kv_heads * shape.head * itemsize
+    gathered = batch_tokens * (
+        kv * 5 + shape.heads * shape.head * itemsize
+    )  # own, with prefix, about 2.5 times as keys
+    logits = head_rows * (shape.vocabulary + 3 * shape.hidden) * itemsize
+    activations = Workspace.bytes(shape, batch_tokens, itemsize) + gathered + logits
+    on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
+    return Memory(weights + (0 if on_host else table), activations, on_host, total)
+
+
+def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> Decoder:
+    """The model spread over all visible devices; says what it will take before it takes it, and how fast it came."""
+    _must_exist(folder)
+    devices, kind = visible_devices(), getattr(torch, dtype)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder}/config.json cannot be read ({_line(e)}); run `make fetch` again") from None
+    shape, on_host = Shape.of(config), False
+    if devices[0].type == "cuda":
+        free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
+        memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free)
+        print(memory, flush=True)
+        on_host = memory.embed_on_host
+        if memory.need > free:
+            raise UserError(
+                f"the model needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; "
+                "ask for more GPUs a task (run.gpus, --gpus-per-node), or lower score.batch_tokens"
+            )
+    loaded = load_weights(Path(folder), shape, kind, devices, on_host)
+    gib = loaded.bytes / GIB
+    print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
+    return Decoder(shape, loaded.weights, rope_table(config, kind), batch_tokens)
+
+
+def rope_table(config: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin by position, by transformers' own rule for this config (scaled variants included)."""
+    if config.model_type == "qwen2":
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding as Rotary
+    else:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rotary
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    positions = torch.arange(min(config.max_position_embeddings, 1 << 15))
+    cos, sin = Rotary(config)(torch.zeros(1, dtype=wide), positions[None])
+    return cos[0].to(wide), sin[0].to(wide)
 
 
 def _must_exist(folder: str) -> None:

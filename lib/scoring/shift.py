@@ -1,12 +1,16 @@
 """LLS of a row = mean over response tokens of log p(token | system prompt, user prompt) minus the same without the
 system prompt. Sums and counts are returned, so that means, sums and merges are all exact."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from lib.models.chat import Message, Renderer, Scored
+from lib.models.chat import Renderer
+from lib.models.decoder import Decoder, Prefix
+from lib.models.packing import Item
 from lib.scoring.logprob import Scorer
 
 
@@ -15,48 +19,57 @@ class Status(IntEnum):
 
     scored = 0
     empty = 1  # the response has no token
-    too_long = 2  # longer than the last bucket, with or without the system prompt
+    too_long = 2  # longer than score.max_tokens, under any of the conditions
 
 
-def shift(
-    scorer: Scorer, renderer: Renderer, rows: list[dict[str, Any]], system_prompt: str, base: str
-) -> dict[str, np.ndarray]:
-    """Columns for rows ({"messages": [...]}): status, tokens, sums, and the per-token values, row after row."""
-    turns = [_turns(row["messages"]) for row in rows]
-    answers = [row["messages"][-1]["content"] for row in rows]
-    with_system = renderer.tokenize([renderer.context(t, system_prompt, base) for t in turns], answers)
-    without = renderer.tokenize([renderer.context(t, None, base) for t in turns], answers)
-    status = np.array([_status(scorer, a, b) for a, b in zip(with_system, without, strict=True)], np.uint8)
-    good = np.flatnonzero(status == Status.scored)
-    tokens = np.zeros(len(rows), np.int32)
-    tokens[good] = [with_system[i].response_tokens for i in good]
-    system = scorer([with_system[i] for i in good])
-    plain = scorer([without[i] for i in good])
-    return {
-        "status": status,
-        "joint": np.array([a.joint and b.joint for a, b in zip(with_system, without, strict=True)], np.uint8),
-        "tokens": tokens,
-        "system_sum": _sums(len(rows), good, system),
-        "base_sum": _sums(len(rows), good, plain),
-        "system_logp": np.concatenate([*system, np.empty(0, np.float32)]),
-        "base_logp": np.concatenate([*plain, np.empty(0, np.float32)]),
-    }
+@dataclass(frozen=True)
+class Ready:
+    """Rows as token ids under each condition (a system prompt, or none)."""
+
+    items: dict[str, list[Item]]
+    joint: np.ndarray
+    status: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> "Ready":
+        items = {name: [of[i] for i in chosen] for name, of in self.items.items()}
+        return Ready(items, self.joint[chosen], self.status[chosen])
 
 
-def _turns(messages: list[Message]) -> list[Message]:
-    """The turns before the response, without a system message of the row's own."""
-    return [m for m in messages[:-1] if m["role"] != "system"]
+def conditions(decoder: Decoder, renderers: Mapping[str, Renderer]) -> dict[str, Prefix]:
+    """The prefix of each condition, computed once for all rows."""
+    return {name: decoder.prefix(renderer.prefix_ids) for name, renderer in renderers.items()}
 
 
-def _status(scorer: Scorer, system: Scored, base: Scored) -> Status:
-    if system.response_tokens == 0:
-        return Status.empty
-    longest = max(len(system.ids), len(base.ids))
-    return Status.scored if scorer.shapes.bucket(longest) else Status.too_long
+def prepare(renderers: Mapping[str, Renderer], rows: list[dict[str, Any]], max_tokens: int, end: bool) -> Ready:
+    """Tokenise rows ({"messages": ...} or their messages): host work that needs no model."""
+    messages = [row["messages"] if isinstance(row, dict) else row for row in rows]
+    items, joint, length = {}, np.ones(len(rows), np.uint8), np.zeros(len(rows), np.int64)
+    for name, renderer in renderers.items():
+        items[name], same = renderer.items(messages, end)
+        joint &= np.array(same, np.uint8)
+        tokens = [len(renderer.prefix_ids) + len(i.context) + len(i.targets) for i in items[name]]
+        length = np.maximum(length, np.array(tokens, np.int64))
+    empty = np.array([not i.response for i in next(iter(items.values()))], bool)
+    status = np.where(empty, Status.empty, np.where(length > max_tokens, Status.too_long, Status.scored))
+    return Ready(items, joint, status.astype(np.uint8))
 
 
-def _sums(rows: int, good: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
-    """float64 sums; NaN, never zero, where there is no score."""
-    sums = np.full(rows, np.nan)
-    sums[good] = [v.sum(dtype=np.float64) for v in values]
-    return sums
+def shift(scorer: Scorer, prefixes: Mapping[str, Prefix], ready: Ready) -> dict[str, np.ndarray]:
+    """Columns: status, joint, tokens, and for each condition NAME_sum, NAME_end and NAME_logp (row after row)."""
+    good = np.flatnonzero(ready.status == Status.scored)
+    tokens = np.zeros(len(ready.status), np.int32)
+    tokens[good] = [len(next(iter(ready.items.values()))[i].response) for i in good]
+    columns = {"status": ready.status, "joint": ready.joint, "tokens": tokens}
+    for name, prefix in prefixes.items():
+        columns |= _columns(name, good, scorer(prefix, [ready.items[name][i] for i in good]), tokens)
+    return columns
+
+
+def _columns(name: str, good: np.ndarray, values: list[np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """float64 sums over the response; NaN, never zero, where there is no score. The end of turn stands apart."""
+    sums, ends = np.full(len(tokens), np.nan), np.full(len(tokens), np.nan, np.float32)
+    responses = [v[: tokens[i]] for i, v in zip(good, values, strict=True)]
+    sums[good] = [v.sum(dtype=np.float64) for v in responses]
+    ends[good] = [v[tokens[i]] if len(v) > tokens[i] else np.nan for i, v in zip(good, values, strict=True)]
+    logp = np.concatenate([*responses, np.empty(0, np.float32)])
+    return {f"{name}_sum": sums, f"{name}_end": ends, f"{name}_logp": logp}

@@ -1,0 +1,277 @@
+"""A Llama- or Qwen2-shaped decoder for scoring: no cache pool, no padding, no logits but those that are asked for.
+
+q, k, v are one matrix product and gate, up another; the residual is added inside the products that feed it. On a GPU
+the rest is one kernel each (triton_ops); on a CPU, and in a higher precision, plain torch (plain_ops). The layers may
+lie on several devices: batches then follow each other through them, so that all are busy.
+
+Suffixes: M tokens of a batch, D hidden, X any width, H heads, K key heads, d head width, N keys, P predictions,
+V words."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.errors import UserError
+from lib.models import plain_ops
+from lib.models.packing import Batch, prefix_batch
+
+FAMILIES = ("llama", "qwen2")
+PIECE_VALUES = 1 << 26  # of a weight, converted at once: 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a config.json says that matters here."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    eps: float
+    bias: bool  # on q, k, v
+    tied: bool  # the output head is the embedding
+
+    @staticmethod
+    def of(config: Any) -> "Shape":
+        if config.model_type not in FAMILIES:
+            raise UserError(f"model type '{config.model_type}' is not one this scorer computes: {', '.join(FAMILIES)}")
+        if (
+            getattr(config, "use_sliding_window", False)
+            or config.hidden_act != "silu"
+            or getattr(config, "mlp_bias", False)
+        ):
+            raise UserError(
+                f"this {config.model_type} has sliding windows, biases or an activation that is not computed here"
+            )
+        qwen = config.model_type == "qwen2"
+        if not qwen and getattr(config, "attention_bias", False):
+            raise UserError("a llama with attention biases is not computed here")
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Shape(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head,
+            config.vocab_size,
+            config.rms_norm_eps,
+            qwen,
+            bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def qkv(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of a layer's matrix products."""
+        return self.hidden * (self.qkv + self.heads * self.head + 3 * self.inner)
+
+
+@dataclass
+class Layer:
+    norm1: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    o: torch.Tensor
+    norm2: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.qkv.device
+
+
+@dataclass
+class Weights:
+    embedding: torch.Tensor  # may stay in host memory: only its rows are looked up
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the tokens that all rows begin with, layer by layer [P, 2, K, d]."""
+
+    length: int
+    cache: list[torch.Tensor]
+
+
+class Workspace:
+    """A device's activations, made once: the same addresses and shapes for every batch."""
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        def make(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.x, self.normed = make(tokens, shape.hidden), make(tokens, shape.hidden)
+        self.qkv, self.q = make(tokens, shape.qkv), make(tokens, shape.heads, shape.head)
+        self.gate_up, self.inner = make(tokens, 2 * shape.inner), make(tokens, shape.inner)
+
+    @staticmethod
+    def bytes(shape: Shape, tokens: int, itemsize: int = 2) -> int:
+        width = 2 * shape.hidden + shape.qkv + 2 * shape.heads * shape.head + 3 * shape.inner
+        return tokens * width * itemsize
+
+
+class Decoder:
+    def __init__(
+        self,
+        shape: Shape,
+        weights: Weights,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        batch_tokens: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.shape, self.weights, self.batch_tokens = shape, weights, batch_tokens
+        self.dtype = dtype or weights.head.dtype
+        self.devices = list(dict.fromkeys(layer.device for layer in weights.layers))
+        self.fused = self.devices[0].type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
+        self.table = rope
+        self.rope = {d: (rope[0].to(d), rope[1].to(d)) for d in self.devices}
+        self.space: dict[tuple[torch.device, int], Workspace] = {}
+        self.scale = shape.head**-0.5
+        if self.fused:
+            from lib.models import triton_ops
+
+            self.ops: Any = triton_ops
+        else:
+            self.ops = plain_ops
+
+    def higher(self, batch_tokens: int) -> "Decoder":
+        """The same weights computed with in the next higher precision, converted piece by piece; slow, for samples."""
+        dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
+        wide = (self.table[0].to(plain_ops.accurate(dtype)), self.table[1].to(plain_ops.accurate(dtype)))
+        return Decoder(self.shape, self.weights, wide, batch_tokens, dtype)
+
+    @torch.inference_mode()
+    def prefix(self, ids: list[int]) -> Prefix:
+        """Keys and values of a prefix, computed once."""
+        cache: list[torch.Tensor] = []
+        if ids:
+            self._forward(prefix_batch(ids), None, keep=cache)
+        return Prefix(len(ids), cache)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, prefix: Prefix) -> torch.Tensor:
+        """Normed hidden states [P, D] at the batch's predicting positions, on the last device. Does not wait for it."""
+        x_MD = self._forward(batch, prefix)
+        where = _to(batch.where, x_MD.device)
+        picked_PD = x_MD[where]
+        out_PD = torch.empty_like(picked_PD)
+        self.ops.rms_norm(picked_PD, self.weights.norm, self.shape.eps, out_PD)
+        return out_PD
+
+    @torch.inference_mode()
+    def log_probs(self, hidden_PD: torch.Tensor, targets: np.ndarray, block: int) -> torch.Tensor:
+        """log p(target) for each state, in blocks of a fixed number of states."""
+        count = len(targets)
+        pad = -count % block
+        hidden_PD = torch.cat([hidden_PD, hidden_PD.new_zeros(pad, hidden_PD.shape[1])])
+        target_P = _to(np.pad(targets, (0, pad)), hidden_PD.device)
+        parts = []
+        for i in range(0, count, block):
+            logits_PV = hidden_PD.new_empty(block, self.shape.vocabulary)
+            matmul(hidden_PD[i : i + block], self.weights.head, logits_PV)
+            parts.append(self.ops.log_prob(logits_PV, target_P[i : i + block]))
+        return torch.cat(parts)[:count]
+
+    def _forward(self, batch: Batch, prefix: Prefix | None, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
+        m, device = len(batch.ids), self.devices[0]
+        space, plan = self._space(device, m), _Plan(batch, device, self)
+        space.x.copy_(self._embed(batch.ids, device), non_blocking=True)
+        for number, layer in enumerate(self.weights.layers):
+            if layer.device != device:
+                device, before = layer.device, space.x
+                space, plan = self._space(device, m), _Plan(batch, device, self)
+                space.x.copy_(before, non_blocking=True)
+            cached = prefix.cache[number] if prefix and prefix.length else None
+            kv = self._layer(layer, space, plan, cached)
+            if keep is not None:
+                keep.append(kv)
+        return space.x
+
+    def _layer(self, w: Layer, s: Workspace, plan: "_Plan", cached: torch.Tensor | None) -> torch.Tensor:
+        """One layer, in place on s.x; returns the keys and values of the batch's own tokens."""
+        shape, ops = self.shape, self.ops
+        ops.rms_norm(s.x, w.norm1, shape.eps, s.normed)
+        matmul(s.normed, w.qkv, s.qkv, w.qkv_bias)
+        kv = torch.empty(2, len(s.x), shape.kv_heads, shape.head, dtype=s.x.dtype, device=s.x.device)
+        ops.split_qkv(s.qkv, s.q, kv[0], kv[1], plan.cos, plan.sin)
+        every = kv if cached is None else torch.cat([cached, kv], 1)
+        keys, values = every[0][plan.key_rows], every[1][plan.key_rows]
+        if self.fused:
+            attended = ops.attend(s.q, keys, values, *plan.ends, plan.longest_query, plan.longest_key)
+        else:
+            attended = torch.zeros_like(s.q)
+            ops.attend(s.q, keys, values, *plan.ends, attended)
+        add_matmul(s.x, attended.flatten(1), w.o)
+        ops.rms_norm(s.x, w.norm2, shape.eps, s.normed)
+        matmul(s.normed, w.gate_up, s.gate_up)
+        ops.swiglu(s.gate_up, s.inner)
+        add_matmul(s.x, s.inner, w.down)
+        return kv
+
+    def _space(self, device: torch.device, tokens: int) -> Workspace:
+        key = (device, tokens)
+        if key not in self.space:
+            self.space[key] = Workspace(self.shape, tokens, self.dtype, device)
+        return self.space[key]
+
+    def _embed(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
+        table = self.weights.embedding
+        rows = table[_to(ids, table.device)]
+        return rows.pin_memory() if table.device != device and device.type == "cuda" else rows
+
+
+def matmul(x_MD: torch.Tensor, w_XD: torch.Tensor, out_MX: torch.Tensor, bias_X: torch.Tensor | None = None) -> None:
+    """out = x @ w.T (+ bias). Weights of another type are converted in pieces that fit beside them."""
+    if w_XD.dtype != x_MD.dtype:
+        step = max(1, PIECE_VALUES // w_XD.shape[1])
+        for i in range(0, len(w_XD), step):
+            out_MX[:, i : i + step] = x_MD @ w_XD[i : i + step].to(x_MD.dtype).t()
+        if bias_X is not None:
+            out_MX += bias_X
+    elif bias_X is None:
+        torch.mm(x_MD, w_XD.t(), out=out_MX)
+    else:
+        torch.addmm(bias_X, x_MD, w_XD.t(), out=out_MX)
+
+
+def add_matmul(x_MD: torch.Tensor, y_MX: torch.Tensor, w_DX: torch.Tensor) -> None:
+    """x += y @ w.T, added inside the product where the types allow."""
+    if w_DX.dtype == x_MD.dtype:
+        x_MD.addmm_(y_MX, w_DX.t())
+        return
+    product = torch.empty_like(x_MD)
+    matmul(y_MX, w_DX, product)
+    x_MD += product
+
+
+class _Plan:
+    """A batch's index arrays on one device."""
+
+    def __init__(self, batch: Batch, device: torch.device, decoder: Decoder) -> None:
+        cos, sin = decoder.rope[device]
+        positions = _to(batch.positions, device)
+        self.cos, self.sin = cos[positions], sin[positions]
+        self.key_rows = _to(batch.key_rows, device)
+        self.longest_query, self.longest_key = batch.longest_query, batch.longest_key
+        if decoder.fused:
+            self.ends: Any = (_to(batch.query_ends, device), _to(batch.key_ends, device))
+        else:
+            self.ends = (batch.query_ends.tolist(), batch.key_ends.tolist())
+
+
+def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,151 @@
+"""Weights from safetensors straight to where they are used: read in pieces into pinned buffers by several threads,
+copied to the device, several source tensors into one merged one. Host memory holds the buffers, never the model."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lib.errors import UserError
+from lib.models.decoder import Layer, Shape, Weights
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PIECE = 64 << 20  # bytes a read
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor in a file."""
+
+    path: Path
+    offset: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Loaded:
+    weights: Weights
+    bytes: int
+    seconds: float
+
+
+def sources(folder: Path) -> dict[str, Source]:
+    """Every tensor of a model's folder, from the headers of its files."""
+    found: dict[str, Source] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            for name, t in header.items():
+                a, b = t["data_offsets"]
+                found[name] = Source(path, 8 + length + a, b - a, tuple(t["shape"]), DTYPES[t["dtype"]])
+        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as e:
+            raise UserError(f"{path} is not a readable safetensors file ({e}); run `make fetch` again") from None
+    return found
+
+
+def load_weights(
+    folder: Path, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
+) -> Loaded:
+    began = time.monotonic()
+    have = sources(folder)
+    weights, pieces = _allocate(have, shape, dtype, devices, embed_on_host)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for done in [pool.submit(_copy, source, target) for source, target in pieces]:
+            done.result()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return Loaded(weights, sum(s.bytes for s, _ in pieces), time.monotonic() - began)
+
+
+def _allocate(
+    have: dict[str, Source], shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
+) -> tuple[Weights, list[tuple[Source, torch.Tensor]]]:
+    """Empty weights, and which source goes into which part of them."""
+    pieces: list[tuple[Source, torch.Tensor]] = []
+
+    def take(name: str, target: torch.Tensor) -> torch.Tensor:
+        if name not in have:
+            raise UserError(f"the weights hold no tensor {name}; run `make fetch` again")
+        if have[name].shape != tuple(target.shape):
+            raise UserError(f"tensor {name} has shape {have[name].shape}, config.json says {tuple(target.shape)}")
+        pieces.append((have[name], target))
+        return target
+
+    def merged(prefix: str, parts: dict[str, int], width: int | None, device: torch.device, kind: str) -> torch.Tensor:
+        size = (sum(parts.values()), width) if width else (sum(parts.values()),)
+        whole, at = torch.empty(size, dtype=dtype, device=device), 0
+        for part, rows in parts.items():
+            take(f"{prefix}.{part}.{kind}", whole[at : at + rows])
+            at += rows
+        return whole
+
+    def one(name: str, *size: int, device: torch.device) -> torch.Tensor:
+        return take(name, torch.empty(size, dtype=dtype, device=device))
+
+    s, last = shape, devices[-1]
+    q, kv = s.heads * s.head, s.kv_heads * s.head
+    layers = []
+    for i, device in enumerate(spread(s.layers, devices)):
+        at, qkv = f"model.layers.{i}", {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        layers.append(
+            Layer(
+                one(f"{at}.input_layernorm.weight", s.hidden, device=device),
+                merged(f"{at}.self_attn", qkv, s.hidden, device, "weight"),
+                merged(f"{at}.self_attn", qkv, None, device, "bias") if s.bias else None,
+                one(f"{at}.self_attn.o_proj.weight", s.hidden, q, device=device),
+                one(f"{at}.post_attention_layernorm.weight", s.hidden, device=device),
+                merged(f"{at}.mlp", {"gate_proj": s.inner, "up_proj": s.inner}, s.hidden, device, "weight"),
+                one(f"{at}.mlp.down_proj.weight", s.hidden, s.inner, device=device),
+            )
+        )
+    host = torch.device("cpu") if embed_on_host else devices[0]
+    embedding = one("model.embed_tokens.weight", s.vocabulary, s.hidden, device=host)
+    norm = one("model.norm.weight", s.hidden, device=last)
+    if s.tied and embedding.device == last:
+        head = embedding
+    else:
+        head = one("model.embed_tokens.weight" if s.tied else "lm_head.weight", s.vocabulary, s.hidden, device=last)
+    return Weights(embedding, layers, norm, head), pieces
+
+
+def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
+    """Layer -> device, in order, in runs as equal as can be."""
+    return [devices[i * len(devices) // layers] for i in range(layers)]
+
+
+def _copy(source: Source, target: torch.Tensor) -> None:
+    """Read one tensor in pieces and put it into its place."""
+    flat, itemsize = target.view(-1), source.dtype.itemsize
+    with source.path.open("rb", buffering=0) as f:
+        for start, buffer in _reads(f.fileno(), source, target.device.type == "cuda"):
+            part = buffer.view(source.dtype)
+            flat[start // itemsize : start // itemsize + len(part)].copy_(part)  # waits: the buffer is used again
+
+
+def _reads(fd: int, source: Source, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """(offset in the tensor, bytes read) piece by piece, in one buffer."""
+    buffer = torch.empty(min(PIECE, source.bytes), dtype=torch.uint8, pin_memory=pinned)
+    raw = memoryview(buffer.numpy())
+    at = 0
+    while at < source.bytes:
+        want = min(PIECE, source.bytes - at)
+        got = 0
+        while got < want:
+            n = os.preadv(fd, [raw[got:want]], source.offset + at + got)
+            if n == 0:
+                raise UserError(f"{source.path} ends before its last tensor; delete it and run `make fetch` again")
+            got += n
+        yield at, buffer[:want]
+        at += want
