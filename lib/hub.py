@@ -4,13 +4,16 @@ huggingface_hub and datasets read HF_HOME, HF_ENDPOINT and the token's path when
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lib.errors import UserError
 from lib.store.inputs import MODEL_FILES
+
+T = TypeVar("T")
 
 
 def model_snapshot(id: str, revision: str) -> Path:
@@ -19,7 +22,7 @@ def model_snapshot(id: str, revision: str) -> Path:
         from huggingface_hub import HfApi, constants, snapshot_download
 
         _quiet()
-        info = HfApi().model_info(id, revision=revision, files_metadata=True)
+        info = _patiently(lambda: HfApi().model_info(id, revision=revision, files_metadata=True))
         sizes = {s.rfilename: s.size for s in info.siblings or []}
         wanted = {name: size for name, size in sizes.items() if any(Path(name).match(p) for p in MODEL_FILES)}
         store = Path(constants.HF_HUB_CACHE)
@@ -37,7 +40,7 @@ def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str
         from huggingface_hub import HfApi
 
         _quiet()
-        commit = HfApi().dataset_info(id, revision=revision).sha
+        commit = _patiently(lambda: HfApi().dataset_info(id, revision=revision)).sha
         return load_dataset(id, split=split, revision=commit), str(commit)
 
 
@@ -91,10 +94,25 @@ def _sentence(what: str, e: BaseException) -> UserError:
         )
     if 404 in codes:
         return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")
-    why = " ".join(str(e).split())[:160]
-    return UserError(
-        f"{what} cannot be fetched ({type(e).__name__}: {why}); run `make fetch` again, on a node with a network"
-    )
+    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(e)):
+        return UserError(f"{what} cannot be fetched offline; unset HF_HUB_OFFLINE and run `make fetch` again")
+    if type(e) is ValueError:  # datasets: no such split, no such configuration
+        return UserError(f"{what}: {' '.join(str(e).split())[:160]}; check the config")
+    answers = codes - {None}
+    why = f"the Hub answered {max(answers)}" if answers else f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+    return UserError(f"{what} cannot be fetched ({why}); run `make fetch` again, on a node with a network")
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """The Hub's library does not wait by itself when a question, not a file, is answered with 'too many' or 'down'."""
+    for wait in (1, 3, 9):
+        try:
+            return call()
+        except Exception as e:
+            if getattr(getattr(e, "response", None), "status_code", 0) not in (429, 500, 502, 503, 504):
+                raise
+            time.sleep(wait)
+    return call()
 
 
 def _causes(e: BaseException | None) -> Iterator[BaseException]:

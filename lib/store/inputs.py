@@ -65,7 +65,8 @@ def slug(cache: Path, id: str, revision: str, split: str = "") -> str:
     where = local_path(cache, id)
     if where:
         return f"local--{where.stem}--{hashlib.sha256(str(where).encode()).hexdigest()[:10]}"
-    return "--".join([*id.split("/"), revision[:12], *([split] if split else [])])
+    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "-")
+    return "--".join([*id.split("/"), short, *([split] if split else [])])
 
 
 def dataset_folder(cache: Path, id: str, revision: str, split: str) -> Path:
@@ -182,7 +183,7 @@ def source_stamp(path: Path) -> str:
 def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
     raw = read_json(folder / "input.json")
     names = {f.name for f in fields(kind)}
-    if raw is None or set(raw) != names:
+    if raw is None or set(raw) != names or not (local or raw["revision"] == revision):
         at = "" if local else f" at revision {revision}"
         raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
     return kind(**raw)
