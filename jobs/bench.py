@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.models.decoder import Decoder, Layer, Shape, Weights, matmul
+from lib.models.decoder import Decoder, Layer, Shape, Weights
 from lib.models.load import GIB, plan_memory
 from lib.models.packing import Item
 from lib.models.weights import spread
@@ -152,7 +152,8 @@ def flops(shape: Shape, tokens: int, predictions: int) -> float:
 
 
 def floor(model: str, batch_tokens: int) -> dict[str, Any]:
-    """The model's own matrix products back to back, and the head's: nothing element-wise, no attention."""
+    """The model's own matrix products back to back, and the head's: nothing element-wise, no attention. Once with q, k, v
+    and gate, up merged, as the scorer has them, and once apart, as the checkpoint has them."""
     shape = SHAPES[model]
     few = Shape(**{**shape.__dict__, "layers": min(4, shape.layers)})
     decoder = random_decoder(few, batch_tokens)
@@ -161,21 +162,26 @@ def floor(model: str, batch_tokens: int) -> dict[str, Any]:
     space.inner.normal_()
     attended = torch.randn(batch_tokens, shape.heads * shape.head, device="cuda").bfloat16()
 
-    def layers() -> None:
+    def layers(merged: bool) -> None:
+        q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
         for w in decoder.weights.layers:
-            matmul(space.x, w.qkv, space.qkv)
-            matmul(attended, w.o, space.normed)
-            matmul(space.x, w.gate_up, space.gate_up)
-            matmul(space.inner, w.down, space.normed)
+            for part in [w.qkv] if merged else w.qkv.split([q, kv, kv]):
+                space.x @ part.t()
+            attended @ w.o.t()
+            for part in [w.gate_up] if merged else w.gate_up.split(shape.inner):
+                space.x @ part.t()
+            space.inner @ w.down.t()
 
     logits = torch.empty(HEAD_ROWS, shape.vocabulary, device="cuda", dtype=torch.bfloat16)
-    body = timed(layers, 20) / few.layers * shape.layers
-    head = timed(lambda: matmul(space.x[:HEAD_ROWS], decoder.weights.head, logits), 20)
+    body, apart = (timed(lambda m=m: layers(m), 20) / few.layers * shape.layers for m in (True, False))
+    head = timed(lambda: torch.mm(space.x[:HEAD_ROWS], decoder.weights.head.t(), out=logits), 20)
     share = 1 / 3  # of the tokens, predictions: 45 of 135
     predictions = int(batch_tokens * share)
-    seconds = body + head * predictions / HEAD_ROWS
-    rate = flops(shape, batch_tokens, predictions) / seconds / 1e12
-    return {"tflops": round(rate, 1), "body_tflops": round(flops(shape, batch_tokens, 0) / body / 1e12, 1)}
+    work, heads = flops(shape, batch_tokens, predictions), head * predictions / HEAD_ROWS
+    return {
+        "tflops": round(work / (body + heads) / 1e12, 1),
+        "tflops_projections_apart": round(work / (apart + heads) / 1e12, 1),
+    }
 
 
 def ours(model: str, batch_tokens: int) -> dict[str, Any]:

@@ -100,10 +100,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the tokens that all rows begin with, layer by layer [P, 2, K, d]."""
+    """Keys and values of the tokens that all rows begin with."""
 
     length: int
-    cache: list[torch.Tensor]
+    cache: list[torch.Tensor]  # of each layer, [2, P, K, d]
 
 
 class Workspace:
@@ -115,6 +115,7 @@ class Workspace:
 
         self.x, self.normed = make(tokens, shape.hidden), make(tokens, shape.hidden)
         self.qkv, self.q = make(tokens, shape.qkv), make(tokens, shape.heads, shape.head)
+        self.attended = make(tokens, shape.heads, shape.head)
         self.gate_up, self.inner = make(tokens, 2 * shape.inner), make(tokens, shape.inner)
 
     @staticmethod
@@ -139,7 +140,6 @@ class Decoder:
         self.table = rope
         self.rope = {d: (rope[0].to(d), rope[1].to(d)) for d in self.devices}
         self.space: dict[tuple[torch.device, int], Workspace] = {}
-        self.scale = shape.head**-0.5
         if self.fused:
             from lib.models import triton_ops
 
@@ -207,14 +207,8 @@ class Decoder:
         matmul(s.normed, w.qkv, s.qkv, w.qkv_bias)
         kv = torch.empty(2, len(s.x), shape.kv_heads, shape.head, dtype=s.x.dtype, device=s.x.device)
         ops.split_qkv(s.qkv, s.q, kv[0], kv[1], plan.cos, plan.sin)
-        every = kv if cached is None else torch.cat([cached, kv], 1)
-        keys, values = every[0][plan.key_rows], every[1][plan.key_rows]
-        if self.fused:
-            attended = ops.attend(s.q, keys, values, *plan.ends, plan.longest_query, plan.longest_key)
-        else:
-            attended = torch.zeros_like(s.q)
-            ops.attend(s.q, keys, values, *plan.ends, attended)
-        add_matmul(s.x, attended.flatten(1), w.o)
+        ops.attend(s.q, kv, cached, plan.parts, s.attended)
+        add_matmul(s.x, s.attended.flatten(1), w.o)
         ops.rms_norm(s.x, w.norm2, shape.eps, s.normed)
         matmul(s.normed, w.gate_up, s.gate_up)
         ops.swiglu(s.gate_up, s.inner)
@@ -264,12 +258,11 @@ class _Plan:
         cos, sin = decoder.rope[device]
         positions = _to(batch.positions, device)
         self.cos, self.sin = cos[positions], sin[positions]
-        self.key_rows = _to(batch.key_rows, device)
-        self.longest_query, self.longest_key = batch.longest_query, batch.longest_key
         if decoder.fused:
-            self.ends: Any = (_to(batch.query_ends, device), _to(batch.key_ends, device))
+            group = decoder.shape.heads // decoder.shape.kv_heads
+            self.parts: Any = _to(decoder.ops.tiles(batch.segments, group), device)
         else:
-            self.ends = (batch.query_ends.tolist(), batch.key_ends.tolist())
+            self.parts = batch.segments.tolist()
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:

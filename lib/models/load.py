@@ -80,17 +80,14 @@ class Memory:
 
 
 def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, devices: int, total: int) -> Memory:
-    """Weights by the shapes; activations: the workspace, keys and values gathered for attention, a block of logits."""
+    """Weights by the shapes; activations: the workspace, keys and values of a batch, a block of logits."""
     layers = -(-shape.layers // devices)
     per_layer = shape.layer_parameters + 2 * shape.hidden + (shape.qkv if shape.bias else 0)
     table = shape.vocabulary * shape.hidden * itemsize
     weights = layers * per_layer * itemsize + (0 if shape.tied and devices == 1 else table)
-    kv = 2 * shape.kv_heads * shape.head * itemsize
-    gathered = batch_tokens * (
-        kv * 5 + shape.heads * shape.head * itemsize
-    )  # own, with prefix, about 2.5 times as keys
+    kv = batch_tokens * 2 * shape.kv_heads * shape.head * itemsize
     logits = head_rows * (shape.vocabulary + 3 * shape.hidden) * itemsize
-    activations = Workspace.bytes(shape, batch_tokens, itemsize) + gathered + logits
+    activations = Workspace.bytes(shape, batch_tokens, itemsize) + kv + logits
     on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
     return Memory(weights + (0 if on_host else table), activations, on_host, total)
 

@@ -34,15 +34,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays of one batch. Keys are rows of [prefix; batch]: `key_rows` lists them segment by segment."""
+    """Arrays of one batch."""
 
     ids: np.ndarray  # int64 [M], padded with 0
     positions: np.ndarray  # int64 [M]
-    query_ends: np.ndarray  # int32 [S + 1], cumulative query lengths
-    key_ends: np.ndarray  # int32 [S + 1]
-    key_rows: np.ndarray  # int64 [N]
-    longest_query: int
-    longest_key: int
+    segments: np.ndarray  # int32 [S, 4]: first token, length, the parent's first token, its length
     where: np.ndarray  # int64 [Q], the positions that predict
     targets: np.ndarray  # int64 [Q], what they predict
     rows: tuple[int, ...]  # item numbers, in the order of `where`
@@ -72,44 +68,34 @@ def pack(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[Batc
 def _batch(items: Sequence[Item], groups: list[list[int]], prefix: int, batch_tokens: int) -> Batch:
     ids = np.zeros(batch_tokens, np.int64)
     positions = np.zeros(batch_tokens, np.int64)
-    queries, keys, key_rows, where, targets, rows = [], [], [], [], [], []
-    before = np.arange(prefix)
+    segments, where, targets, rows = [], [], [], []
     at = 0
 
-    def segment(tokens: Sequence[int], first: int, ancestors: list[np.ndarray]) -> np.ndarray:
-        """Place tokens at the end of the batch; returns their key rows."""
+    def place(tokens: Sequence[int], parent: int, before: int) -> int:
+        """Put a segment at the end of the batch, under the parent that begins there; returns where it begins."""
         nonlocal at
-        n = len(tokens)
+        start, n = at, len(tokens)
         ids[at : at + n] = tokens
-        positions[at : at + n] = first + np.arange(n)
-        own = prefix + np.arange(at, at + n)
-        key_rows.extend([*ancestors, own])
-        queries.append(n)
-        keys.append(sum(map(len, ancestors)) + n)
+        positions[at : at + n] = np.arange(prefix + before, prefix + before + n)
+        segments.append((start, n, parent, before))
         at += n
-        return own
+        return start
 
     for group in groups:
         context = items[group[0]].context
-        own = segment(context, prefix, [before])
+        parent = place(context, 0, 0)
         for number in group:
             item = items[number]
-            places = [int(own[-1]) - prefix]  # the context's last token predicts the response's first
+            where.append(parent + len(context) - 1)  # the context's last token predicts the response's first
             if item.inputs:
-                first = prefix + len(context)
-                places.extend((segment(item.inputs, first, [before, own]) - prefix).tolist())
-            where.extend(places)
+                start = place(item.inputs, parent, len(context))
+                where.extend(range(start, at))
             targets.extend(item.targets)
             rows.append(number)
-    ends = [np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32) for lengths in (queries, keys)]
     return Batch(
         ids,
         positions,
-        ends[0],
-        ends[1],
-        np.concatenate(key_rows).astype(np.int64),
-        max(queries),
-        max(keys),
+        np.array(segments, np.int32),
         np.asarray(where, np.int64),
         np.asarray(targets, np.int64),
         tuple(rows),
@@ -119,7 +105,6 @@ def _batch(items: Sequence[Item], groups: list[list[int]], prefix: int, batch_to
 
 def prefix_batch(ids: Sequence[int]) -> Batch:
     """The prefix itself, as one segment without anything before it."""
-    n = len(ids)
-    ends, empty = np.array([0, n], np.int32), np.empty(0, np.int64)
-    tokens, rows = np.asarray(ids, np.int64), np.arange(n, dtype=np.int64)
-    return Batch(tokens, rows, ends, ends, rows, n, n, empty, empty, (), n)
+    n, none = len(ids), np.empty(0, np.int64)
+    segments = np.array([[0, n, 0, 0]], np.int32)
+    return Batch(np.asarray(ids, np.int64), np.arange(n, dtype=np.int64), segments, none, none, (), n)

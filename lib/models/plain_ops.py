@@ -32,19 +32,15 @@ def split_qkv(
 
 
 def attend(
-    q_MHd: torch.Tensor,
-    k_NKd: torch.Tensor,
-    v_NKd: torch.Tensor,
-    query_ends: list[int],
-    key_ends: list[int],
-    out: torch.Tensor,
+    q_MHd: torch.Tensor, kv: torch.Tensor, prefix: torch.Tensor | None, segments: list[list[int]], out: torch.Tensor
 ) -> None:
-    """Causal attention of each segment by itself; a segment's queries are the last of its keys."""
-    spans = zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False)
-    for a, b, c, e in spans:
-        q, k, v = (t.transpose(0, 1) for t in (q_MHd[a:b], k_NKd[c:e], v_NKd[c:e]))
-        seen = torch.ones(b - a, e - c, dtype=torch.bool, device=q.device).tril(e - c - (b - a))
-        out[a:b] = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(0, 1)
+    """Causal attention, segment by segment, over the prefix, the parent and itself; kv and prefix: [2, tokens, K, d]."""
+    for start, length, parent, before in segments:
+        own = slice(start, start + length)
+        seen = [*([] if prefix is None else [prefix]), kv[:, parent : parent + before], kv[:, own]]
+        q, (k, v) = q_MHd[own].transpose(0, 1), torch.cat(seen, 1).transpose(1, 2)
+        mask = torch.ones(length, k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - length)
+        out[own] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(0, 1)
 
 
 def swiglu(gate_up_MX: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """The same operations as one kernel each, so that a layer moves the fewest bytes besides its matrix products."""
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -101,16 +102,78 @@ def log_prob(logits_PV: torch.Tensor, target_P: torch.Tensor) -> torch.Tensor:
     return out
 
 
+TILE = 128  # query rows of a program: positions times the query heads that share a key head
+
+
+def tiles(segments: np.ndarray, group: int) -> np.ndarray:
+    """int32 [T, 5]: (start, length, parent, before) of the tile's segment, and the tile's first row."""
+    counts = -(-segments[:, 1] * group // TILE)
+    which = np.repeat(np.arange(len(segments)), counts)
+    first = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.concatenate([segments[which], (first * TILE)[:, None]], 1).astype(np.int32)
+
+
+@triton.jit
+def _attend(
+    q,
+    kv,
+    prefix,
+    tile,
+    out,
+    scale,
+    P,
+    M,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One tile of one segment under one key head. Rows are (position, query head of the group), so that short segments
+    fill the tile. Keys are the prefix, the parent and the segment itself, in one row of numbers 0..P+before+length."""
+    at = tile + tl.program_id(0) * 5
+    start, length, parent, before, first = (
+        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+    )  # fmt: skip
+    head = tl.program_id(1)
+    row = first + tl.arange(0, ROWS)
+    position, lane = row // G, row % G
+    inside = position < length
+    d = tl.arange(0, D)
+    query = (start + position).to(tl.int64) * (K * G * D) + (head * G + lane) * D
+    x = tl.load(q + query[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, D], tl.float32)
+    last = tl.minimum((first + ROWS - 1) // G, length - 1)
+    for begin in range(0, P + before + last + 1, KEYS):
+        j = begin + tl.arange(0, KEYS)
+        own = j - P - before
+        token = tl.where(j < P + before, parent + j - P, start + own).to(tl.int64)
+        exists = own < length
+        key = tl.where(j < P, prefix + j.to(tl.int64) * (K * D), kv + token * (K * D)) + head * D
+        value = key + tl.where(j < P, P, M).to(tl.int64) * (K * D)
+        k = tl.load(key[:, None] + d[None, :], mask=exists[:, None], other=0.0)
+        v = tl.load(value[:, None] + d[None, :], mask=exists[:, None], other=0.0)
+        s = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(exists[None, :] & (own[None, :] <= position[:, None]), s, -1e30)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp(s - higher[:, None])
+        keep = tl.exp(top - higher)
+        total = total * keep + tl.sum(p, 1)
+        sums = sums * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    tl.store(out + query[:, None] + d[None, :], sums / total[:, None], mask=inside[:, None])
+
+
 def attend(
-    q_MHd: torch.Tensor,
-    k_NKd: torch.Tensor,
-    v_NKd: torch.Tensor,
-    query_ends: torch.Tensor,
-    key_ends: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-) -> torch.Tensor:
-    """torch's own flash attention over ragged segments; causal from the last key on."""
-    return torch.ops.aten._flash_attention_forward(
-        q_MHd, k_NKd, v_NKd, query_ends, key_ends, longest_query, longest_key, 0.0, True, False
-    )[0]
+    q_MHd: torch.Tensor, kv: torch.Tensor, prefix: torch.Tensor | None, tile_T5: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Causal attention of ragged segments over the prefix, their parent and themselves; kv and prefix: [2, tokens, K, d]."""
+    heads, d = q_MHd.shape[1:]
+    kv_heads = kv.shape[2]
+    before = 0 if prefix is None else prefix.shape[1]
+    _attend[(len(tile_T5), kv_heads)](
+        q_MHd, kv, kv if prefix is None else prefix, tile_T5, out, d**-0.5, before, kv.shape[1],
+        kv_heads, heads // kv_heads, d, TILE, 64, num_warps=8 if d > 64 else 4, num_stages=2,
+    )  # fmt: skip
