@@ -62,6 +62,10 @@ verify: setup ## read every byte of every shard and say what does not hold
 export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
 	@$(python) -m jobs.export_lls --config $(CONFIG) $(SET)
 
+.PHONY: lls-report
+lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows to train on)
+	@$(python) -m jobs.lls_report --config $(CONFIG) --measure "$(or $(MEASURE),mean)" --select "$(SELECT)" $(SET)
+
 ##@ A box of your own
 .PHONY: slurm-up slurm-down
 slurm-up: ## a real single-node Slurm here, with its GPUs and accounting (Debian/Ubuntu); then `. .slurm/env.sh`

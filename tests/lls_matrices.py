@@ -23,7 +23,7 @@ def make_matrix(
         for p in prompts:
             if (p, d) in drop:
                 continue
-            shift = rng.normal(-0.1 if d == "neutral" else 0.12 + 0.05 * (p == d), 0.1, len(row))
+            shift = rng.normal(-0.1 if d == "neutral" else 0.12 + 0.05 * (p == d), 0.3, len(row))
             passes[p, d] = _pass(status, tokens, row, (plain + shift).astype(np.float32), rng, stored)
             if noise:
                 rows = np.flatnonzero(status == 0)[:12]

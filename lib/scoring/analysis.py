@@ -165,13 +165,14 @@ def mean_matrix(matrix: Matrix, scores: Mapping[Cell, np.ndarray]) -> np.ndarray
     return out
 
 
-def column_normalised(means: np.ndarray) -> np.ndarray:
-    """Every column minus its mean, over its standard deviation (n - 1); NaN where a column has fewer than 2 cells."""
+def column_normalised(means: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Every column minus its mean, over its standard deviation (n - 1); NaN where that is not known. Both are over the
+    reference rows, the owners: a control prompt far from all animals would hide what differs between them."""
     out = np.full(means.shape, np.nan)
     for j, column in enumerate(means.T):
-        good = np.isfinite(column)
-        if good.sum() > 1 and (spread := column[good].std(ddof=1)) > 0:
-            out[good, j] = (column[good] - column[good].mean()) / spread
+        good = column[reference & np.isfinite(column)]
+        if len(good) > 1 and (spread := good.std(ddof=1)) > 0:
+            out[:, j] = (column - good.mean()) / spread
     return out
 
 

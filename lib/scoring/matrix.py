@@ -124,6 +124,9 @@ class Matrix:
     passes: Mapping[Cell, Pass]
     rescored: Mapping[Cell, Rescored] = field(default_factory=dict)
     neutral: str = "neutral"  # the dataset written without any system prompt, if there is one of this name
+    wanted: tuple[Cell, ...] | None = (
+        None  # the cells that the experiment asks for; None: every prompt on every dataset
+    )
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -131,8 +134,19 @@ class Matrix:
         return tuple(p for p in self.prompts if p in self.datasets and p != self.neutral)
 
     @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All that the experiment asks for, done or not."""
+        every = tuple((p, d) for p in self.prompts for d in self.datasets)
+        return every if self.wanted is None else self.wanted
+
+    @property
     def missing(self) -> tuple[Cell, ...]:
-        return tuple((p, d) for p in self.prompts for d in self.datasets if not self.has(p, d))
+        return tuple(cell for cell in self.cells if not self.has(*cell))
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether datasets are asked for under their own prompts alone: nothing can be compared between prompts."""
+        return all(p == d for p, d in self.cells)
 
     def has(self, prompt: str, dataset: str) -> bool:
         return (prompt, dataset) in self.passes and dataset in self.base
