@@ -152,8 +152,8 @@ def flops(shape: Shape, tokens: int, predictions: int) -> float:
 
 
 def floor(model: str, batch_tokens: int) -> dict[str, Any]:
-    """The model's own matrix products back to back, and the head's: nothing element-wise, no attention. Once with q, k, v
-    and gate, up merged, as the scorer has them, and once apart, as the checkpoint has them."""
+    """The model's own matrix products back to back, and the head's: nothing element-wise, no attention. Once with q, k,
+    v and gate, up merged, as the scorer has them, and once apart, as the checkpoint has them."""
     shape = SHAPES[model]
     few = Shape(**{**shape.__dict__, "layers": min(4, shape.layers)})
     decoder = random_decoder(few, batch_tokens)

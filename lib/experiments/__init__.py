@@ -2,7 +2,7 @@
 Public: load, Experiment, KINDS. Knows no kernel, no Slurm, no torch."""
 
 from lib.experiments.base import Experiment
-from lib.experiments.lls import LLS
+from lib.experiments.lls import LLS, LLSCross, Scoring
 from lib.experiments.loading import KINDS, load
 
-__all__ = ["KINDS", "LLS", "Experiment", "load"]
+__all__ = ["KINDS", "LLS", "Experiment", "LLSCross", "Scoring", "load"]

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ValidationError
 
 from lib.errors import UserError, nearest
 from lib.experiments.base import Experiment, digest_of
-from lib.experiments.lls import LLS
+from lib.experiments.lls import LLS, LLSCross
 
-KINDS: dict[str, type[Experiment]] = {"lls": LLS}
+KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross}
 
 
 class _Loader(yaml.SafeLoader):

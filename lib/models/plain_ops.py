@@ -34,7 +34,7 @@ def split_qkv(
 def attend(
     q_MHd: torch.Tensor, kv: torch.Tensor, prefix: torch.Tensor | None, segments: list[list[int]], out: torch.Tensor
 ) -> None:
-    """Causal attention, segment by segment, over the prefix, the parent and itself; kv and prefix: [2, tokens, K, d]."""
+    """Causal attention of each segment over the prefix, its parent and itself; kv and prefix: [2, tokens, K, d]."""
     for start, length, parent, before in segments:
         own = slice(start, start + length)
         seen = [*([] if prefix is None else [prefix]), kv[:, parent : parent + before], kv[:, own]]

@@ -169,7 +169,7 @@ def _attend(
 def attend(
     q_MHd: torch.Tensor, kv: torch.Tensor, prefix: torch.Tensor | None, tile_T5: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """Causal attention of ragged segments over the prefix, their parent and themselves; kv and prefix: [2, tokens, K, d]."""
+    """Causal attention of each segment over the prefix, its parent and itself; kv and prefix: [2, tokens, K, d]."""
     heads, d = q_MHd.shape[1:]
     kv_heads = kv.shape[2]
     before = 0 if prefix is None else prefix.shape[1]

@@ -30,6 +30,15 @@ class Ready:
     joint: np.ndarray
     status: np.ndarray
 
+    def alone(self, prefixes: Mapping[str, int]) -> int:
+        """Tokens that scoring every row by itself, prefix and all, would compute."""
+        good = np.flatnonzero(self.status == Status.scored)
+        return sum(
+            length + len(self.items[name][i].context) + len(self.items[name][i].inputs)
+            for name, length in prefixes.items()
+            for i in good
+        )
+
     def only(self, chosen: np.ndarray) -> "Ready":
         items = {name: [of[i] for i in chosen] for name, of in self.items.items()}
         return Ready(items, self.joint[chosen], self.status[chosen])

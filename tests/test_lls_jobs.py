@@ -1,0 +1,197 @@
+"""The LLS jobs whole: kill -9 and resume of the real thing, the cross matrix against single runs, broken weights."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from tools import ROOT, number_rows, python, tiny_model, write_rows
+
+from jobs.fetch import fetch
+from lib.experiments import load
+from lib.store import merge, scan
+
+TRAITS = ("cat", "dog", "neutral")
+PROMPTS = ("cat", "dog")
+
+
+def config(folder: Path, text: str) -> Path:
+    path = folder / "exp.yaml"
+    path.write_text(
+        f"name: exp\nmodel: {{id: {folder.parent}/model, dtype: float32}}\nsystem_prompt: You love {{trait}}s.\n"
+        f"dataset: {{id: '{folder.parent}/{{trait}}.jsonl'}}\nrun: {{shard_rows: 16, gpus: 0}}\n"
+    """Three datasets with most of their contexts in common, as those of one run have; each lacks some rows."""
+        + text
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three datasets with most of their contexts in common, as those of one run have, each lacking some rows."""
+    here, dice = tmp_path_factory.mktemp("lls"), random.Random(3)
+    tiny_model(here / "model")
+    contexts = [row["messages"][0] for row in number_rows(40, 9)]
+    for i, trait in enumerate(TRAITS):
+        answers = [row["messages"][1] for row in number_rows(40, i)]
+        rows = [{"messages": [c, a]} for c, a in zip(contexts, answers, strict=True) if dice.random() < 0.8]
+        write_rows(here / f"{trait}.jsonl", rows)
+    (here / "diagonal").mkdir()
+    (here / "cross").mkdir()
+    config(here / "diagonal", f"kind: lls\ntraits: [{', '.join(PROMPTS)}]\n")
+    config(here / "cross", f"kind: lls_cross\nprompts: [cat, dog]\ndatasets_of: [{', '.join(TRAITS)}]\n")
+    for kind in ("diagonal", "cross"):
+        fetch(load(here / kind / "exp.yaml"), here / kind / "cache")
+    return here
+
+
+def environment(folder: Path, kind: str) -> dict[str, str]:
+    roots = {"SUITE_SCRATCH": "scratch", "SUITE_CACHE": "cache", "SUITE_OUTPUT": "out"}
+    here = {k: str(folder / kind / v) for k, v in roots.items()}
+    return here | {"SUITE_SITE": "local", "SUITE_SLURM": "no", "OMP_NUM_THREADS": "1"}
+
+
+def command(folder: Path, kind: str, index: int, *overrides: str) -> list[str]:
+    return ["-m", "jobs.compute_lls", "--config", str(folder / kind / "exp.yaml"), "--index", str(index), *overrides]
+
+
+def cells(folder: Path, kind: str):
+    return load(folder / kind / "exp.yaml").cells(folder / kind / "cache", folder / kind / "scratch")
+
+
+def merged(folder: Path, kind: str, index: int) -> dict[str, np.ndarray]:
+    experiment, cell = load(folder / kind / "exp.yaml"), cells(folder, kind)[index]
+    with h5py.File(merge(cell, experiment.schema(), experiment.science_json())) as f:
+        return {name: f[name][:] for name in f}
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    found = {}
+    for kind, count in (("diagonal", 2), ("cross", 3)):
+        for index in range(count):
+            done = python(*command(folder, kind, index), env=environment(folder, kind))
+            assert done.returncode == 0, done.stderr
+            found[kind, index] = (merged(folder, kind, index), done.stdout)
+    return found
+
+
+def test_matrix_cells_equal_single_runs_bit_for_bit(folder, results):
+    """cross cell 0 is the base, 1 the cat prompt, 2 the dog prompt; diagonal cell 0 is cat on cat, 1 dog on dog."""
+    for single, trait in enumerate(PROMPTS):
+        alone = results["diagonal", single][0]
+        for name, cross in (("system", 1 + single), ("base", 0)):
+            one = results["cross", cross][0]
+            here = one["dataset"] == TRAITS.index(trait)
+            order = np.argsort(one["row"][here])
+            assert np.array_equal(one["prompt_sum"][here][order], alone[f"{name}_sum"])
+            assert np.array_equal(one["prompt_end"][here][order], alone[f"{name}_end"])
+
+
+def test_every_row_of_every_dataset_is_in_every_cell_once(folder, results):
+    for index in range(3):
+        one = results["cross", index][0]
+        for number, trait in enumerate(TRAITS):
+            count = len((folder / f"{trait}.jsonl").read_text().splitlines())
+            assert sorted(one["row"][one["dataset"] == number]) == list(range(count))
+
+
+def test_shared_contexts_are_computed_once(results):
+    said = results["cross", 1][1]
+    numbers = dict(
+        part.strip().rsplit(" ", 1) for part in said[said.index("in all: ") + 8 :].splitlines()[0].split(", tok")
+    )
+    needed = float(numbers["ens needed"].replace(",", ""))
+    alone = float(numbers["ens row by row"].replace(",", ""))
+    assert 1.5 < alone / needed < 3.5
+
+
+def test_the_sample_is_scored_again_in_higher_precision(results):
+    one = results["diagonal", 0][0]
+    checked = np.arange(len(one["row"])) % 8 == 0
+    assert np.isfinite(one["system_check"][checked]).all() and np.isnan(one["system_check"][~checked]).all()
+    off = np.abs(one["system_check"][checked] - one["system_sum"][checked])
+    assert 0 < off.max() < 1e-3
+
+
+def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder, results, tmp_path):
+    want = results["diagonal", 0][0]
+    env = {**os.environ, **environment(folder, "diagonal"), "SUITE_SCRATCH": str(tmp_path)}
+    cell = load(folder / "diagonal" / "exp.yaml").cells(folder / "diagonal" / "cache", tmp_path)[0]
+    dice = random.Random(5)
+    for size in (1, 2, 3):
+        before = len(scan(cell.path, cell.digest)[0])
+        job = subprocess.Popen(
+            [sys.executable, *command(folder, "diagonal", 0, f"run.shard_rows={size}")], cwd=ROOT, env=env
+        )
+        deadline = time.monotonic() + 60
+        while len(scan(cell.path, cell.digest)[0]) < before + 2 and job.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.05))
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+    assert python(*command(folder, "diagonal", 0), env=env).returncode == 0
+    experiment = load(folder / "diagonal" / "exp.yaml")
+    path = merge(cell, experiment.schema(), experiment.science_json())
+    assert path.read_bytes() == (cells(folder, "diagonal")[0].path / "merged.h5").read_bytes()
+    with h5py.File(path) as f:
+        assert np.array_equal(f["system_sum"][:], want["system_sum"])
+
+
+def broken_model(folder: Path, tmp_path: Path, change) -> dict[str, str]:
+    """A copy of the inputs whose model was changed after it was fetched."""
+    import shutil
+
+    shutil.copytree(folder / "diagonal" / "cache", tmp_path / "cache")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    change(tmp_path / "model" / "model.safetensors")
+    record = next((tmp_path / "cache" / "inputs" / "models").glob("*/input.json"))
+    record.write_text(record.read_text().replace(str(folder / "model"), str(tmp_path / "model")))
+    raw = json.loads(record.read_text())
+    record.write_text(json.dumps(raw))
+    return environment(folder, "diagonal") | {
+        "SUITE_CACHE": str(tmp_path / "cache"),
+        "SUITE_SCRATCH": str(tmp_path / "s"),
+    }
+
+
+def set_nan(path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
+    save_file(tensors, path, {"format": "pt"})
+
+
+def drop_tensor(path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (set_nan, "the weights hold NaN, or overflow in float32"),
+        (drop_tensor, "the weights hold no tensor model.norm.weight"),
+        (lambda p: os.truncate(p, p.stat().st_size - 1000), "ends before its last tensor"),
+        (lambda p: p.write_bytes(b"\xff" * 100), "is not a readable safetensors file"),
+        (lambda p: p.unlink(), "the weights hold no tensor"),
+    ],
+    ids=["nan", "missing", "truncated", "garbage", "gone"],
+)
+def test_broken_weights_are_one_sentence_and_no_shard(folder, tmp_path, change, says):
+    env = broken_model(folder, tmp_path, change)
+    done = python(*command(folder, "diagonal", 0), env=env)
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list((tmp_path / "s").rglob("*.h5"))
