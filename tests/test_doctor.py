@@ -15,7 +15,7 @@ from lib.cluster.plan import plan
 from lib.cluster.site import Site
 from lib.errors import UserError
 from lib.experiments import load
-from lib.store.inputs import dataset_folder, model_input
+from lib.store.inputs import dataset_folder, model_input, save_model
 
 TOKEN = "hf_" + "S3cretS3cret" * 3
 
@@ -164,19 +164,20 @@ def test_torchs_cuda_is_read_from_its_text() -> None:
 
 def test_inputs_that_are_whole_cut_off_edited_or_absent(box: tuple[Path, Site]) -> None:
     config, site = box
-    experiment = load(config)
+    experiment = load(config, ["model.id=acme/tiny"])  # as one of the Hub: no source whose change would tell
+    local = model_input(site.cache, load(config).model.id, "main")
+    save_model(site.cache, dataclasses.replace(local, id="acme/tiny", source_stamp=""))
     assert doctor.models_line(experiment, site.cache).level == "ok"
     assert doctor.datasets_line(experiment, site.cache).found.startswith("2, 12 rows")
     assert doctor.lost_bytes(experiment, site.cache) == 0
-    model = model_input(site.cache, experiment.model.id, "main")
-    for name in ("model.safetensors", "tokenizer.json"):
-        path = Path(model.path) / name
+    for name, says in {"model.safetensors": "is cut off", "tokenizer.json": "holds [0-9]+ of [0-9]+ bytes"}.items():
+        path = Path(local.path) / name
         whole, stat = path.read_bytes(), path.stat()
         try:
             path.write_bytes(whole[:-1])
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-            with pytest.raises(UserError, match="make fetch"):
+            with pytest.raises(UserError, match=f"{says}.*; run `make fetch` again"):
                 doctor.models_line(experiment, site.cache)
+            assert doctor.lost_bytes(experiment, site.cache) == local.bytes
         finally:
             path.write_bytes(whole)
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))

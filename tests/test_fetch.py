@@ -21,7 +21,7 @@ from tools import number_rows, tiny_model
 from lib import hub as hub_client
 from lib.errors import UserError
 from lib.experiments import load
-from lib.store import gaps, scan
+from lib.store import gaps, model_input, scan
 
 MODEL, PARQUET, JSONL = "models/acme/tiny", "datasets/acme/cat", "datasets/acme/dog"
 TOKEN = "hf_" + "T0psecret" * 4
@@ -241,21 +241,24 @@ def test_a_hub_that_refuses_is_down_or_is_out_of_reach(box: Box) -> None:
     assert not (box.cache / "inputs").exists()
 
 
-def test_rows_of_another_shape_and_a_model_without_weights(box: Box, files: dict[str, bytes]) -> None:
+def test_rows_of_another_shape_and_a_model_without_whole_weights(box: Box, files: dict[str, bytes]) -> None:
     box.hub.commit(JSONL, jsonl([{"text": "1 2 3"}]))
     assert "dataset acme/dog, row 0: wanted messages that end with" in box.fails()
     box.hub.commit(MODEL, {"config.json": files["config.json"], "pytorch_model.bin": b"x"})
     assert "model acme/tiny: no safetensors weights" in box.fails("--update")
+    box.hub.commit(MODEL, files | {"model.safetensors": files["model.safetensors"][:-7]})
+    assert "model.safetensors is cut off or not a safetensors file; delete it" in box.fails("--update")
 
 
 def test_two_revisions_with_the_same_first_letters_are_two(box: Box, files: dict[str, bytes]) -> None:
     commits = box.hub.repos[MODEL]
     commits["release-2026-01"], commits["release-2026-02"] = files, files
     box.fetch("model.revision=release-2026-01")
-    first = box.record("models")["revision"]
-    assert first == "release-2026-01"
     with pytest.raises(UserError, match="at revision release-2026-02 is not fetched"):
         load(box.config, ["model.revision=release-2026-02"]).cells(box.cache, box.folder / "scratch")
+    box.fetch("model.revision=release-2026-02")
+    for revision in ("release-2026-01", "release-2026-02"):
+        assert model_input(box.cache, "acme/tiny", revision).revision == revision
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_download(tmp_path: Path) -> None:
