@@ -20,7 +20,7 @@ import numpy as np
 from lib.errors import UserError, exit_with
 from lib.experiments import LLS
 from lib.job import Job, digest_of_all, job
-from lib.scoring.matrix import Matrix, Measure, Pass
+from lib.scoring.matrix import Matrix, Measure, Pass, Rescored
 from lib.scoring.report import About, write_report
 from lib.scoring.report_tables import Findings, Value, find
 from lib.scoring.select import Choice, select, write_selection
@@ -60,15 +60,17 @@ def main() -> int:
 def matrix_of(this: Job) -> Matrix:
     """The cells that are done, from their merged files. Kind lls: each trait's prompt on its own dataset."""
     experiment = this.of(LLS)
-    base, passes = {}, {}
+    base, passes, rescored = {}, {}, {}
     for cell in this.cells():
         if gaps(scan(cell.path, cell.digest)[0], cell.rows):
             continue
         columns = merged_columns(this, cell)
         base[cell.name] = _pass(columns, "base")
         passes[cell.name, cell.name] = _pass(columns, "system")
+        if "system_check" in columns:
+            rescored[cell.name, cell.name] = again(columns["system_check"], columns["base_check"])
     traits = tuple(experiment.traits)
-    return Matrix(traits, traits, base, passes, wanted=tuple((t, t) for t in traits))
+    return Matrix(traits, traits, base, passes, rescored, wanted=tuple((t, t) for t in traits))
 
 
 def merged_columns(this: Job, cell: Cell) -> dict[str, np.ndarray]:
@@ -83,6 +85,12 @@ def _pass(columns: dict[str, np.ndarray], who: str) -> Pass:
     """Columns <who>_sum, and <who>_end and <who>_logp where they were stored."""
     optional = columns.get(f"{who}_end"), columns.get(f"{who}_logp")
     return Pass(columns["status"], columns["tokens"], columns[f"{who}_sum"], *optional)
+
+
+def again(system: np.ndarray, base: np.ndarray) -> Rescored:
+    """The rows that were scored again in higher precision; the others hold NaN."""
+    rows = np.flatnonzero(np.isfinite(system) & np.isfinite(base))
+    return Rescored(rows, (system - base)[rows])
 
 
 def rows_of(this: Job, dataset: str) -> Rows:

@@ -1,6 +1,7 @@
 """The LLS report: its figures in a real browser against the arrays, missing as missing, nothing from elsewhere."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.image import imread
 
 from lib.scoring import report_bars, report_heat, report_plots
 from lib.scoring.analysis import all_scores, auc, contrast, finite
-from lib.scoring.matrix import Measure
+from lib.scoring.matrix import Measure, Rescored
 from lib.scoring.report import About, write_report
 from lib.scoring.report_tables import find
 from lib.scoring.token_view import TokenRow, places
@@ -209,3 +210,16 @@ def test_a_missing_own_cell_is_missing_everywhere(figures, tmp_path):
         texts = [t.get_text() for ax in figures[name].axes for t in ax.texts]
         assert "missing" in texts, name
     assert "histogram_bear.png" not in figures and "histogram_cat.png" in figures
+
+
+def test_noise_of_any_size_finds_a_place(figures, tmp_path):
+    matrix = make_matrix(noise=True)
+    sample = matrix.rescored["cat", "cat"]
+    exact = (matrix.passes["cat", "cat"].sums - matrix.base["cat"].sums)[sample.rows]
+    none, tiny = Rescored(sample.rows, exact), Rescored(sample.rows, exact + 1e-7 * np.arange(len(exact)))
+    for found, words in ((none, "no noise"), (tiny, "< 0.01 %")):
+        f = find(replace(matrix, rescored={("cat", "cat"): found}), Measure("sum"), replicates=2)
+        report_bars.noise_dots(f, tmp_path / "noise.png")
+        texts = [t.get_text() for t in figures["noise.png"].axes[0].texts]
+        assert words in texts and texts.count("missing") == 2
+        figures["noise.png"].canvas.draw()

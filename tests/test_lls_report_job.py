@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,7 +31,7 @@ model: {id: cache:model, dtype: float32}
 traits: [cat, dog]
 system_prompt: You love {trait}s.
 dataset: {id: "cache:rows/{trait}.jsonl"}
-score: {per_token: true, batch_tokens: 4096}
+score: {per_token: true, check_every: 2, batch_tokens: 4096}
 """
 ANSWERS = ["1, 2", "ü3", "44\n5", "6", "<i>7", "8 8"]
 
@@ -83,6 +84,9 @@ def finish(suite, index: int) -> np.ndarray:
     for who, logp in values.items():
         known[f"{who}_sum"] = np.where(tokens > 0, np.bincount(row, weights=logp, minlength=6), np.nan)
         known[f"{who}_logp"] = logp
+    noise = np.array([0.01, np.nan, -0.02, np.nan, 0.05, np.nan])  # rows 0, 2 and 4 are scored again
+    known["system_check"] = known["system_sum"] - noise * tokens
+    known["base_check"] = known["base_sum"] + 0 * noise
     columns = {}
     for name, column in experiment.schema().items():
         length = int(known[column.per].sum()) if column.per else 6
@@ -107,6 +111,7 @@ def test_the_job_from_shards_to_page_and_selections(suite, browser):
     browser.open(folder / "index.html")
     assert browser.errors == [] and browser.js("[...document.images].every(i => i.naturalWidth == 2100)")
     assert [row[3] for row in table(browser, "own")] == pytest.approx([np.nanmean(v) for v in lls], abs=1e-12)
+    assert [row[7] for row in table(browser, "own")] == pytest.approx([statistics.stdev([0.01, -0.02, 0.05])] * 2)
     assert len(browser.js("[...document.querySelectorAll('.row')].map(r => r.innerText)")) == 6
     assert "until 2025-03-01 12:00 UTC on a device" in browser.js("document.querySelector('dl').innerText")
     assert "matrix of prompts by datasets" in done.stdout  # a diagonal has nothing to compare, and says so

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib.scoring.analysis import Estimate, finite
-from lib.scoring.lls_plots import FAINT, INK, STYLE, _figure, _save, _titles, _write_missing
+from lib.scoring.lls_plots import FAINT, INK, STYLE, _figure, _save, _titles
 from lib.scoring.report_plots import NEUTRAL, colour_of, minus
 from lib.scoring.report_tables import Findings, mean_interval
 
@@ -133,22 +133,22 @@ def noise_dots(f: Findings, path: Path) -> None:
                 _missing(ax, x, 0.02, transform=ax.get_xaxis_transform())
                 continue
             sd = float(own.std(ddof=1))
-            ax.plot([x, x], [noise.sd, sd], color=FAINT, linewidth=1.5, zorder=1)
             ax.plot(x, sd, "o", color=colour_of(name), markersize=15, markeredgecolor=INK)
+            if noise.sd == 0:  # has no place on a logarithmic axis
+                _missing(ax, x, 0.02, "no noise", transform=ax.get_xaxis_transform())
+                continue
+            ax.plot([x, x], [noise.sd, sd], color=FAINT, linewidth=1.5, zorder=1)
             ax.plot(x, noise.sd, "D", color="white", markersize=11, markeredgecolor=INK, markeredgewidth=2)
-            ax.annotate(
-                f"{100 * noise.sd / sd:.0f} %",
+            ratio = 100 * noise.sd / sd
+            words, place = (
+                "< 0.01 %" if ratio < 0.01 else f"{ratio:.2g} %" if ratio < 10 else f"{ratio:.0f} %",
                 (x, noise.sd),
-                (0, -14),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                fontsize=12,
             )
+            ax.annotate(words, place, (0, -14), textcoords="offset points", ha="center", va="top", fontsize=12)
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         ax.set_ylim(low / 1.5, high * 1.2)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
         ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         _names(ax, f.matrix.owners)
@@ -182,8 +182,8 @@ def _names(ax: Axes, names: tuple[str, ...] | list[str]) -> None:
     ax.set_axisbelow(True)
 
 
-def _missing(ax: Axes, x: float, y: float, **how: Any) -> None:
-    _write_missing(ax, x, y, rotation=90, ha="center", va="bottom", **how)
+def _missing(ax: Axes, x: float, y: float, words: str = "missing", **how: Any) -> None:
+    ax.text(x, y, words, rotation=90, ha="center", va="bottom", color=FAINT, style="italic", fontsize=13, **how)
 
 
 def _count(numbers: list[int]) -> str:

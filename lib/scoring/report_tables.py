@@ -151,7 +151,7 @@ def own_table(f: Findings) -> Table:
         Column("others' mean", "+.4f"),
         Column("neutral's mean", "+.4f", absent),
         Column("noise sd", ".4f"),
-        Column("noise / sd", ".0%"),
+        Column("noise / sd", ".1%"),
     ]
     noise = "Noise sd: what the model's low precision adds to one row's score, from a sample of rows scored again."
     if not f.noise:
