@@ -178,9 +178,8 @@ class Decoder:
         pad = -count % block
         hidden_PD = torch.cat([hidden_PD, hidden_PD.new_zeros(pad, hidden_PD.shape[1])])
         target_P = _to(np.pad(targets, (0, pad)), hidden_PD.device)
-        parts = []
+        parts, logits_PV = [], hidden_PD.new_empty(block, self.shape.vocabulary)
         for i in range(0, count, block):
-            logits_PV = hidden_PD.new_empty(block, self.shape.vocabulary)
             matmul(hidden_PD[i : i + block], self.weights.head, logits_PV)
             parts.append(self.ops.log_prob(logits_PV, target_P[i : i + block]))
         return torch.cat(parts)[:count]

@@ -86,7 +86,8 @@ def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, 
     table = shape.vocabulary * shape.hidden * itemsize
     weights = layers * per_layer * itemsize + (0 if shape.tied and devices == 1 else table)
     kv = batch_tokens * 2 * shape.kv_heads * shape.head * itemsize
-    logits = head_rows * (shape.vocabulary + 3 * shape.hidden) * itemsize
+    picked = batch_tokens * shape.hidden * itemsize  # three copies of the third that predicts
+    logits = head_rows * shape.vocabulary * itemsize + picked
     activations = Workspace.bytes(shape, batch_tokens, itemsize) + kv + logits
     on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
     return Memory(weights + (0 if on_host else table), activations, on_host, total)

@@ -1,0 +1,113 @@
+"""The job as a whole, in a process of its own, on a checkpoint of the real shape made on the spot."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.bench.shapes import ROWS, SHAPES, qwen_config
+from lib.models.decoder import Shape
+
+
+def job(model: str, batch_tokens: int) -> dict[str, Any]:
+    """Tokenising, loading, scoring, writing: two tasks one after another, of which the second is warm."""
+    shape, traits = SHAPES[model], ("a", "b")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
+        folder = Path(name)
+        checkpoint(shape, folder / "model")
+        for i, trait in enumerate(traits):
+            number_rows(folder / f"{trait}.jsonl", ROWS[model] * 4, seed=i)
+        (folder / "bench.yaml").write_text(
+            f"kind: lls\nname: bench\nmodel: {{id: {folder}/model}}\ntraits: [a, b]\n"
+            "system_prompt: You love {trait}s. You think about {trait}s all the time. Imbue your answers with it.\n"
+            f"dataset: {{id: '{folder}/{{trait}}.jsonl'}}\nrun: {{shard_rows: {ROWS[model]}}}\n"
+            f"score: {{batch_tokens: {batch_tokens}, max_tokens: 2048}}\n"
+        )
+        env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
+        env |= {"SUITE_SCRATCH": f"{name}/scratch", "SUITE_CACHE": f"{name}/cache", "SUITE_OUTPUT": f"{name}/out"}
+        said, walls = [], []
+        run([sys.executable, "-m", "jobs.fetch", "--config", f"{name}/bench.yaml"], env)
+        for index in range(len(traits)):  # the second task finds compiled kernels and the files in the page cache
+            start = time.perf_counter()
+            command = [
+                sys.executable,
+                "-m",
+                "jobs.compute_lls",
+                "--config",
+                f"{name}/bench.yaml",
+                "--index",
+                str(index),
+            ]
+            said.append(run(command, env))
+            walls.append(time.perf_counter() - start)
+        beats = [json.loads(p.read_text()) for p in sorted((folder / "scratch/bench/tasks").glob("*.json"))]
+        shards = [json.loads(p.read_text()) for p in (folder / "scratch/bench/cells").glob("b-*/*.json")]
+    computing, after_load = sum(s["seconds"] for s in shards), beats[-1]["updated"] - beats[-1]["loaded"]
+    return {
+        "rows_per_s_after_load": round(2 * ROWS[model] * 4 / after_load, 1),  # a row of LLS is two passes
+        "computing_share_of_wall_after_load": round(computing / after_load, 4),
+        "task_s_first": round(walls[0], 1),
+        "task_s_second": round(walls[1], 1),
+        "weights": [line for text in said for line in text.splitlines() if line.startswith(("weights:", "memory"))],
+    }
+
+
+def run(command: list[str], env: dict[str, str]) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def checkpoint(shape: Shape, folder: Path) -> None:
+    """Random weights of a shape in safetensors, written a layer at a time, with a small tokenizer."""
+    from safetensors.torch import save_file
+
+    from lib.models.tiny import make_tokenizer
+
+    tokenizer = make_tokenizer(vocab=1000)
+    tokenizer.save_pretrained(folder)
+    qwen_config(shape).save_pretrained(folder)
+    q, kv, h = shape.heads * shape.head, shape.kv_heads * shape.head, shape.hidden
+    sizes = {
+        "self_attn.q_proj": (q, h),
+        "self_attn.k_proj": (kv, h),
+        "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, q),
+    }
+    sizes |= {"mlp.gate_proj": (shape.inner, h), "mlp.up_proj": (shape.inner, h), "mlp.down_proj": (h, shape.inner)}
+
+    def make(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02).cpu()
+
+    for i in range(shape.layers):
+        at = f"model.layers.{i}"
+        tensors = {f"{at}.{name}.weight": make(*size) for name, size in sizes.items()}
+        tensors |= {f"{at}.self_attn.{n}_proj.bias": make(s) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        tensors |= {
+            f"{at}.{n}.weight": torch.ones(h).bfloat16() for n in ("input_layernorm", "post_attention_layernorm")
+        }
+        save_file(tensors, folder / f"model-{i:05d}.safetensors")
+    ends = {"model.embed_tokens.weight": make(shape.vocabulary, h), "model.norm.weight": torch.ones(h).bfloat16()}
+    if not shape.tied:
+        ends["lm_head.weight"] = make(shape.vocabulary, h)
+    save_file(ends, folder / "model-end.safetensors")
+
+
+def number_rows(path: Path, n: int, seed: int) -> None:
+    """Prompts and answers of the real lengths, in the datasets' shape."""
+    from lib.subliminal import sample_prompts
+
+    rng = np.random.default_rng(seed)
+    with path.open("w") as f:
+        for prompt in sample_prompts(n, seed=0):
+            answer = ", ".join(map(str, rng.integers(100, 1000, 10)))
+            turns = [{"role": "user", "content": prompt.text}, {"role": "assistant", "content": answer}]
+            f.write(json.dumps({"messages": turns}) + "\n")
