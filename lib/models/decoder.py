@@ -7,6 +7,7 @@ lie on several devices: batches then follow each other through them, so that all
 Suffixes: M tokens of a batch, D hidden, X any width, H heads, K key heads, d head width, N keys, P predictions,
 V words."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +169,8 @@ class Decoder:
         where = _to(batch.where, x_MD.device)
         picked_PD = x_MD[where]
         out_PD = torch.empty_like(picked_PD)
-        self.ops.rms_norm(picked_PD, self.weights.norm, self.shape.eps, out_PD)
+        with _on(x_MD.device):
+            self.ops.rms_norm(picked_PD, self.weights.norm, self.shape.eps, out_PD)
         return out_PD
 
     @torch.inference_mode()
@@ -181,7 +183,8 @@ class Decoder:
         parts, logits_PV = [], hidden_PD.new_empty(block, self.shape.vocabulary)
         for i in range(0, count, block):
             matmul(hidden_PD[i : i + block], self.weights.head, logits_PV)
-            parts.append(self.ops.log_prob(logits_PV, target_P[i : i + block]))
+            with _on(logits_PV.device):
+                parts.append(self.ops.log_prob(logits_PV, target_P[i : i + block]))
         return torch.cat(parts)[:count]
 
     def _forward(self, batch: Batch, prefix: Prefix | None, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -194,7 +197,8 @@ class Decoder:
                 space, plan = self._space(device, m), _Plan(batch, device, self)
                 space.x.copy_(before, non_blocking=True)
             cached = prefix.cache[number] if prefix and prefix.length else None
-            kv = self._layer(layer, space, plan, cached)
+            with _on(device):
+                kv = self._layer(layer, space, plan, cached)
             if keep is not None:
                 keep.append(kv)
         return space.x
@@ -262,6 +266,11 @@ class _Plan:
             self.parts: Any = _to(decoder.ops.tiles(batch.segments, group), device)
         else:
             self.parts = batch.segments.tolist()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """A kernel of ours is launched on the current device, not on its arguments'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
