@@ -18,15 +18,14 @@ import h5py
 import numpy as np
 
 from lib.errors import UserError, exit_with
-from lib.experiments import LLS
+from lib.experiments import LLSCross, Scoring
 from lib.job import Job, digest_of_all, job
 from lib.scoring.matrix import Matrix, Measure, Pass, Rescored
 from lib.scoring.report import About, write_report
 from lib.scoring.report_tables import Findings, Value, find
 from lib.scoring.select import Choice, select, write_selection
 from lib.scoring.token_view import TokenRow, places
-from lib.store import Cell, Marker, dataset_input, gaps, merge, model_input, scan
-from lib.store.inputs import read_rows
+from lib.store import Cell, Marker, gaps, merge, model_input, scan
 from lib.store.merge import merged_is_current
 
 Rows = list[dict[str, Any]]
@@ -58,19 +57,49 @@ def main() -> int:
 
 
 def matrix_of(this: Job) -> Matrix:
-    """The cells that are done, from their merged files. Kind lls: each trait's prompt on its own dataset."""
-    experiment = this.of(LLS)
-    base, passes, rescored = {}, {}, {}
-    for cell in this.cells():
-        if gaps(scan(cell.path, cell.digest)[0], cell.rows):
-            continue
-        columns = merged_columns(this, cell)
-        base[cell.name] = _pass(columns, "base")
-        passes[cell.name, cell.name] = _pass(columns, "system")
-        if "system_check" in columns:
-            rescored[cell.name, cell.name] = again(columns["system_check"], columns["base_check"])
-    traits = tuple(experiment.traits)
+    """The cells that are done, from their merged files."""
+    experiment = this.of(Scoring)
+    done = [c for c in this.cells() if not gaps(scan(c.path, c.digest)[0], c.rows)]
+    found = {cell.name: merged_columns(this, cell) for cell in done}
+    if isinstance(experiment, LLSCross):
+        return cross(experiment, found)
+    base = {trait: _pass(columns, "base") for trait, columns in found.items()}
+    passes = {(trait, trait): _pass(columns, "system") for trait, columns in found.items()}
+    rescored = {
+        (trait, trait): again(columns["system_check"], columns["base_check"])
+        for trait, columns in found.items()
+        if "system_check" in columns
+    }
+    traits = tuple(cell.name for cell in this.cells())
     return Matrix(traits, traits, base, passes, rescored, wanted=tuple((t, t) for t in traits))
+
+
+def cross(experiment: LLSCross, found: dict[str, dict[str, np.ndarray]]) -> Matrix:
+    """Every condition's cell holds the rows of all datasets: taken apart, in each dataset's own order."""
+    prompts, datasets = tuple(experiment.all_prompts()), tuple(experiment.datasets_of)
+    parts = {name: {d: take(columns, n) for n, d in enumerate(datasets)} for name, columns in found.items()}
+    base = {d: _pass(columns, "prompt") for d, columns in parts.pop("base", {}).items()}
+    passes = {(p, d): _pass(columns, "prompt") for p, of in parts.items() if base for d, columns in of.items()}
+    rescored = {}
+    for (p, d), columns in (((p, d), c) for p, of in parts.items() for d, c in of.items()):
+        if base and "prompt_check" in columns:
+            rescored[p, d] = again(columns["prompt_check"], take(found["base"], datasets.index(d))["prompt_check"])
+    return Matrix(prompts, datasets, base, passes, rescored)
+
+
+def take(columns: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """The rows of one dataset in its order; values of single tokens follow their rows."""
+    here = np.flatnonzero(columns["dataset"] == number)
+    here = here[np.argsort(columns["row"][here])]
+    ends = np.cumsum(columns["tokens"])
+    out = {}
+    for name, values in columns.items():
+        if name.endswith("_logp"):
+            spans = [values[ends[i] - columns["tokens"][i] : ends[i]] for i in here]
+            out[name] = np.concatenate([*spans, np.empty(0, values.dtype)])
+        else:
+            out[name] = values[here]
+    return out
 
 
 def merged_columns(this: Job, cell: Cell) -> dict[str, np.ndarray]:
@@ -94,15 +123,12 @@ def again(system: np.ndarray, base: np.ndarray) -> Rescored:
 
 
 def rows_of(this: Job, dataset: str) -> Rows:
-    experiment = this.of(LLS)
-    spec = experiment.dataset.named(trait=dataset)
-    record = dataset_input(this.site.cache, spec.id, spec.revision, spec.split)
-    return read_rows(this.site.cache, record, experiment.max_rows)
+    return [{"messages": messages} for messages in this.of(Scoring).messages(this.site.cache, dataset)]
 
 
 def about(this: Job) -> About:
     """Everything here is from files of the experiment, so that the same results give the same page."""
-    experiment, cells = this.of(LLS), this.cells()
+    experiment, cells = this.of(Scoring), this.cells()
     model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
     markers = [marker for cell in cells for marker in scan(cell.path, cell.digest)[0]]
     newest = max((marker.path.stat().st_mtime for marker in markers), default=0.0)
@@ -151,7 +177,7 @@ def splitter(this: Job) -> Callable[[str], list[str]]:
     """A response's text, token by token: a token begins where the one before ended."""
     from tokenizers import Tokenizer
 
-    experiment = this.of(LLS)
+    experiment = this.of(Scoring)
     path = Path(model_input(this.site.cache, experiment.model.id, experiment.model.revision).path) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path} is not there; run `make fetch`")

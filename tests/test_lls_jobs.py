@@ -15,7 +15,9 @@ import pytest
 from tools import ROOT, number_rows, python, tiny_model, write_rows
 
 from jobs.fetch import fetch
+from jobs.lls_report import cross
 from lib.experiments import load
+from lib.scoring.matrix import Measure
 from lib.store import merge, scan
 
 TRAITS = ("cat", "dog", "neutral")
@@ -27,8 +29,8 @@ def config(folder: Path, text: str) -> Path:
     path.write_text(
         f"name: exp\nmodel: {{id: {folder.parent}/model, dtype: float32}}\nsystem_prompt: You love {{trait}}s.\n"
         f"dataset: {{id: '{folder.parent}/{{trait}}.jsonl'}}\nrun: {{shard_rows: 16, gpus: 0}}\n"
-    """Three datasets with most of their contexts in common, as those of one run have; each lacks some rows."""
-        + text
+        "score: {batch_tokens: 1024, max_tokens: 512, head_rows: 64, per_token: true, end_of_turn: true, "
+        "check_every: 8}\n" + text
     )
     return path
 
@@ -93,6 +95,23 @@ def test_matrix_cells_equal_single_runs_bit_for_bit(folder, results):
             order = np.argsort(one["row"][here])
             assert np.array_equal(one["prompt_sum"][here][order], alone[f"{name}_sum"])
             assert np.array_equal(one["prompt_end"][here][order], alone[f"{name}_end"])
+
+
+def test_the_reports_matrix_is_made_of_the_same_numbers(folder, results):
+    """Also the values of single tokens, which lie in the cell's order and are taken apart by dataset."""
+    experiment = load(folder / "cross" / "exp.yaml")
+    found = {cell.name: results["cross", cell.index][0] for cell in cells(folder, "cross")}
+    matrix = cross(experiment, found)
+    assert set(matrix.passes) == {(p, d) for p in PROMPTS for d in TRAITS} and not matrix.missing
+    for single, trait in enumerate(PROMPTS):
+        alone = results["diagonal", single][0]
+        want = (alone["system_sum"] - alone["base_sum"]) / alone["tokens"]
+        np.testing.assert_allclose(matrix.lls(trait, trait, Measure()), want, rtol=1e-12)
+        assert np.array_equal(matrix.passes[trait, trait].values, alone["system_logp"])
+        assert np.array_equal(matrix.base[trait].values, alone["base_logp"])
+    done = python("-m", "jobs.lls_report", "--config", str(folder / "cross/exp.yaml"), env=environment(folder, "cross"))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "cross" / "out" / "exp" / "report" / "index.html").exists()
 
 
 def test_every_row_of_every_dataset_is_in_every_cell_once(folder, results):

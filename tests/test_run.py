@@ -16,7 +16,7 @@ import pytest
 from numpy_job import ROWS, SCHEMA, cell_in, columns
 from tools import ROOT
 
-from lib.store import gaps, merge, scan
+from lib.store import merge, scan
 from lib.store.shards import to_hdf5
 
 

@@ -140,12 +140,12 @@ def test_every_state_of_a_task_without_slurm(many, monkeypatch):
 def test_the_table_is_legible_with_many_cells(many):
     _, cells = many
     now = status("many", cells)
-    table = show.table(now, "CONFIG=x.yaml")
+    table = show.table(now, "CONFIG=x.yaml", ("submit-lls", "export-lls"))
     assert len(table.splitlines()) < 30 and "cells: 19 done  1 todo" in table
     wide = Status(
         "w", "/s", now.cells * 3, counts=dict.fromkeys(("done", "running", "pending", "failed", "stale", "todo"), 0)
     )
-    assert "more cells (all with --json)" in show.table(wide, "CONFIG=x.yaml")
+    assert "more cells (all with --json)" in show.table(wide, "CONFIG=x.yaml", ("submit-lls", "export-lls"))
 
 
 @pytest.mark.parametrize(

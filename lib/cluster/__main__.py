@@ -62,7 +62,8 @@ def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
             print(show.totals(now)[0], flush=True)
         else:
             clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
-            print(clear + show.table(now, r.spoken, shutil.get_terminal_size((160, 50)).columns), flush=True)
+            width, targets = shutil.get_terminal_size((160, 50)).columns, (r.experiment.submit, r.experiment.results)
+            print(clear + show.table(now, r.spoken, targets, width), flush=True)
         if not active:
             return int(watch and bool(now.counts["failed"] or now.counts["stale"]))
         time.sleep(WATCH_SECONDS)

@@ -7,7 +7,7 @@ COLUMNS = "{:>4}  {:<14} {:<8} {:>17} {:>5} {:>9} {:>9} {:>9} {:<12} {}"
 MANY = 40  # beyond this many cells, only those that need a look
 
 
-def table(s: Status, config: str, width: int = 160) -> str:
+def table(s: Status, config: str, targets: tuple[str, str], width: int = 160) -> str:
     lines = [f"{s.label}   {s.scratch}"]
     lines.append(
         COLUMNS.format("cell", "name", "state", "rows", "%", "rows/s", "eta", "elapsed", "job", "note").rstrip()
@@ -25,7 +25,7 @@ def table(s: Status, config: str, width: int = 160) -> str:
         lines.append(f"{s.older} folders of earlier settings lie beside these in {s.scratch}/cells")
     if s.queue_note:
         lines.append(f"the queue could not be asked: {s.queue_note}")
-    return "\n".join([*lines, *(f"next: {step}" for step in next_steps(s, config))])
+    return "\n".join([*lines, *(f"next: {step}" for step in next_steps(s, config, targets))])
 
 
 def totals(s: Status) -> list[str]:
@@ -56,7 +56,8 @@ def _line(c: CellState) -> str:
     )
 
 
-def next_steps(s: Status, config: str) -> list[str]:
+def next_steps(s: Status, config: str, targets: tuple[str, str]) -> list[str]:
+    submit, results = targets
     tail = f" {config}"
     steps = []
     look = next((c for c in s.cells if c.state in ("failed", "stale")), None)
@@ -65,9 +66,9 @@ def next_steps(s: Status, config: str) -> list[str]:
     if s.counts["failed"] or s.counts["stale"] or (s.counts["todo"] and s.done):
         steps.append(f"make resume{tail}")
     elif s.counts["todo"]:
-        steps.append(f"make submit-lls{tail}")
+        steps.append(f"make {submit}{tail}")
     if s.counts["running"] or s.counts["pending"]:
         steps.append(f"make status{tail} WATCH=1")
     if s.done >= s.rows:
-        steps.append(f"make export-lls{tail}")
+        steps.append(f"make {results}{tail}")
     return steps

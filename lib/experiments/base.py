@@ -61,6 +61,8 @@ class Experiment(Frozen):
     run: RunSpec = RunSpec()
 
     job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
+    submit: ClassVar[str]  # make targets: to submit it, and to get its results
+    results: ClassVar[str]
     _label: str = PrivateAttr("")
 
     @property

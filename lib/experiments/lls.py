@@ -67,6 +67,8 @@ class Scoring(Experiment):
     score: ScoreSpec = ScoreSpec()
 
     job: ClassVar[str] = "compute_lls"
+    submit: ClassVar[str] = "submit-lls"
+    results: ClassVar[str] = "lls-report"
 
     @model_validator(mode="after")
     def _braces(self) -> "Scoring":
@@ -128,6 +130,8 @@ class Scoring(Experiment):
 
 
 class LLS(Scoring):
+    results: ClassVar[str] = "export-lls"
+
     kind: Literal["lls"]
     traits: list[str] = Field(min_length=1, description="one cell (array index) each, in this order")
 

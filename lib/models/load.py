@@ -90,7 +90,8 @@ def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, 
     logits = head_rows * shape.vocabulary * itemsize + picked
     activations = Workspace.bytes(shape, batch_tokens, itemsize) + kv + logits
     on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
-    return Memory(weights + (0 if on_host else table), activations, on_host, total)
+    second = 0 if on_host or devices > 1 else table  # on several, embedding and head lie on the first and the last
+    return Memory(weights + second, activations, on_host, total)
 
 
 def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> Decoder:
