@@ -24,7 +24,7 @@ demo: setup ## a small teacher, its numbers, and LLS of 15 animals through the c
 	@$(python) -m jobs.demo
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
-	@env/install-slurm.sh || [ "$(CI)" != true ]
+	@env/install-slurm.sh --tests || [ "$(CI)" != true ]
 	@$(python) -m pytest $(ARGS)
 
 ##@ Before the first job
@@ -65,6 +65,11 @@ export-lls: setup ## merge the shards exactly; write JSONL, table and plots to t
 .PHONY: lls-report
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows to train on)
 	@$(python) -m jobs.lls_report --config $(CONFIG) --measure "$(or $(MEASURE),mean)" --select "$(SELECT)" $(SET)
+
+##@ Speed
+.PHONY: bench
+bench: setup ## measure scoring on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]
+	@$(python) -m jobs.bench $(if $(MODELS),--models $(MODELS)) $(if $(RUNGS),--rungs $(RUNGS))
 
 ##@ A box of your own
 .PHONY: slurm-up slurm-down

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what env/slurm-up.sh and the tests need from Debian's or Ubuntu's own packages; nothing where all is there.
+# Installs what env/slurm-up.sh needs (--tests: and the tests) from Debian's or Ubuntu's own packages; nothing where all is there.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -14,7 +14,11 @@ need munge munged
 need slurmdbd slurmdbd
 need slurm-wlm-mysql-plugin '/usr/lib/*/slurm*/accounting_storage_mysql.so'
 need mariadb-server mariadbd
-need shellcheck shellcheck
+if [ "${1:-}" = --tests ]; then # what the tests look at shell scripts and report pages with
+  need shellcheck shellcheck
+  command -v chromium-browser google-chrome google-chrome-stable >/dev/null || need chromium chromium
+  need fonts-dejavu-core /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf
+fi
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 fail() { echo "install-slurm: $*" >&2; exit 3; }

@@ -1,5 +1,6 @@
-"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals through the cluster's job
-code (one task a cell, by the local executor), exact merge, export, table and plots. What is done is not done again."""
+"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals and the matrix of all
+prompts on all datasets, through the cluster's job code (a task a cell, by the local executor), merge, tables, plots,
+report. What is done is not done again."""
 
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-CONFIG = "configs/demo_lls.yaml"
+CONFIGS = {"configs/demo_lls.yaml": "jobs.export_lls", "configs/demo_cross.yaml": "jobs.lls_report"}
 
 
 def main() -> int:
@@ -19,12 +20,13 @@ def main() -> int:
 
     began = time.monotonic()
     step("a small teacher with a planted habit, and the numbers it writes", "jobs.make_demo")
-    step("record the inputs", "jobs.fetch", "--config", CONFIG)
-    step("submit the 15 cells", "lib.cluster", "submit", "--config", CONFIG)
-    step("watch them", "lib.cluster", "status", "--watch", "--brief", "--config", CONFIG)
-    step("merge, export, plot", "jobs.export_lls", "--config", CONFIG)
+    for config, results in CONFIGS.items():
+        step("record the inputs", "jobs.fetch", "--config", config)
+        step("submit its cells", "lib.cluster", "submit", "--config", config)
+        step("watch them", "lib.cluster", "status", "--watch", "--brief", "--config", config)
+        step("merge, tables, plots", results, "--config", config)
     for title, root in (("scratch", site().scratch), ("outputs", site().output)):
-        print(f"\n{title} tree:\n{tree(root / 'demo_lls')}")
+        print(f"\n{title} tree:\n{tree(root / 'demo_lls')}\n{tree(root / 'demo_cross')}")
     found = [json.loads(p.read_text()) for p in (site().output / "demo_lls").glob("*/*.provenance.json")]
     wrong = [f["cell"] for f in found if not f["summary"]["mean"] - f["summary"]["half"] > 0]
     good = f"{len(found) - len(wrong)} of {len(found)}"

@@ -15,7 +15,7 @@ import pytest
 from tools import ROOT, number_rows, python, tiny_model, write_rows
 
 from jobs.fetch import fetch
-from jobs.lls_report import cross
+from jobs.lls_report import cross as matrix_from
 from lib.experiments import load
 from lib.scoring.matrix import Measure
 from lib.store import merge, scan
@@ -101,7 +101,7 @@ def test_the_reports_matrix_is_made_of_the_same_numbers(folder, results):
     """Also the values of single tokens, which lie in the cell's order and are taken apart by dataset."""
     experiment = load(folder / "cross" / "exp.yaml")
     found = {cell.name: results["cross", cell.index][0] for cell in cells(folder, "cross")}
-    matrix = cross(experiment, found)
+    matrix = matrix_from(experiment, found)
     assert set(matrix.passes) == {(p, d) for p in PROMPTS for d in TRAITS} and not matrix.missing
     for single, trait in enumerate(PROMPTS):
         alone = results["diagonal", single][0]

@@ -48,8 +48,10 @@ def has_slurm() -> bool:
 
 def ask(*command: str, timeout: float = 30) -> str:
     """The output of a Slurm command; a UserError when it does not answer."""
+    conf = {k: v for k, v in site().env.items() if k == "SLURM_CONF"}  # of the Slurm that `make slurm-up` raised
+    env = {**conf, **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     except FileNotFoundError:
         raise UserError(f"{command[0]} is not on PATH: no Slurm here") from None
     except subprocess.TimeoutExpired:
