@@ -7,7 +7,7 @@ cd "${SLURM_SUBMIT_DIR:-$PWD}"
 for module in ${SUITE_MODULES:-}; do module load "$module"; done
 python="$PWD/.venv/bin/python"
 [ -x "$python" ] || { echo "error: no .venv here; run \`make setup\` on a login node first" >&2; exit 2; }
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
+export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$SUITE_CACHE/triton}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_GPU:-1}}" TOKENIZERS_PARALLELISM=true
 this="${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-local}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
 

@@ -10,6 +10,7 @@ from tools import number_rows, tiny_llama, tiny_model
 from lib.errors import UserError
 from lib.models.chat import Renderer
 from lib.models.load import load_decoder, load_model, load_tokenizer
+from lib.models.packing import Item, pack
 from lib.scoring.logprob import Scorer
 from lib.scoring.shift import Status, conditions, prepare, shift
 
@@ -170,9 +171,8 @@ def test_several_turns_are_all_context(folder, tokenizer, decoder):
         {"role": "user", "content": "4 5"},
     ]
     got = score(decoder, tokenizer, [{"messages": [*turns, {"role": "assistant", "content": "678"}]}])
-    block = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" + "".join(
-        f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns
-    )
+    spoken = "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
+    block = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" + spoken
     model64 = load_model(str(folder), "float64", "eager", torch.device("cpu"))
     want = brute_force(model64, tokenizer, block + "<|im_start|>assistant\n", "678")
     assert got["system_sum"][0] == pytest.approx(sum(want), rel=2e-5)
@@ -199,3 +199,25 @@ def test_templates_that_strip_or_lack_what_is_asked_for(tokenizer):
     other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     with pytest.raises(UserError, match="base=default or base=empty"):
         Renderer(other, None, "none")
+
+
+def test_the_memory_plan_is_what_is_allocated(tmp_path):
+    """Weights to the byte; activations are the workspace, a batch's keys and values, a block of logits and its states."""
+    from lib.models.load import plan_memory
+
+    for make in (tiny_model, tiny_llama):
+        folder = make(tmp_path / make.__name__)
+        decoder = load_decoder(str(folder), "float32", BATCH, 64)
+        weights, shape = decoder.weights, decoder.shape
+        tensors = [weights.embedding, weights.head, weights.norm]
+        tensors += [t for layer in weights.layers for t in vars(layer).values() if t is not None]
+        real = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+        plan = plan_memory(shape, 4, BATCH, 64, devices=1, total=1 << 40)
+        assert plan.weights == pytest.approx(real, rel=2e-3) and not plan.embed_on_host
+        decoder.hidden(next(pack([Item((1, 2, 3), (4, 5))], 0, BATCH)), decoder.prefix([]))
+        space = sum(t.nbytes for t in vars(decoder.space[decoder.devices[0], BATCH]).values())
+        kv = BATCH * 2 * shape.kv_heads * shape.head * 4
+        assert plan.activations == space + kv + 64 * shape.vocabulary * 4 + BATCH * shape.hidden * 4
+        if not shape.tied:  # a device that the weights nearly fill keeps the embedding in host memory
+            tight = plan_memory(shape, 4, BATCH, 64, 1, int((plan.weights + plan.activations) * 1.01))
+            assert tight.embed_on_host and tight.weights < plan.weights

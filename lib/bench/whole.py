@@ -1,6 +1,7 @@
 """The job as a whole, in a process of its own, on a checkpoint of the real shape made on the spot."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def job(model: str, batch_tokens: int) -> dict[str, Any]:
         env |= {"SUITE_SCRATCH": f"{name}/scratch", "SUITE_CACHE": f"{name}/cache", "SUITE_OUTPUT": f"{name}/out"}
         said, walls = [], []
         run([sys.executable, "-m", "jobs.fetch", "--config", f"{name}/bench.yaml"], env)
+        disk = cold(folder / "model")
         for index in range(len(traits)):  # the second task finds compiled kernels and the files in the page cache
             start = time.perf_counter()
             command = [
@@ -51,12 +53,35 @@ def job(model: str, batch_tokens: int) -> dict[str, Any]:
         shards = [json.loads(p.read_text()) for p in (folder / "scratch/bench/cells").glob("b-*/*.json")]
     computing, after_load = sum(s["seconds"] for s in shards), beats[-1]["updated"] - beats[-1]["loaded"]
     return {
+        "disk_gib_per_s": disk,  # the first task then reads from it, the second from the page cache
         "rows_per_s_after_load": round(2 * ROWS[model] * 4 / after_load, 1),  # a row of LLS is two passes
         "computing_share_of_wall_after_load": round(computing / after_load, 4),
         "task_s_first": round(walls[0], 1),
         "task_s_second": round(walls[1], 1),
-        "weights": [line for text in said for line in text.splitlines() if line.startswith(("weights:", "memory"))],
+        "weights": [
+            line
+            for text in said
+            for line in text.splitlines()
+            if line.startswith(("weights:", "memory", "peak", "in all"))
+        ],
     }
+
+
+def cold(folder: Path) -> float | None:
+    """Empty the page cache, and the rate of reading one file past it, GiB/s; None where only root may."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        fd = os.open(max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size), os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    buffer, size, start = mmap.mmap(-1, 64 << 20), 0, time.perf_counter()  # O_DIRECT wants an aligned buffer
+    while got := os.preadv(fd, [buffer], size):
+        size += got
+        if got < len(buffer):
+            break
+    os.close(fd)
+    return round(size / 2**30 / (time.perf_counter() - start), 2)
 
 
 def run(command: list[str], env: dict[str, str]) -> str:

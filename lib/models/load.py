@@ -1,5 +1,6 @@
 """Models and tokenizers from a fetched folder onto the devices; never from a network."""
 
+import atexit
 import os
 import sys
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, 
     return Memory(weights + second, activations, on_host, total)
 
 
+def say_peak(memory: Memory) -> None:
+    """What the fullest device really held, beside the plan."""
+    real = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    print(f"peak memory a GPU: {real / GIB:.2f} GiB, planned {memory.need / GIB:.2f}", flush=True)
+
+
 def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> Decoder:
     """The model spread over all visible devices; says what it will take before it takes it, and how fast it came."""
     _must_exist(folder)
@@ -108,6 +115,7 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> 
         memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free)
         print(memory, flush=True)
         on_host = memory.embed_on_host
+        atexit.register(say_peak, memory)
         if memory.need > free:
             raise UserError(
                 f"the model needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; "
