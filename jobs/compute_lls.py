@@ -35,7 +35,8 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     path = model_input(this.site.cache, experiment.model.id, experiment.model.revision).path
     tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
     renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
-    decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows)
+    check = min(score.batch_tokens, score.max_tokens) if score.check_every else 0
+    decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
     return LlsKernel(experiment, rows, places, renderers, decoder), {"device": device_name(decoder.devices[0])}
 
 

@@ -202,7 +202,7 @@ def test_templates_that_strip_or_lack_what_is_asked_for(tokenizer):
 
 
 def test_the_memory_plan_is_what_is_allocated(tmp_path):
-    """Weights to the byte; activations are the workspace, a batch's keys and values, a block of logits and its states."""
+    """Weights to the byte; activations: the workspace, a batch's keys and values, a block of logits and its states."""
     from lib.models.load import plan_memory
 
     for make in (tiny_model, tiny_llama):

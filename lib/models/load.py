@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lib.errors import UserError
-from lib.models.decoder import Decoder, Shape, Workspace
+from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
 from lib.models.weights import load_weights
 
 if not sys.stderr.isatty():
@@ -80,16 +80,25 @@ class Memory:
         return f"memory a GPU: {self.need / GIB:.2f} of {self.total / GIB:.1f} GiB ({parts}, {where})"
 
 
-def plan_memory(shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, devices: int, total: int) -> Memory:
-    """Weights by the shapes; activations: the workspace, keys and values of a batch, a block of logits."""
+def plan_memory(
+    shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, devices: int, total: int, check_tokens: int = 0
+) -> Memory:
+    """Weights by the shapes; activations: the workspaces, and what is alive beside them at the worst moment: keys and
+    values of a batch with a block of logits, or, where rows are checked in higher precision, converted weights."""
     layers = -(-shape.layers // devices)
     per_layer = shape.layer_parameters + 2 * shape.hidden + (shape.qkv if shape.bias else 0)
     table = shape.vocabulary * shape.hidden * itemsize
     weights = layers * per_layer * itemsize + (0 if shape.tied and devices == 1 else table)
     kv = batch_tokens * 2 * shape.kv_heads * shape.head * itemsize
     picked = batch_tokens * shape.hidden * itemsize  # three copies of the third that predicts
-    logits = head_rows * shape.vocabulary * itemsize + picked
-    activations = Workspace.bytes(shape, batch_tokens, itemsize) + kv + logits
+    passing = kv + head_rows * shape.vocabulary * itemsize + picked
+    activations = Workspace.bytes(shape, batch_tokens, itemsize)
+    if check_tokens:
+        wide = 2 * itemsize  # bfloat16 is checked in float32, float32 in float64
+        activations += Workspace.bytes(shape, check_tokens, wide)
+        product = check_tokens * min(PIECE_VALUES // shape.hidden, 2 * shape.inner)
+        passing = max(passing, wide * (PIECE_VALUES + product))
+    activations += passing
     on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
     second = 0 if on_host or devices > 1 else table  # on several, embedding and head lie on the first and the last
     return Memory(weights + second, activations, on_host, total)
@@ -101,7 +110,7 @@ def say_peak(memory: Memory) -> None:
     print(f"peak memory a GPU: {real / GIB:.2f} GiB, planned {memory.need / GIB:.2f}", flush=True)
 
 
-def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> Decoder:
+def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, check_tokens: int = 0) -> Decoder:
     """The model spread over all visible devices; says what it will take before it takes it, and how fast it came."""
     _must_exist(folder)
     devices, kind = visible_devices(), getattr(torch, dtype)
@@ -112,7 +121,7 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int) -> 
     shape, on_host = Shape.of(config), False
     if devices[0].type == "cuda":
         free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
-        memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free)
+        memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
         print(memory, flush=True)
         on_host = memory.embed_on_host
         atexit.register(say_peak, memory)
