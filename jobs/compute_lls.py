@@ -31,11 +31,12 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
 
     from lib.models.chat import Renderer
     from lib.models.load import device_name, load_decoder, load_tokenizer
+    from lib.scoring.logprob import CHECK_STEP
 
     path = model_input(this.site.cache, experiment.model.id, experiment.model.revision).path
     tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
     renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
-    check = min(score.batch_tokens, score.max_tokens) if score.check_every else 0
+    check = CHECK_STEP if score.check_every else 0
     decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
     return LlsKernel(experiment, rows, places, renderers, decoder), {"device": device_name(decoder.devices[0])}
 
@@ -57,7 +58,7 @@ class LlsKernel:
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
         if score.check_every:
-            higher = decoder.higher(min(score.batch_tokens, score.max_tokens))
+            higher = decoder.higher()
             self.checker = Scorer(higher, min(score.head_rows, 128))
             self.check_conditions = conditions(higher, renderers)
 
@@ -89,7 +90,8 @@ class LlsKernel:
 
         rows = len(ready.status)
         chosen = np.flatnonzero(np.arange(start, start + rows) % self.experiment.score.check_every == 0)
-        found = shift(self.checker, self.check_conditions, ready.only(chosen)) if len(chosen) else {}
+        sample = ready.only(chosen)
+        found = shift(self.checker.one_by_one, self.check_conditions, sample) if len(chosen) else {}
         columns = {f"{name}_check": np.full(rows, np.nan) for name in self.conditions}
         for name in self.conditions:
             columns[f"{name}_check"][chosen] = found.get(f"{name}_sum", np.nan)

@@ -103,8 +103,8 @@ def bits(model: str, batch_tokens: int) -> dict[str, Any]:
     shuffled = scorer(prefix, [items[i] for i in order])
     differ = sum(not np.array_equal(whole[i], s) for i, s in zip(order, shuffled, strict=True))
     alone = sum(not np.array_equal(whole[i], scorer(prefix, [items[i]])[0]) for i in range(0, 300, 30))
-    higher = decoder.higher(1024)
-    fine = Scorer(higher, 128)(higher.prefix(list(range(PREFIX))), items[:12])
+    higher = decoder.higher()
+    fine = Scorer(higher, 128).one_by_one(higher.prefix(list(range(PREFIX))), items[:12])
     noise = [float(a.mean() - b.mean()) for a, b in zip(whole, fine, strict=False)]
     return {
         "rows": len(items),

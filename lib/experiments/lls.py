@@ -32,7 +32,7 @@ class ScoreSpec(Frozen):
     max_tokens: int = Field(2048, ge=2, description="a longer row is reported as too long")
     per_token: bool = Field(False, description="keep the log-probability of every response token too")
     end_of_turn: bool = Field(False, description="score the end-of-turn token too, in a column of its own")
-    check_every: int = Field(512, ge=0, description="one row in so many is scored again in higher precision; 0 = none")
+    check_every: int = Field(1024, ge=0, description="one row in so many is scored again in higher precision; 0 = none")
 
     @model_validator(mode="after")
     def _fits(self) -> "ScoreSpec":

@@ -148,11 +148,11 @@ class Decoder:
         else:
             self.ops = plain_ops
 
-    def higher(self, batch_tokens: int) -> "Decoder":
+    def higher(self) -> "Decoder":
         """The same weights computed with in the next higher precision, converted piece by piece; slow, for samples."""
         dtype = torch.float64 if self.dtype == torch.float32 else torch.float32
         wide = (self.table[0].to(plain_ops.accurate(dtype)), self.table[1].to(plain_ops.accurate(dtype)))
-        return Decoder(self.shape, self.weights, wide, batch_tokens, dtype)
+        return Decoder(self.shape, self.weights, wide, self.batch_tokens, dtype)
 
     @torch.inference_mode()
     def prefix(self, ids: list[int]) -> Prefix:

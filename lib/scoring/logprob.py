@@ -8,19 +8,21 @@ import torch
 from lib.models.decoder import Decoder, Prefix
 from lib.models.packing import Item, pack
 
+CHECK_STEP = 256  # tokens; batches of single rows are multiples of it
+
 
 class Scorer:
     """Counts what it computes: tokens in batches, padding included, against tokens that had to be."""
 
     def __init__(self, decoder: Decoder, head_rows: int) -> None:
-        self.decoder, self.head_rows = decoder, head_rows
+        self.decoder, self.head_rows, self.batch_tokens = decoder, head_rows, decoder.batch_tokens
         self.computed = self.needed = 0
 
     def __call__(self, prefix: Prefix, items: Sequence[Item]) -> list[np.ndarray]:
         """One array of log-probabilities an item, as long as its targets. Waits once, at the end."""
         found: list[np.ndarray] = [np.empty(0, np.float32)] * len(items)
         batches, values = [], []
-        for batch in pack(items, prefix.length, self.decoder.batch_tokens):
+        for batch in pack(items, prefix.length, self.batch_tokens):
             hidden = self.decoder.hidden(batch, prefix)
             values.append(self.decoder.log_probs(hidden, batch.targets, self.head_rows))
             batches.append(batch)
@@ -32,4 +34,12 @@ class Scorer:
         flat = torch.cat(values).cpu().numpy()
         for row, part in zip((r for batch in batches for r in batch.rows), np.split(flat, edges), strict=True):
             found[row] = part
+        return found
+
+    def one_by_one(self, prefix: Prefix, items: Sequence[Item]) -> list[np.ndarray]:
+        """The same, each item in a batch of its own, as small as its length allows: for samples in a slow precision."""
+        found = []
+        for item in items:
+            self.batch_tokens = -(-(len(item.context) + len(item.inputs)) // CHECK_STEP) * CHECK_STEP
+            found += self(prefix, [item])
         return found

@@ -1,7 +1,7 @@
 """LLS of a row = mean over response tokens of log p(token | system prompt, user prompt) minus the same without the
 system prompt. Sums and counts are returned, so that means, sums and merges are all exact."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 from lib.models.chat import Renderer
 from lib.models.decoder import Decoder, Prefix
 from lib.models.packing import Item
-from lib.scoring.logprob import Scorer
 
 
 class Status(IntEnum):
@@ -63,14 +62,17 @@ def prepare(renderers: Mapping[str, Renderer], rows: list[dict[str, Any]], max_t
     return Ready(items, joint, status.astype(np.uint8))
 
 
-def shift(scorer: Scorer, prefixes: Mapping[str, Prefix], ready: Ready) -> dict[str, np.ndarray]:
+Score = Callable[[Prefix, Sequence[Item]], list[np.ndarray]]  # a Scorer, or its one_by_one
+
+
+def shift(score: Score, prefixes: Mapping[str, Prefix], ready: Ready) -> dict[str, np.ndarray]:
     """Columns: status, joint, tokens, and for each condition NAME_sum, NAME_end and NAME_logp (row after row)."""
     good = np.flatnonzero(ready.status == Status.scored)
     tokens = np.zeros(len(ready.status), np.int32)
     tokens[good] = [len(next(iter(ready.items.values()))[i].response) for i in good]
     columns = {"status": ready.status, "joint": ready.joint, "tokens": tokens}
     for name, prefix in prefixes.items():
-        columns |= _columns(name, good, scorer(prefix, [ready.items[name][i] for i in good]), tokens)
+        columns |= _columns(name, good, score(prefix, [ready.items[name][i] for i in good]), tokens)
     return columns
 
 
