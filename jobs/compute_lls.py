@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import UserError, exit_with
-from lib.experiments import Scoring
+from lib.experiments import LLSCross, Scoring
 from lib.job import Job, job
 from lib.run import run_cell
 from lib.store import Cell, model_input
@@ -38,7 +38,16 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0
     decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
-    return LlsKernel(experiment, rows, places, renderers, decoder), {"device": device_name(decoder.devices[0])}
+    kernel = LlsKernel(experiment, rows, places, renderers, decoder)
+    if isinstance(experiment, LLSCross):
+        kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, experiment.base))
+    return kernel, {"device": device_name(decoder.devices[0])}
+
+
+def cross_pairs(cell: str, prompt: Any, base: Any) -> list[int]:
+    """Prefix lengths of the passes that this cell's part of the matrix would take pair by pair: each has a base pass of
+    its own, so the base's cell is part of every pair and counts for nothing itself."""
+    return [] if cell == "base" else [len(prompt.prefix_ids), len(base.prefix_ids)]
 
 
 class LlsKernel:
@@ -57,6 +66,7 @@ class LlsKernel:
         self.schema, score = experiment.schema(), experiment.score
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
+        self.pairs = [prefix.length for prefix in self.conditions.values()]
         if score.check_every:
             higher = decoder.higher()
             self.checker = Scorer(higher, min(score.head_rows, 128))
@@ -80,7 +90,7 @@ class LlsKernel:
         if self.experiment.score.check_every:
             columns |= self._check(ready, start)
         facts = {"tokens_computed": self.scorer.computed - before[0], "tokens_needed": self.scorer.needed - before[1]}
-        facts["tokens_row_by_row"] = ready.alone({name: p.length for name, p in self.conditions.items()})
+        facts["tokens_pair_by_pair"] = ready.alone(self.pairs)
         facts |= {f"rows_{s.name}": n for s in Status if s and (n := int((ready.status == s).sum()))}
         return {name: columns[name] for name in self.schema}, facts
 

@@ -47,7 +47,7 @@ def main() -> int:
         raise UserError(f"no cell of {this.config} is done yet; run `make status` to see what runs")
     records = [record for choice in choices for record in selections(this, found, choice, folder)]
     page = write_report(folder, about(this), found, token_rows(this, found), records)
-    print((folder / "report.txt").read_text(encoding="utf-8").partition("\n\n== Tokens")[0])
+    print((folder / "report.txt").read_text(encoding="utf-8").partition("\n\n== Matrix")[0])
     print(f"\n{page}\n{folder / 'report.txt'}")
     if found.matrix.missing:
         names = ", ".join(p if p == d else f"{p} on {d}" for p, d in found.matrix.missing[:20])
@@ -140,9 +140,18 @@ def about(this: Job) -> About:
         "system prompt": experiment.system_prompt,
         "dataset": experiment.dataset.id,
         "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",
+        "tokens": _tokens(markers),
         "code": _all(markers, "code"),
     }
     return About(f"Log-likelihood shift: {experiment.label}", facts)
+
+
+def _tokens(markers: list[Marker]) -> str:
+    """What was computed, padding included, against what had to be and against pair by pair without sharing."""
+    kinds = ("tokens_computed", "tokens_needed", "tokens_pair_by_pair")
+    computed, needed, pairs = (sum(m.info.get(kind, 0) for m in markers) for kind in kinds)
+    ratio = f" ({pairs / computed:.2f} times as many)" if computed and pairs else ""
+    return f"{computed:,} computed, {needed:,} of them needed; pair by pair it would be {pairs:,}{ratio}"
 
 
 def _all(markers: list[Marker], key: str) -> str:

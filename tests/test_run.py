@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from numpy_job import ROWS, SCHEMA, cell_in, columns
+from test_store import in_small_mount
 from tools import ROOT
 
 from lib.store import merge, scan
@@ -144,3 +145,14 @@ def test_a_terminal_gets_a_bar(tmp_path):
                 break
             shown += piece
     assert job.returncode == 0 and b"\r" in shown and b"400/400" in shown
+
+
+def test_a_disk_that_fills_up_ends_the_job_in_one_sentence_and_keeps_its_shards(tmp_path, uninterrupted):
+    job = f"import runpy, sys; sys.argv = ['job', '{tmp_path}/run']; "
+    job += "runpy.run_path('tests/numpy_job.py', run_name='__main__')"
+    listing = f"import pathlib; print(len(list(pathlib.Path('{tmp_path}').rglob('*.h5'))), 'files')"
+    code = f"import subprocess, sys; print('rc', subprocess.run([sys.executable, '-c', {job!r}]).returncode); {listing}"
+    done = in_small_mount(tmp_path, "size=100k", code)
+    assert "No space left on device" in done.stderr and "`make resume` goes on" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "rc 2\n" in done.stdout and 3 < int(re.search(r"^(\d+) files$", done.stdout, re.M)[1]) < 40

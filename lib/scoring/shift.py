@@ -29,14 +29,12 @@ class Ready:
     joint: np.ndarray
     status: np.ndarray
 
-    def alone(self, prefixes: Mapping[str, int]) -> int:
-        """Tokens that scoring every row by itself, prefix and all, would compute."""
+    def alone(self, prefixes: Sequence[int]) -> int:
+        """Tokens of as many passes in which every row is computed by itself, prefix and all."""
         good = np.flatnonzero(self.status == Status.scored)
-        return sum(
-            length + len(self.items[name][i].context) + len(self.items[name][i].inputs)
-            for name, length in prefixes.items()
-            for i in good
-        )
+        items = next(iter(self.items.values()))
+        rest = sum(len(items[i].context) + len(items[i].inputs) for i in good)
+        return sum(length * len(good) + rest for length in prefixes)
 
     def only(self, chosen: np.ndarray) -> "Ready":
         items = {name: [of[i] for i in chosen] for name, of in self.items.items()}
