@@ -1,5 +1,6 @@
 """Errors that a person can act on, and the exit codes of every job."""
 
+import signal
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -24,6 +25,6 @@ def exit_with(main: Callable[[], int | None]) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(USER)
-    except BrokenPipeError:  # `make status | head`
+    except BrokenPipeError:  # `make status | head`: the reader has gone, and what was left undone is not done
         sys.stderr.close()
-        sys.exit(DONE)
+        sys.exit(128 + signal.SIGPIPE)

@@ -41,7 +41,7 @@ def sbatch_command(r: Request, indices: list[int], throttle: int) -> list[str]:
     """Flags win over SBATCH_* variables, which win over the script's #SBATCH lines."""
     array = f"{slurm.format_array(indices)}%{throttle}"
     flags = [f"--array={array}", f"--job-name={r.experiment.label}"]
-    if r.experiment.run.gpus != 1:  # the batch file asks for one
+    if r.experiment.run.gpus > 1:  # the batch file asks for one
         flags.append(f"--gpus-per-node={r.experiment.run.gpus}")
     return ["sbatch", "--parsable", *flags, *_script(r)]
 
