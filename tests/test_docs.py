@@ -97,7 +97,7 @@ def test_mistakes_at_the_front_door_are_one_sentence(small):
         (["SET=max_rows"], "'max_rows' is not key=value"),
     ]:
         done = dry(small, "local", *settings)
-        lines = [line for line in done.stderr.splitlines() if not line.startswith("make:")]
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
         assert done.returncode != 0 and len(lines) == 1 and says in lines[0], done.stderr
 
 
