@@ -9,6 +9,7 @@ from typing import TypeVar
 from lib.cluster.site import Site, apply, site
 from lib.errors import UserError
 from lib.experiments import Experiment, load
+from lib.experiments.base import digest_of
 from lib.store import Cell
 
 Kind = TypeVar("Kind", bound=Experiment)
@@ -25,7 +26,10 @@ class Job:
 
     def of(self, kind: type[Kind]) -> Kind:
         if not isinstance(self.experiment, kind):
-            raise UserError(f"{self.config} is of kind {self.experiment.kind}, which this job does not run")
+            own = self.experiment
+            raise UserError(
+                f"{self.config} is of kind {own.kind}: submit it with make {own.submit}, then make {own.results}"
+            )
         return self.experiment
 
     def cells(self) -> list[Cell]:
@@ -52,8 +56,6 @@ class Job:
 
 def digest_of_all(cells: list[Cell]) -> str:
     """One digest for an experiment: it changes with any cell's."""
-    from lib.experiments.base import digest_of
-
     return digest_of({cell.name: cell.digest for cell in cells})
 
 
