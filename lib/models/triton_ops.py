@@ -102,7 +102,9 @@ def log_prob(logits_PV: torch.Tensor, target_P: torch.Tensor) -> torch.Tensor:
     return out
 
 
-TILE = 128  # query rows of a program: positions times the query heads that share a key head
+# Query rows of a program (positions times the query heads that share a key head) and keys a step: the fastest of 36
+# settings on an H200 at the shapes of 0.5B, 7B and 72B, 1.4 times as fast as 128 and 64.
+TILE, KEYS_STEP = 64, 32
 
 
 def tiles(segments: np.ndarray, group: int) -> np.ndarray:
@@ -175,5 +177,5 @@ def attend(
     before = 0 if prefix is None else prefix.shape[1]
     _attend[(len(tile_T5), kv_heads)](
         q_MHd, kv, kv if prefix is None else prefix, tile_T5, out, d**-0.5, before, kv.shape[1],
-        kv_heads, heads // kv_heads, d, TILE, 64, num_warps=8 if d > 64 else 4, num_stages=2,
+        kv_heads, heads // kv_heads, d, TILE, KEYS_STEP, num_warps=4, num_stages=2,
     )  # fmt: skip
