@@ -32,9 +32,10 @@ def check(experiment: Experiment, site: Site) -> int:
         cells = experiment.cells(site.cache, site.scratch)
         plans = plan(experiment, cells, site.cache, site.gpu)
     script = ROOT / "slurm" / f"{experiment.job}.sbatch"
-    slurm = site.env.get("SUITE_SLURM") != "no"
+    slurm, gpus = site.env.get("SUITE_SLURM") != "no", experiment.run.gpus
+    asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
-        ("slurm", lambda: slurm_lines(site.env, ROOT, script, cells and len(cells))),
+        ("slurm", lambda: slurm_lines(asked, ROOT, script, cells and len(cells))),
         ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
         ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
         ("space", lambda: space_lines(site, plans, lost_bytes(experiment, site.cache))),
