@@ -23,7 +23,6 @@ class Queued:
     reason: str
     node: str
     name: str
-    script: str
 
     @property
     def id(self) -> str:
@@ -70,11 +69,11 @@ def _last(text: str) -> str:
 
 def queue() -> list[Queued]:
     """All tasks of this user that are pending or running, arrays taken apart."""
-    out = ask("squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%j|%o")
+    out = ask("squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%j")
     tasks = []
     for line in out.splitlines():
-        array, index, state, reason, node, name, script = line.split("|", 6)
-        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name, script))
+        array, index, state, reason, node, name = line.split("|", 5)
+        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name))
     return tasks
 
 

@@ -100,13 +100,13 @@ def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
     folder, found = run_folder(cells), {}
     for index, (state, job) in local.tasks(folder).items():
         reason = "waiting for a worker" if state == "PENDING" else ""
-        found[index] = slurm.Queued(job, index, state, reason, HOST, label, "")
+        found[index] = slurm.Queued(job, index, state, reason, HOST, label)
     beats = heartbeats(folder)
     for cell in cells:
         last = beats.get(cell.name, [{}])[-1]
         if last.get("digest") == cell.digest and not last.get("job") and is_alive(last):
             who = f"pid {last['pid']}"
-            found[cell.index] = slurm.Queued(who, None, "RUNNING", "", last["host"], label, "")
+            found[cell.index] = slurm.Queued(who, None, "RUNNING", "", last["host"], label)
     if slurm.has_slurm():
         queue = slurm.queue()
         mine = arrays_of(label, folder, queue)

@@ -55,7 +55,6 @@ def _script(r: Request) -> list[str]:
 def submit(r: Request, array: str, dry: bool) -> None:
     """Submit the cells of `array` that are neither done nor already queued."""
     wanted = slurm.parse_array(array, len(r.cells))
-    chosen = [r.cells[i] for i in wanted]
     if dry:
         return show(r, wanted, slurm.throttle_of(array) or r.site.throttle)
     queued = live_tasks(r.experiment.label, r.cells)
@@ -64,7 +63,7 @@ def submit(r: Request, array: str, dry: bool) -> None:
         jobs = ", ".join(sorted({queued[i].array for i in busy}))
         print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
     todo = {p.cell.index for p in plan_of(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.rows}
-    indices = [c.index for c in chosen if c.index in todo and c.index not in busy]
+    indices = [i for i in wanted if i in todo and i not in busy]
     finished = [i for i in wanted if i not in todo]
     if finished:
         print(f"cells {slurm.format_array(finished)} are done: left out")
