@@ -1,0 +1,72 @@
+"""Sets of token sequences: general text, prompts of a behaviour, and a text for perplexity. Made once by `make fetch`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lib.experiments.base import Frozen, ModelSpec, digest_of
+from lib.store import model_input
+
+
+class SourceSpec(Frozen):
+    """A dataset of the Hub, or a local folder that load_dataset reads in the same way."""
+
+    id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
+    revision: str = Field("main", min_length=1)
+    config: str | None = Field(None, description="the dataset's configuration, e.g. en of allenai/c4")
+    split: str = "train"
+
+
+class GeneralSpec(SourceSpec):
+    """Documents of at least `tokens` tokens from a shuffled stream, cut to exactly that many; one set a seed."""
+
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    samples: int = Field(128, ge=1)
+    tokens: int = Field(2048, ge=2)
+    crop: Literal["start", "random"] = Field("start", description="which part of a longer document")
+    buffer: int = Field(10_000, ge=1, description="documents that the stream's shuffle holds")
+
+
+class PromptsSpec(SourceSpec):
+    """Prompts that show, or lead to, a behaviour."""
+
+    select: Literal["all", "prompt", "response"] = Field(
+        "prompt", description="every prompt, by the prompt's own toxicity, or by that of the model's own response"
+    )
+    threshold: float = Field(0.9, ge=0, le=1)
+    samples: int = Field(93, ge=1, description="the first so many that pass, in file order")
+    max_tokens: int = Field(256, ge=2, description="a longer prompt is passed over, and counted")
+    held_out: bool = Field(False, description="every second prompt is kept for evaluation, the others are attributed")
+    candidates: int = Field(2000, ge=1, description="select=response: prompts that are answered, in file order")
+    response_tokens: int = Field(50, ge=1, description="select=response: greedy tokens a prompt")
+    scorer: ModelSpec = ModelSpec(id="unitary/toxic-bert", revision="main", dtype="float32")
+
+
+class TextSpec(SourceSpec):
+    """The whole text of a split, in one row of tokens: what perplexity is measured on."""
+
+    split: str = "test"
+
+
+class DataSpec(Frozen):
+    general: GeneralSpec
+    prompts: dict[str, PromptsSpec] = Field(min_length=1, description="behaviour -> its prompts; a cell each")
+    text: TextSpec | None = None
+
+    def sets(self) -> dict[str, tuple[SourceSpec, int | None]]:
+        """Name -> (what it is made from, seed), in the order of the cells; `text` is no cell and comes last."""
+        found: dict[str, tuple[SourceSpec, int | None]] = {
+            f"general-{seed}": (self.general, seed) for seed in self.general.seeds
+        }
+        found |= {name: (spec, None) for name, spec in self.prompts.items()}
+        return found | ({"text": (self.text, None)} if self.text else {})
+
+    def identity(self, cache: Path, model: ModelSpec, name: str) -> dict[str, Any]:
+        """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
+        spec, seed = self.sets()[name]
+        parts = spec.model_dump(mode="json", exclude={"seeds"})
+        return {"set": parts, "seed": seed, "model": model_input(cache, model.id, model.revision).fingerprint}
+
+    def digest(self, cache: Path, model: ModelSpec, name: str) -> str:
+        return digest_of(self.identity(cache, model, name))
