@@ -1,4 +1,4 @@
-"""Sets of token sequences: general text, prompts of a behaviour, and a text for perplexity. Made once by `make fetch`."""
+"""Sets of token sequences: general text, prompts of a behaviour, a text for perplexity. Made once by `make fetch`."""
 
 from pathlib import Path
 from typing import Any, Literal
