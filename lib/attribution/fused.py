@@ -1,0 +1,243 @@
+"""The rules' element-wise work, and scores of a layer, as one Triton kernel each: nothing is written but results.
+
+Suffixes: B samples, T tokens of a sample, J outputs of a layer, I its inputs, D hidden, C chunks."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _norm_forward(x, w, out, scale, D, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    v = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / D + eps)
+    tl.store(scale + row, r)
+    n = (v * r).to(x.dtype.element_ty).to(tl.float32)  # rounded where the plain code rounds
+    tl.store(out + row * D + at, n * tl.load(w + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _norm_backward(dy, w, scale, dx, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < D
+    g = tl.load(dy + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    g = g * tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * tl.load(scale + row)
+    tl.store(dx + row * D + at, g, mask=inside)
+
+
+class RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        x = x.contiguous()
+        width = x.shape[-1]
+        rows, block = x.numel() // width, triton.next_power_of_2(width)
+        out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        with _on(x):
+            _norm_forward[(rows,)](x, weight_D, out, scale, width, eps, BLOCK=block, num_warps=8)
+        ctx.save_for_backward(weight_D, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight_D, scale = ctx.saved_tensors
+        dy = dy.contiguous()
+        width = dy.shape[-1]
+        dx, block = torch.empty_like(dy), triton.next_power_of_2(width)
+        with _on(dy):
+            _norm_backward[(len(scale),)](dy, weight_D, scale, dx, width, BLOCK=block, num_warps=8)
+        return dx, None, None
+
+
+@triton.jit
+def _gated_forward(gate, up, out, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    act = (g / (1.0 + tl.exp(-g))).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, act * tl.load(up + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _gated_backward(gate, up, dm, dgate, dup, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    half = tl.load(dm + at, mask=inside, other=0.0).to(tl.float32) * 0.5
+    slope = 1.0 / (1.0 + tl.exp(-g))  # silu(g) / g
+    tl.store(dgate + at, half * u * slope, mask=inside)
+    tl.store(dup + at, half * g * slope, mask=inside)
+
+
+class Gated(torch.autograd.Function):
+    """silu(gate) * up; see rules.Gated for the gradient's meaning."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        with _on(gate):
+            _gated_forward[(triton.cdiv(gate.numel(), 4096),)](gate, up, out, gate.numel(), BLOCK=4096, num_warps=8)
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        dm, dgate, dup = dm.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        with _on(gate):
+            _gated_backward[(triton.cdiv(gate.numel(), 4096),)](
+                gate, up, dm, dgate, dup, gate.numel(), BLOCK=4096, num_warps=8
+            )
+        return dgate, dup
+
+
+@triton.jit
+def _dots(y, dy, out, T, J, ROWS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr):
+    """Sum over ROWS tokens of y * dy; a chunk of a sample's tokens a program."""
+    b, chunk = tl.program_id(0), tl.program_id(1)
+    j = tl.program_id(2) * BJ + tl.arange(0, BJ)
+    total = tl.zeros([BT, BJ], tl.float32)
+    for start in range(0, ROWS, BT):
+        t = chunk * ROWS + start + tl.arange(0, BT)
+        inside = (t[:, None] < T) & (j[None, :] < J)
+        at = (b.to(tl.int64) * T + t[:, None]) * J + j[None, :]
+        v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        total += v * tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    chunks = tl.num_programs(1)
+    tl.store(out + (b.to(tl.int64) * chunks + chunk) * J + j, tl.sum(total, 0), mask=j < J)
+
+
+def dots(y_BTJ: torch.Tensor, dy_BTJ: torch.Tensor) -> torch.Tensor:
+    """sum_t y * dy, float32 [B, J]."""
+    samples, tokens, width = y_BTJ.shape
+    rows = 256 if tokens > 256 else triton.next_power_of_2(tokens)
+    part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=y_BTJ.device)
+    with _on(y_BTJ):
+        _dots[(*part_BCJ.shape[:2], triton.cdiv(width, 256))](
+            y_BTJ, dy_BTJ, part_BCJ, tokens, width, ROWS=rows, BT=min(16, rows), BJ=256, num_warps=4
+        )
+    return part_BCJ.sum(1)
+
+
+@triton.jit
+def _squares(x, length, out, T, I, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr):
+    b, chunk = tl.program_id(0), tl.program_id(1)
+    i = tl.program_id(2) * BI + tl.arange(0, BI)
+    real = tl.load(length + b)
+    total = tl.zeros([BT, BI], tl.float32)
+    for start in range(0, ROWS, BT):
+        t = chunk * ROWS + start + tl.arange(0, BT)
+        inside = (t[:, None] < real) & (i[None, :] < I)
+        v = tl.load(x + (b.to(tl.int64) * T + t[:, None]) * I + i[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += v * v
+    chunks = tl.num_programs(1)
+    tl.store(out + (b.to(tl.int64) * chunks + chunk) * I + i, tl.sum(total, 0), mask=i < I)
+
+
+def squares(x_BTI: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
+    """sum over a sample's real tokens of x^2, float32 [B, I]."""
+    samples, tokens, width = x_BTI.shape
+    rows = 256 if tokens > 256 else triton.next_power_of_2(tokens)
+    part_BCI = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTI.device)
+    with _on(x_BTI):
+        _squares[(*part_BCI.shape[:2], triton.cdiv(width, 256))](
+            x_BTI, length_B, part_BCI, tokens, width, ROWS=rows, BT=min(16, rows), BI=256, num_warps=4
+        )
+    return part_BCI.sum(1)
+
+
+@triton.jit
+def _score(
+    x, dy, w, out, B, T, J, I,
+    NEURON: tl.constexpr, ABS: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of a weight matrix: the gradient of each sample stays in registers, is multiplied by the weights, and
+    is summed over a row of the tile (NEURON: out[B, tiles of I, J]) or over the samples (out[J, I] grows by it)."""
+    tiles_j, tiles_i = tl.cdiv(J, BJ), tl.cdiv(I, BI)
+    pid = tl.program_id(0)  # tiles in groups of rows, so that a group's inputs stay in the cache
+    first = pid // (GROUP * tiles_i) * GROUP
+    size = tl.minimum(tiles_j - first, GROUP)
+    pj, pi = first + pid % (GROUP * tiles_i) % size, pid % (GROUP * tiles_i) // size
+    j, i = pj * BJ + tl.arange(0, BJ), pi * BI + tl.arange(0, BI)
+    inside = (j[:, None] < J) & (i[None, :] < I)
+    at = j[:, None].to(tl.int64) * I + i[None, :]
+    jj, ii = tl.where(j < J, j, 0), tl.where(i < I, i, 0)
+    if not NEURON:
+        total = tl.zeros([BJ, BI], tl.float32)
+    for b in range(0, B):
+        g = tl.zeros([BJ, BI], tl.float32)
+        base = b.to(tl.int64) * T
+        for start in range(0, T, BT):
+            t = start + tl.arange(0, BT)
+            real = t[:, None] < T
+            row = base + t[:, None]
+            a = tl.load(dy + row * J + jj[None, :], mask=real, other=0.0)
+            c = tl.load(x + row * I + ii[None, :], mask=real, other=0.0)
+            g = tl.dot(tl.trans(a), c, g, input_precision="ieee")
+        r = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * g
+        if ABS:
+            r = tl.abs(r)
+        if NEURON:
+            line = tl.sum(tl.where(inside, r, 0.0), 1)
+            tl.store(out + (base // T * tiles_i + pi) * J + j, line, mask=j < J)
+        else:
+            total += r
+    if not NEURON:
+        tl.store(out + at, tl.load(out + at, mask=inside, other=0.0) + total, mask=inside)
+
+
+def _launch(
+    x_BTI: torch.Tensor,
+    dy_BTJ: torch.Tensor,
+    weight_JI: torch.Tensor,
+    out: torch.Tensor,
+    neuron: bool,
+    magnitude: bool,
+    tile: tuple[int, int, int, int, int],
+) -> None:
+    samples, tokens, inputs = x_BTI.shape
+    outputs = dy_BTJ.shape[-1]
+    bj, bi, bt, warps, stages = tile
+    grid = (triton.cdiv(outputs, bj) * triton.cdiv(inputs, bi),)
+    with _on(x_BTI):
+        _score[grid](
+            x_BTI, dy_BTJ, weight_JI, out, samples, tokens, outputs, inputs,
+            NEURON=neuron, ABS=magnitude, BJ=bj, BI=bi, BT=bt, GROUP=8, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def tile_for(tokens: int, samples: int) -> tuple[int, int, int, int, int]:
+    """(J, I, T) of a tile, warps, stages."""
+    if tokens <= 64:
+        return 128, 128, max(16, triton.next_power_of_2(tokens)), 8, 2
+    return (128, 256, 64, 8, 3) if samples == 1 else (128, 128, 64, 8, 3)
+
+
+def abs_neurons(x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor) -> torch.Tensor:
+    """sum_i |W_ji G_ji| of each sample, float32 [B, J]."""
+    samples, tokens, inputs = x_BTI.shape
+    tile = tile_for(tokens, 1)
+    parts = triton.cdiv(inputs, tile[1])
+    part_BCJ = torch.empty(samples, parts, dy_BTJ.shape[-1], dtype=torch.float32, device=x_BTI.device)
+    _launch(x_BTI, dy_BTJ, weight_JI, part_BCJ, True, True, tile)
+    return part_BCJ.sum(1)
+
+
+def add_weights(
+    total_JI: torch.Tensor, x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor, magnitude: bool
+) -> None:
+    """total += sum over samples of W * G, or of |W * G|."""
+    _launch(x_BTI, dy_BTJ, weight_JI, total_JI, False, magnitude, tile_for(x_BTI.shape[1], len(x_BTI)))
+
+
+def _on(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A kernel of ours is launched on the current device, not on its arguments'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

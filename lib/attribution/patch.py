@@ -1,0 +1,148 @@
+"""The rules put into one model instance for the length of a `with`; on leaving, everything is as before.
+
+Nothing global is touched: neither classes nor the table of attention functions. The rule for attention needs no hold
+on the attention function itself: dividing the gradient of q and k by 4 and of v by 2 can be done where the projections
+put them out, because rope is linear; so eager, sdpa and flash attention all obey it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.attribution.rules import Scale, Tap, TappedLinear, gated, layer_norm, rms_norm
+from lib.errors import UserError, nearest
+
+RULES = ("attnlrp", "cp_lrp", "gradient")
+FAMILIES = ("llama", "qwen2", "opt")
+DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
+
+_patched: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def patched(
+    model: nn.Module,
+    rule: str = "attnlrp",
+    taps: Mapping[str, Tap] | None = None,
+    recompute: bool = False,
+) -> Iterator[None]:
+    """Inside, gradients of `model` follow the rule; dropout is off, whatever the mode.
+
+    taps       name of a linear layer -> who is told what passes through it, once each backward pass
+    recompute  keep only each layer's input and compute the rest again in the backward pass"""
+    if rule not in RULES:
+        raise UserError(f"rule '{rule}' is not one of {', '.join(RULES)}{nearest(rule, list(RULES))}")
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in FAMILIES:
+        raise UserError(f"model type '{family}' has no rules here: {', '.join(FAMILIES)} have")
+    if model in _patched:
+        raise UserError("this model is already inside a patched scope; leave that one first")
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError("weights of this model are offloaded: load it onto its devices whole")
+    with ExitStack() as undo:
+        _patched.add(model)
+        undo.callback(_patched.discard, model)
+        for module in model.modules():
+            for name in DROPOUTS:
+                if isinstance(getattr(module, name, None), float):
+                    _set(undo, module, name, 0.0)
+        if rule != "gradient":
+            for module in model.modules():
+                _rules(undo, module, rule)
+        anchor = torch.zeros((), requires_grad=True)
+        for name, tap in (taps or {}).items():
+            linear = model.get_submodule(name)
+            _set(undo, linear, "forward", partial(_tapped, linear, anchor, tap))
+        if recompute:
+            for layer in decoder_layers(model):
+                _set(undo, layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
+        yield
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of layers, wherever the family keeps it."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder's layers, in forward order; embedding and output head are not among them."""
+    inside = {id(m) for m in decoder_layers(model).modules()}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def select(model: nn.Module, wanted: str | list[str] | tuple[str, ...]) -> dict[str, nn.Linear]:
+    """Those that `wanted` names: "all", or whole names or their last parts (up_proj, mlp.down_proj, layers.3.fc1)."""
+    have = linear_layers(model)
+    if wanted == "all" or list(wanted) == ["all"]:
+        return have
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    kinds = sorted({name.rpartition(".")[2] for name in have})
+    for part in wanted:
+        if not any(_named(name, part) for name in have):
+            raise UserError(f"no linear layer is called '{part}'; there are: {', '.join(kinds)}{nearest(part, kinds)}")
+    return {name: m for name, m in have.items() if any(_named(name, part) for part in wanted)}
+
+
+def _named(name: str, part: str) -> bool:
+    return f".{name}".endswith(f".{part}") or f".{part}." in f".{name}"
+
+
+ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+
+
+def _place(name: str) -> tuple[int, int]:
+    layer = next(int(part) for part in name.split(".") if part.isdigit())
+    last = name.rpartition(".")[2]
+    return layer, ORDER.index(last) if last in ORDER else len(ORDER)
+
+
+def _rules(undo: ExitStack, module: nn.Module, rule: str) -> None:
+    if type(module).__name__.endswith("RMSNorm"):
+        _set(undo, module, "forward", partial(_rms_forward, module))
+    elif isinstance(module, nn.LayerNorm):
+        _set(undo, module, "forward", partial(_layer_norm_forward, module))
+    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        _set(undo, module, "forward", partial(_mlp_forward, module, rule))
+    elif all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
+        qk, v = (0.25, 0.5) if rule == "attnlrp" else (0.0, 1.0)
+        for linear, factor in ((module.q_proj, qk), (module.k_proj, qk), (module.v_proj, v)):
+            if factor != 1:
+                handle = linear.register_forward_hook(partial(_scaled, factor))
+                undo.callback(handle.remove)
+
+
+def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
+    """An attribute of this instance, put back as it was: to its value, or to not being there."""
+    if name in vars(thing):
+        undo.callback(setattr, thing, name, vars(thing)[name])
+    else:
+        undo.callback(delattr, thing, name)
+    setattr(thing, name, value)
+
+
+def _scaled(factor: float, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return Scale.apply(out, factor) if factor else out.detach()
+
+
+def _tapped(linear: nn.Linear, anchor: torch.Tensor, tap: Tap, x: torch.Tensor) -> torch.Tensor:
+    return TappedLinear.apply(x, linear.weight, linear.bias, anchor, tap)
+
+
+def _rms_forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _layer_norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _mlp_forward(mlp: Any, rule: str, x: torch.Tensor) -> torch.Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    product: Callable[..., torch.Tensor] = gated
+    return mlp.down_proj(product(gate, up, mlp.act_fn) if rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)

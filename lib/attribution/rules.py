@@ -1,0 +1,125 @@
+"""LRP's rules as modified gradients, so that relevance = value times gradient (the efficient form that lxt uses).
+
+Linear layers keep their gradient (LRP-0). What is changed: normalisation (its divisor counts as a constant), gated
+products (relevance is split evenly between the branches, an activation passes act(x)/x) and attention (patch.py)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What is told about a linear layer in each backward pass: call(input, output, output's gradient)."""
+
+    call: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None]
+    output: bool = True  # keep the output for it; else it gets None
+
+
+def accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kernels(x: torch.Tensor) -> Any | None:
+    """The fused kernels, where x can use them."""
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        from lib.attribution import fused
+
+        return fused
+    return None
+
+
+class Scale(torch.autograd.Function):
+    """The value as it is, its gradient times a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return dx * ctx.factor, None
+
+
+class TappedLinear(torch.autograd.Function):
+    """A linear layer that hands (input, output, output's gradient) to a tap while the gradient passes.
+
+    `anchor` requires a gradient and gets none: it makes the graph begin at the first tapped layer, so that nothing
+    below it is differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, anchor: torch.Tensor, tap: Tap
+    ) -> torch.Tensor:
+        y = F.linear(x, weight, bias)
+        ctx.save_for_backward(x, weight, *([y] if tap.output else []))
+        ctx.tap = tap
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        x, weight, *y = ctx.saved_tensors
+        dy = dy.contiguous()
+        ctx.tap.call(x, y[0] if y else None, dy)
+        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The root mean square is a constant for the gradient."""
+    fast = kernels(x)
+    if fast and not weight.requires_grad:
+        return fast.RmsNorm.apply(x, weight, eps)
+    wide = x.to(accurate(x.dtype))
+    with torch.no_grad():
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """The standard deviation is a constant for the gradient; the mean is not."""
+    wide = x.to(accurate(x.dtype))
+    centred = wide - wide.mean(-1, keepdim=True)
+    with torch.no_grad():
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = centred * scale
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """act(gate) * up: half the relevance to each branch, and the activation passes act(x)/x."""
+    silu = isinstance(act, torch.nn.SiLU) or type(act).__name__ == "SiLUActivation"
+    fast = kernels(gate)
+    if fast and silu:
+        return fast.Gated.apply(gate, up)
+    return Gated.apply(gate, up, F.silu if silu else act, silu)
+
+
+class Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor], silu: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.silu = act, silu
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        gate, up = ctx.saved_tensors
+        wide, half = gate.to(accurate(gate.dtype)), dm.to(accurate(dm.dtype)) / 2
+        value = ctx.act(wide)
+        if ctx.silu:
+            ratio = torch.sigmoid(wide)  # silu(x)/x, without a division: 0.5 at 0, where a pruned neuron's gate stands
+        else:
+            zero = wide == 0  # act(0) = 0 for those in use (GELU, ReLU): the limit is the slope, read beside 0
+            near = torch.where(zero, torch.full_like(wide, 1e-4), wide)
+            ratio = torch.where(zero, ctx.act(near), value) / near
+        return (half * up * ratio).to(dm.dtype), (half * value).to(dm.dtype), None, None
