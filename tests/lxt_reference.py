@@ -1,14 +1,16 @@
 """Weight gradients by lxt itself, for a process of its own: lxt patches classes for good.
 
-    python tests/lxt_reference.py RULE OUT.npz CASES.json
-CASES: {case: {folder, family, attention, ids [rows of ids], targets [[row, position, token], ...]}}.
-OUT: case/module -> gradient of the sum of the targets' logits by that linear layer's weight (0 where nothing arrives).
+    python tests/lxt_reference.py FOLDER RULE...
+FOLDER/cases.json: {case: {folder, family, attention, ids [rows of ids], targets [[row, position, token], ...]}}.
+FOLDER/RULE.npz: case/module -> gradient of the sum of the targets' logits by that linear layer's weight, 0 where none
+arrives.
 """
 
 import json
 import sys
 import types
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -72,16 +74,21 @@ def gradients(case: dict) -> dict[str, np.ndarray]:
     }
 
 
-def main(rule: str, out: str, cases: str) -> None:
+def run(folder: Path, rule: str) -> None:
     torch.set_num_threads(1)
-    found = {}
-    chosen = json.loads(Path(cases).read_text())
-    for family in dict.fromkeys(case["family"] for case in chosen.values()):
+    cases = json.loads((folder / "cases.json").read_text())
+    for family in dict.fromkeys(case["family"] for case in cases.values()):
         patch(rule, family)
-    for name, case in chosen.items():
+    found = {}
+    for name, case in cases.items():
         found |= {f"{name}/{module}": gradient for module, gradient in gradients(case).items()}
-    np.savez(out, **found)
+    np.savez(folder / f"{rule}.npz", **found)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+if __name__ == "__main__":  # a process a rule, after the slow imports
+    for rule in sys.argv[2:]:
+        child = get_context("fork").Process(target=run, args=(Path(sys.argv[1]), rule))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"{rule} failed")
