@@ -1,4 +1,4 @@
-"""Bring an experiment's models, tokenizers and datasets to the cache, at pinned revisions, and record them.
+"""Bring an experiment's models, tokenizers and datasets to the cache, at pinned revisions; make its sample sets.
 
 Run it where there is a network (a login node, a CPU job). Jobs then read only what is recorded here, offline. A branch
 like `main` is resolved once: later calls keep that commit until UPDATE=1 is given."""
@@ -15,6 +15,7 @@ from lib.experiments import Experiment
 from lib.experiments.base import DatasetSpec, ModelSpec
 from lib.hub import dataset_rows, model_snapshot
 from lib.job import job
+from lib.samples.prepare import command_by_hand, prepare
 from lib.store.atomic import read_json, sha256_file
 from lib.store.inputs import (
     DatasetInput,
@@ -37,13 +38,16 @@ from lib.store.inputs import (
 
 def main() -> int:
     this = job("fetch", __doc__, indexed=False)
-    fetch(this.experiment, this.site.cache, this.update)
+    by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
+    fetch(this.experiment, this.site.cache, this.update, by_hand)
     return 0
 
 
-def fetch(experiment: Experiment, cache: Path, update: bool = False) -> None:
-    tokenizer = None
-    for spec in experiment.models():
+def fetch(experiment: Experiment, cache: Path, update: bool = False, by_hand: str = "") -> None:
+    """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here."""
+    tokenizer, sets = None, getattr(experiment, "data", None)
+    models = [*(sets.scorers() if sets else []), *experiment.models()]
+    for spec in {(spec.id, spec.revision): spec for spec in models}.values():
         model = None if update else _kept_model(spec, cache)
         if model is None:
             model = _model(spec, cache, update)
@@ -57,6 +61,8 @@ def fetch(experiment: Experiment, cache: Path, update: bool = False) -> None:
             found, lines = _dataset(data, cache, tokenizer, update)
             save_dataset(cache, found, lines)
         print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}", flush=True)
+    if sets:
+        prepare(sets, experiment.models()[0], cache, update, by_hand)
 
 
 def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:

@@ -44,6 +44,26 @@ def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str
         return load_dataset(id, split=split, revision=commit), str(commit)
 
 
+def dataset_commit(id: str, revision: str) -> str:
+    """The commit that a revision stands for."""
+    with _sentences(f"dataset {id} at {revision}"):
+        from huggingface_hub import HfApi
+
+        return str(_patiently(lambda: HfApi().dataset_info(id, revision=revision)).sha)
+
+
+def dataset_stream(
+    id: str, commit: str, config: str | None, split: str, shuffle: tuple[int, int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows as they come over the network, nothing kept on disk; `shuffle`: a seed and how many rows it holds."""
+    with _sentences(f"dataset {id} at {commit[:12]}"):
+        from datasets import load_dataset
+
+        _quiet()
+        rows = _patiently(lambda: load_dataset(id, config, split=split, revision=commit, streaming=True))
+        yield from rows.shuffle(seed=shuffle[0], buffer_size=shuffle[1]) if shuffle else rows
+
+
 def _whole(path: Path, size: int | None) -> bool:
     """Whether a file of a snapshot is there with its size. One that is cut off is removed with what it links to: the
     Hub's library takes any file that is there for a whole one."""

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lib.experiments.base import Frozen, ModelSpec, digest_of
 from lib.store import model_input
+
+# Raise it with any change of code that can change a token of any set: it is part of every set's digest.
+RECIPE = "samples/1"
 
 
 class SourceSpec(Frozen):
@@ -54,6 +57,17 @@ class DataSpec(Frozen):
     prompts: dict[str, PromptsSpec] = Field(min_length=1, description="behaviour -> its prompts; a cell each")
     text: TextSpec | None = None
 
+    @model_validator(mode="after")
+    def _names(self) -> "DataSpec":
+        if len(set(self.general.seeds)) != len(self.general.seeds):
+            raise ValueError("general.seeds holds a seed twice")
+        for name in self.prompts:
+            if not name or not all(c.isalnum() or c in "-_" for c in name):
+                raise ValueError(f"prompts: {name!r} must be letters, digits, - or _: it names a folder")
+            if name == "text" or name.startswith("general-"):
+                raise ValueError(f"prompts: {name!r} is the name of another set")
+        return self
+
     def sets(self) -> dict[str, tuple[SourceSpec, int | None]]:
         """Name -> (what it is made from, seed), in the order of the cells; `text` is no cell and comes last."""
         found: dict[str, tuple[SourceSpec, int | None]] = {
@@ -62,11 +76,20 @@ class DataSpec(Frozen):
         found |= {name: (spec, None) for name, spec in self.prompts.items()}
         return found | ({"text": (self.text, None)} if self.text else {})
 
+    def scorers(self) -> list[ModelSpec]:
+        """The classifiers that choose prompts by the model's responses."""
+        found = [spec.scorer for spec in self.prompts.values() if spec.select == "response"]
+        return list({(scorer.id, scorer.revision): scorer for scorer in found}.values())
+
     def identity(self, cache: Path, model: ModelSpec, name: str) -> dict[str, Any]:
         """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
         spec, seed = self.sets()[name]
         parts = spec.model_dump(mode="json", exclude={"seeds"})
-        return {"set": parts, "seed": seed, "model": model_input(cache, model.id, model.revision).fingerprint}
+        found = {"recipe": RECIPE, "set": parts, "seed": seed}
+        found["model"] = model_input(cache, model.id, model.revision).fingerprint
+        if isinstance(spec, PromptsSpec) and spec.select == "response":
+            found["dtype"] = model.dtype  # it decides close calls between two tokens of a response
+        return found
 
     def digest(self, cache: Path, model: ModelSpec, name: str) -> str:
         return digest_of(self.identity(cache, model, name))

@@ -45,15 +45,15 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read ({_line(e)}); run `make fetch` again") from None
 
 
-def load_model(folder: str, dtype: str, attention: str, where: torch.device) -> Any:
-    """transformers' own model, in eval mode."""
+def load_model(folder: str, dtype: str, attention: str, where: torch.device | str) -> Any:
+    """transformers' own model, in eval mode, on one device or ("auto") layer by layer over all GPUs."""
     _must_exist(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
-            device_map={"": where},
+            device_map=where if where == "auto" else {"": where},
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as e:

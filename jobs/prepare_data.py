@@ -1,0 +1,25 @@
+"""Make an experiment's sets of samples from its datasets, with its tokenizer; `make fetch` does it too, after models.
+
+By hand it is needed only where a set is chosen by the model's own responses, which takes a GPU. Sets that are there and
+whole are kept; --update looks again what a branch like `main` is."""
+
+from lib.errors import UserError, exit_with
+from lib.experiments.samples import DataSpec
+from lib.job import job
+from lib.samples.prepare import command_by_hand, prepare
+
+
+def main() -> int:
+    this = job("prepare_data", __doc__, indexed=False)
+    data = getattr(this.experiment, "data", None)
+    if not isinstance(data, DataSpec):
+        raise UserError(
+            f"{this.config} is of kind {this.experiment.kind}, which has no sets of samples; run `make fetch`"
+        )
+    by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
+    prepare(data, this.experiment.models()[0], this.site.cache, this.update, by_hand)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
