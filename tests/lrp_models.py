@@ -1,7 +1,13 @@
 """Tiny random models for attribution: no tokenizer, every parameter random, no rule hidden behind a 0 or a 1."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 import torch
+import transformers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -66,3 +72,38 @@ def by_hand(model: PreTrainedModel, ids: list[int], targets: list[tuple[int, int
         return explain_opt(state, model.config, ids, seed, rule)
     inv_freq = model.model.rotary_emb.inv_freq.double().numpy()
     return explain_llama(state, model.config, inv_freq, ids, seed, rule)
+
+
+@contextmanager
+def float64_everywhere() -> Iterator[None]:
+    """transformers computes norms, softmax and rope in torch.float32 whatever the model: let that be float64."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "float32", torch.float64)
+        patch.setattr(torch, "float", torch.float64)
+        yield
+
+
+def everything(model: PreTrainedModel) -> dict:
+    """Whatever a patch could hold on to: instances, hooks, classes, transformers' and torch's globals, the config."""
+    seen: dict = {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            seen[name, key] = list(value.items()) if isinstance(value, dict) else value
+        for cls in type(module).__mro__:
+            seen[cls] = dict(vars(cls))
+    modeling = sys.modules[type(model).__module__]
+    seen["module"] = dict(vars(modeling))
+    for where in (modeling, transformers.modeling_utils):
+        table = where.ALL_ATTENTION_FUNCTIONS
+        seen[where.__name__] = (id(table), dict(table.items()), dict(vars(table)))
+    seen["torch"] = (torch.nn.Dropout.forward, dict(vars(torch.nn.functional)), dict(vars(torch.autograd)))
+    seen["modes"] = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    for name, parameter in model.named_parameters():
+        seen["parameter", name] = (id(parameter), parameter.requires_grad, parameter._backward_hooks, parameter.grad)
+    return seen
+
+
+def assert_nothing_left(before: dict, after: dict) -> None:
+    assert before.keys() == after.keys(), set(after) ^ set(before)
+    for key, value in before.items():
+        assert repr(value) == repr(after[key]), key

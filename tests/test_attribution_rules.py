@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-import transformers
-from lrp_models import FAMILIES, by_hand, make, sequences
+from lrp_models import FAMILIES, assert_nothing_left, by_hand, everything, float64_everywhere, make, sequences
 from tools import ROOT
 from transformers import PreTrainedModel
 
@@ -21,19 +20,10 @@ IDS = sequences(12)[0]
 TARGETS = [(11, 40), (4, 7)]  # (position, token)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes norms, softmax and rope in torch.float32 whatever the model: let that be float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch, "float", torch.float64)
+def all_float64() -> Iterator[None]:
+    with float64_everywhere():
+        yield
 
 
 def logits(model: PreTrainedModel, ids: list[int], **kw: object) -> torch.Tensor:
@@ -207,32 +197,6 @@ def test_relevance_of_rows_and_columns(all_float64: None, family: str) -> None:
 
 
 # The scope
-
-
-def everything(model: PreTrainedModel) -> dict:
-    """Whatever a patch could hold on to: instances, hooks, classes, transformers' and torch's globals, the config."""
-    seen: dict = {"config": model.config.to_dict(), "attention": model.config._attn_implementation}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            seen[name, key] = list(value.items()) if isinstance(value, dict) else value
-        for cls in type(module).__mro__:
-            seen[cls] = dict(vars(cls))
-    modeling = sys.modules[type(model).__module__]
-    seen["module"] = dict(vars(modeling))
-    for where in (modeling, transformers.modeling_utils):
-        table = where.ALL_ATTENTION_FUNCTIONS
-        seen[where.__name__] = (id(table), dict(table.items()), dict(vars(table)))
-    seen["torch"] = (torch.nn.Dropout.forward, dict(vars(torch.nn.functional)), dict(vars(torch.autograd)))
-    seen["modes"] = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
-    for name, parameter in model.named_parameters():
-        seen["parameter", name] = (id(parameter), parameter.requires_grad, parameter._backward_hooks, parameter.grad)
-    return seen
-
-
-def assert_nothing_left(before: dict, after: dict) -> None:
-    assert before.keys() == after.keys(), set(after) ^ set(before)
-    for key, value in before.items():
-        assert repr(value) == repr(after[key]), key
 
 
 @pytest.mark.parametrize("rule", RULES)
