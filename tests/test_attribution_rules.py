@@ -70,6 +70,8 @@ def same_bits(a: dict, b: dict) -> bool:
 
 CASES = {f"{family}-{attention}": {"family": family} for family in FAMILIES for attention in ("sdpa", "eager")}
 CASES["llama-gelu-sdpa"] = {"family": "llama", "changes": {"hidden_act": "gelu_pytorch_tanh"}}
+CASES["llama-biased-sdpa"] = {"family": "llama", "changes": {"attention_bias": True, "mlp_bias": True}}
+CASES["opt-norm-after-sdpa"] = {"family": "opt", "changes": {"do_layer_norm_before": False, "word_embed_proj_dim": 16}}
 
 
 def case_model(case: str) -> PreTrainedModel:
@@ -145,13 +147,13 @@ def conserved(model: PreTrainedModel, rule: str) -> tuple[float, np.ndarray]:
     return relevance.sum() / logit.item(), relevance
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cp_lrp_conserves_relevance(all_float64: None, family: str) -> None:
-    """What goes in at the logit arrives at the embeddings, to the last digit; biases take their share."""
+    """What goes in at the logit arrives at the embeddings, to the last digit, where no bias or position takes a share."""
     model = make(family).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or "embed_positions" in name:
                 parameter.zero_()
     ratio, _ = conserved(model, "cp_lrp")
     assert ratio == pytest.approx(1, abs=1e-10)
