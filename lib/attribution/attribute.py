@@ -5,6 +5,7 @@ never looks, and carries no gradient.
 
 Suffixes: S samples, B samples of a batch, T tokens, D hidden, K explained tokens, J outputs, I inputs of a layer."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,13 @@ class _Batch:
     first: int  # its first sample
     real: int  # the others are padding of the batch
     target_BK: torch.Tensor | None
+    lengths: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    def length_on(self, device: torch.device) -> torch.Tensor:
+        """Moved once: a copy from pageable memory waits for the device."""
+        if device not in self.lengths:
+            self.lengths[device] = self.length_B.to(device)
+        return self.lengths[device]
 
 
 class Attributor:
@@ -128,7 +136,7 @@ class Attributor:
         need_output = self.level == "neuron" and "signed" in self.scores
         taps = {name: Tap(partial(self._tell, name, now, found, calls), need_output) for name in self.linears}
         group = 1 if len(self.devices) == 1 else 2 * len(self.devices)  # batches in flight, so that all devices work
-        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad():
+        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad(), _same_bits(self.devices):
             for at in range(0, len(batches), group):
                 passed = [(b, self._explained(b, found)) for b in batches[at : at + group]]
                 for batch, explained in passed:
@@ -159,7 +167,7 @@ class Attributor:
         x_BTI, dy_BTJ = (v.unflatten(0, (len(batch.ids_BT), -1)) if v.dim() == 2 else v for v in (x, dy))
         rows = slice(batch.first, batch.first + len(batch.ids_BT))
         if name in found.sumsq:
-            found.sumsq[name][rows] = squares(x_BTI, batch.length_B.to(x.device))
+            found.sumsq[name][rows] = squares(x_BTI, batch.length_on(x.device))
         if self.level == "weight":
             for kind in self.scores:
                 add_weights(getattr(found, kind)[name], x_BTI, dy_BTJ, weight, kind == "abs")
@@ -176,7 +184,7 @@ class Attributor:
 
             def keep(name: str, module: nn.Module, args: Any, batch: _Batch = batch, rows: slice = rows) -> None:
                 x_BTI = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (len(batch.ids_BT), -1))
-                found.sumsq[name][rows] = squares(x_BTI, batch.length_B.to(x_BTI.device))
+                found.sumsq[name][rows] = squares(x_BTI, batch.length_on(x_BTI.device))
 
             hooks = [self.linears[n].register_forward_pre_hook(partial(keep, n)) for n in found.sumsq]
             try:
@@ -195,7 +203,7 @@ class Attributor:
         gradient needs no gradient of the logits."""
         hidden_BTD, head = self._hidden(batch), self.model.get_output_embeddings()
         device, size = hidden_BTD.device, hidden_BTD.shape
-        length_B = batch.length_B.to(device)
+        length_B = batch.length_on(device)
         if self.target == "all":
             picked = hidden_BTD.flatten(0, 1)
             real = (torch.arange(size[1], device=device)[None] < length_B[:, None]).flatten()
@@ -282,3 +290,23 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _same_bits(devices: list[torch.device]) -> Iterator[None]:
+    """Attention's backward pass adds up in a fixed order meanwhile (on an H200 that is also the faster one)."""
+    if devices[0].type != "cuda":
+        yield
+        return
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # else every torch.empty is written
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill

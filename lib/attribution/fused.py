@@ -9,6 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lib.attribution.rules import FACTORS
+
+GRADIENT_VALUES = 1 << 28  # of a layer's weight gradients, made at once
+
 
 @triton.jit
 def _norm_forward(x, w, out, scale, D, eps, BLOCK: tl.constexpr):
@@ -100,6 +104,72 @@ class Gated(torch.autograd.Function):
 
 
 @triton.jit
+def _rotate(
+    x, cos, sin, out, T, FACTOR, sb, st, sh, cb,
+    H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WAY: tl.constexpr,
+):  # fmt: skip
+    """One token a program, all its heads; out is [B, T, H, 2 HALF]. WAY 1: rope, -1: its transpose, 0: no rotation."""
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // T, token % T
+    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = head < H
+    base = x + b * sb + t * st + head * sh + at
+    p = tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(base + HALF, mask=inside, other=0.0).to(tl.float32)
+    if WAY != 0:
+        place = b * cb + t * 2 * HALF + at
+        c1, c2 = tl.load(cos + place).to(tl.float32), tl.load(cos + place + HALF).to(tl.float32)
+        s1, s2 = tl.load(sin + place).to(tl.float32), tl.load(sin + place + HALF).to(tl.float32)
+        if WAY == 1:
+            p, q = p * c1 - q * s1, q * c2 + p * s2
+        else:
+            p, q = p * c1 + q * s2, q * c2 - p * s1
+    to = out + token * (H * 2 * HALF) + head * (2 * HALF) + at
+    tl.store(to, p * FACTOR, mask=inside)
+    tl.store(to + HALF, q * FACTOR, mask=inside)
+
+
+def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int, factor: float) -> torch.Tensor:
+    samples, tokens, heads, width = x_BTHd.shape
+    out = torch.empty(x_BTHd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
+    step = 0 if len(cos) == 1 else cos.stride(0)
+    with _on(x_BTHd):
+        _rotate[(samples * tokens,)](
+            x_BTHd, cos, sin, out, tokens, factor, *x_BTHd.stride()[:3], step,
+            heads, width // 2, triton.next_power_of_2(heads), way, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+class Rope(torch.autograd.Function):
+    """q and k turned by rope; on the way back the gradients of q, k, v also take the rule's factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rule: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T, H, d] in and out."""
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.rule = rule
+        return rotate(q, cos, sin, 1, 1.0), rotate(k, cos, sin, 1, 1.0), v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
+        qk, value = FACTORS[ctx.rule]
+        return (
+            rotate(dq, cos, sin, -1, qk) if qk else None,
+            rotate(dk, cos, sin, -1, qk) if qk else None,
+            rotate(dv, cos, sin, 0, value),
+            None,
+            None,
+            None,
+        )
+
+
+@triton.jit
 def _dots(y, dy, out, T, J, ROWS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr):
     """Sum over ROWS tokens of y * dy; a chunk of a sample's tokens a program."""
     b, chunk = tl.program_id(0), tl.program_id(1)
@@ -118,7 +188,7 @@ def _dots(y, dy, out, T, J, ROWS: tl.constexpr, BT: tl.constexpr, BJ: tl.constex
 def dots(y_BTJ: torch.Tensor, dy_BTJ: torch.Tensor) -> torch.Tensor:
     """sum_t y * dy, float32 [B, J]."""
     samples, tokens, width = y_BTJ.shape
-    rows = 256 if tokens > 256 else triton.next_power_of_2(tokens)
+    rows = min(64, triton.next_power_of_2(tokens))
     part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=y_BTJ.device)
     with _on(y_BTJ):
         _dots[(*part_BCJ.shape[:2], triton.cdiv(width, 256))](
@@ -145,7 +215,7 @@ def _squares(x, length, out, T, I, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.
 def squares(x_BTI: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
     """sum over a sample's real tokens of x^2, float32 [B, I]."""
     samples, tokens, width = x_BTI.shape
-    rows = 256 if tokens > 256 else triton.next_power_of_2(tokens)
+    rows = min(64, triton.next_power_of_2(tokens))
     part_BCI = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTI.device)
     with _on(x_BTI):
         _squares[(*part_BCI.shape[:2], triton.cdiv(width, 256))](
@@ -157,41 +227,48 @@ def squares(x_BTI: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _score(
     x, dy, w, out, B, T, J, I,
-    NEURON: tl.constexpr, ABS: tl.constexpr, BJ: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
+    NEURON: tl.constexpr, ABS: tl.constexpr, EVEN: tl.constexpr,
+    BJ: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of a weight matrix: the gradient of each sample stays in registers, is multiplied by the weights, and
-    is summed over a row of the tile (NEURON: out[B, tiles of I, J]) or over the samples (out[J, I] grows by it)."""
+    is summed over a row of the tile (NEURON: out[B, tiles of I, J]) or over the samples (out[J, I] grows by it).
+    EVEN: no mask is needed over T."""
     tiles_j, tiles_i = tl.cdiv(J, BJ), tl.cdiv(I, BI)
     pid = tl.program_id(0)  # tiles in groups of rows, so that a group's inputs stay in the cache
     first = pid // (GROUP * tiles_i) * GROUP
     size = tl.minimum(tiles_j - first, GROUP)
     pj, pi = first + pid % (GROUP * tiles_i) % size, pid % (GROUP * tiles_i) // size
     j, i = pj * BJ + tl.arange(0, BJ), pi * BI + tl.arange(0, BI)
-    inside = (j[:, None] < J) & (i[None, :] < I)
-    at = j[:, None].to(tl.int64) * I + i[None, :]
-    jj, ii = tl.where(j < J, j, 0), tl.where(i < I, i, 0)
+    jj, ii = j % J, i % I  # beyond the edge: any value that exists; masked at the end
+    weight = tl.load(w + pj.to(tl.int64) * BJ * I + (jj - pj * BJ)[:, None] * I + ii[None, :])
     if not NEURON:
         total = tl.zeros([BJ, BI], tl.float32)
     for b in range(0, B):
         g = tl.zeros([BJ, BI], tl.float32)
-        base = b.to(tl.int64) * T
+        t = tl.arange(0, BT)
+        a_at = dy + b.to(tl.int64) * T * J + t[:, None] * J + jj[None, :]
+        c_at = x + b.to(tl.int64) * T * I + t[:, None] * I + ii[None, :]
         for start in range(0, T, BT):
-            t = start + tl.arange(0, BT)
-            real = t[:, None] < T
-            row = base + t[:, None]
-            a = tl.load(dy + row * J + jj[None, :], mask=real, other=0.0)
-            c = tl.load(x + row * I + ii[None, :], mask=real, other=0.0)
+            if EVEN:
+                a, c = tl.load(a_at), tl.load(c_at)
+            else:
+                real = t[:, None] < T - start
+                a, c = tl.load(a_at, mask=real, other=0.0), tl.load(c_at, mask=real, other=0.0)
             g = tl.dot(tl.trans(a), c, g, input_precision="ieee")
-        r = tl.load(w + at, mask=inside, other=0.0).to(tl.float32) * g
+            a_at += BT * J
+            c_at += BT * I
+        r = weight.to(tl.float32) * g
         if ABS:
             r = tl.abs(r)
         if NEURON:
-            line = tl.sum(tl.where(inside, r, 0.0), 1)
-            tl.store(out + (base // T * tiles_i + pi) * J + j, line, mask=j < J)
+            line = tl.sum(tl.where(i[None, :] < I, r, 0.0), 1)
+            tl.store(out + (b.to(tl.int64) * tiles_i + pi) * J + j, line, mask=j < J)
         else:
             total += r
     if not NEURON:
-        tl.store(out + at, tl.load(out + at, mask=inside, other=0.0) + total, mask=inside)
+        inside = (j[:, None] < J) & (i[None, :] < I)
+        at = out + pj.to(tl.int64) * BJ * I + (j - pj * BJ)[:, None] * I + i[None, :]
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
 def _launch(
@@ -210,32 +287,61 @@ def _launch(
     with _on(x_BTI):
         _score[grid](
             x_BTI, dy_BTJ, weight_JI, out, samples, tokens, outputs, inputs,
-            NEURON=neuron, ABS=magnitude, BJ=bj, BI=bi, BT=bt, GROUP=8, num_warps=warps, num_stages=stages,
+            NEURON=neuron, ABS=magnitude, EVEN=tokens % bt == 0, BJ=bj, BI=bi, BT=bt, GROUP=8,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
-def tile_for(tokens: int, samples: int) -> tuple[int, int, int, int, int]:
-    """(J, I, T) of a tile, warps, stages."""
+def tile_for(tokens: int) -> tuple[int, int, int, int, int]:
+    """(J, I, T) of a tile, warps, stages: the fastest of ten at 14336 x 4096 on an H200, for 64 samples of 32 tokens
+    1.7 ms, for one of 2,048 tokens 0.38 ms (0.36 is the product alone by the vendor's library)."""
     if tokens <= 64:
-        return 128, 128, max(16, triton.next_power_of_2(tokens)), 8, 2
-    return (128, 256, 64, 8, 3) if samples == 1 else (128, 128, 64, 8, 3)
+        return 64, 128, max(16, triton.next_power_of_2(tokens)), 4, 2
+    return 128, 256, 64, 8, 3
 
 
 def abs_neurons(x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor) -> torch.Tensor:
     """sum_i |W_ji G_ji| of each sample, float32 [B, J]."""
     samples, tokens, inputs = x_BTI.shape
-    tile = tile_for(tokens, 1)
+    tile = tile_for(tokens)
     parts = triton.cdiv(inputs, tile[1])
     part_BCJ = torch.empty(samples, parts, dy_BTJ.shape[-1], dtype=torch.float32, device=x_BTI.device)
     _launch(x_BTI, dy_BTJ, weight_JI, part_BCJ, True, True, tile)
     return part_BCJ.sum(1)
 
 
+@triton.jit
+def _grow(total, g, w, S, N, ABS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    sum = tl.load(total + at, mask=inside, other=0.0)
+    for s in range(0, S):
+        r = weight * tl.load(g + s.to(tl.int64) * N + at, mask=inside, other=0.0).to(tl.float32)
+        if ABS:
+            r = tl.abs(r)
+        sum += r
+    tl.store(total + at, sum, mask=inside)
+
+
 def add_weights(
     total_JI: torch.Tensor, x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor, magnitude: bool
 ) -> None:
-    """total += sum over samples of W * G, or of |W * G|."""
-    _launch(x_BTI, dy_BTJ, weight_JI, total_JI, False, magnitude, tile_for(x_BTI.shape[1], len(x_BTI)))
+    """total += sum over samples of W * G, or of |W * G|. Gradients of long samples are made by the vendor's product,
+    rounded to the weights' type as autograd's own are, several samples to one pass over the totals: 420 us a sample at
+    14336 x 4096 and 2,048 tokens on an H200, where 360 are the product; one kernel with all inside takes 490."""
+    tokens = x_BTI.shape[1]
+    if tokens <= 64:
+        _launch(x_BTI, dy_BTJ, weight_JI, total_JI, False, magnitude, tile_for(tokens))
+        return
+    count = weight_JI.numel()
+    step = max(1, GRADIENT_VALUES // count)
+    for x, dy in zip(x_BTI.split(step), dy_BTJ.split(step), strict=True):
+        g_BJI = torch.bmm(dy.transpose(1, 2), x)
+        with _on(x):
+            _grow[(triton.cdiv(count, 2048),)](
+                total_JI, g_BJI, weight_JI, len(x), count, ABS=magnitude, BLOCK=2048, num_warps=8
+            )
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[Any]:

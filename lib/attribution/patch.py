@@ -4,6 +4,7 @@ Nothing global is touched: neither classes nor the table of attention functions.
 on the attention function itself: dividing the gradient of q and k by 4 and of v by 2 can be done where the projections
 put them out, because rope is linear; so eager, sdpa and flash attention all obey it."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.attribution.rules import Scale, Tap, TappedLinear, gated, layer_norm, rms_norm
+from lib.attribution.rules import FACTORS, Scale, Tap, TappedLinear, gated, kernels, layer_norm, rms_norm
 from lib.errors import UserError, nearest
 
 RULES = ("attnlrp", "cp_lrp", "gradient")
@@ -110,7 +111,10 @@ def _rules(undo: ExitStack, module: nn.Module, rule: str) -> None:
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         _set(undo, module, "forward", partial(_mlp_forward, module, rule))
     elif all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
-        qk, v = (0.25, 0.5) if rule == "attnlrp" else (0.0, 1.0)
+        qk, v = FACTORS[rule]
+        if type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight):
+            _set(undo, module, "forward", partial(_attention_forward, module, rule))
+            return
         for linear, factor in ((module.q_proj, qk), (module.k_proj, qk), (module.v_proj, v)):
             if factor != 1:
                 handle = linear.register_forward_hook(partial(_scaled, factor))
@@ -146,3 +150,24 @@ def _mlp_forward(mlp: Any, rule: str, x: torch.Tensor) -> torch.Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     product: Callable[..., torch.Tensor] = gated
     return mlp.down_proj(product(gate, up, mlp.act_fn) if rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)
+
+
+def _attention_forward(
+    attn: Any, rule: str, hidden_states: torch.Tensor, position_embeddings: Any = None,
+    attention_mask: Any = None, past_key_values: Any = None, **more: Any,
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
+    """Llama's and Qwen2's own attention with rope and the rule's factors in one kernel a tensor."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from lib.attribution import fused
+
+    heads = (*hidden_states.shape[:-1], -1, attn.head_dim)
+    q, k, v = (linear(hidden_states).view(heads) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = (t.transpose(1, 2) for t in fused.Rope.apply(q, k, v, *position_embeddings, rule))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, attn.layer_idx)
+    eager = sys.modules[type(attn).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
+    window = {"sliding_window": attn.sliding_window} if hasattr(attn, "sliding_window") else {}
+    out, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **window, **more)
+    return attn.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
