@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.attribution.patch import linear_layers, patched, select
+from lib.attribution.patch import linear_layers, patched
 from lib.attribution.rules import Tap, accurate
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
 from lib.errors import UserError
+from lib.layers import choose, shared_inputs
 
 LEVELS = ("neuron", "weight")
 SCORES = ("signed", "abs")
 TARGETS = ("last", "all", "given")
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that read the same input
 HEAD_ROWS = 1024  # positions whose logits are made at once, where every position is explained
 
 
@@ -91,9 +91,10 @@ class Attributor:
         self.model, self.rule, self.level, self.target = model, rule, level, target
         self.scores, self.wanda, self.recompute = tuple(scores), wanda, recompute
         self.width, self.batch = width, batch
-        self.linears = select(model, layers if isinstance(layers, str) else list(layers))
+        have = linear_layers(model)
+        self.linears = {name: have[name] for name in choose(have, layers)}
         self.input_of = shared_inputs(list(self.linears))
-        self.devices = list(dict.fromkeys(m.weight.device for m in linear_layers(model).values()))
+        self.devices = list(dict.fromkeys(m.weight.device for m in have.values()))
         self.dtype = accurate(next(iter(self.linears.values())).weight.dtype)
 
     def run(self, samples: Sequence[Sequence[int]], targets: Any = None) -> Scores:
@@ -259,16 +260,6 @@ class Attributor:
         if self.wanda:
             found.sumsq = {name: found.sumsq[first][:samples] for name, first in self.input_of.items()}
         return found
-
-
-def shared_inputs(names: list[str]) -> dict[str, str]:
-    """Layer -> the layer under whose name their common input is counted: the last of q, k, v, and of gate, up."""
-    found = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        group = next((g for g in TOGETHER if last in g), (last,))
-        found[name] = f"{parent}.{[part for part in group if f'{parent}.{part}' in names][-1]}"
-    return found
 
 
 def _pinned(targets: Any, samples: Sequence[Any]) -> torch.Tensor:

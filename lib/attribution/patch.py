@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.attribution.rules import FACTORS, Scale, Tap, TappedLinear, gated, kernels, layer_norm, rms_norm
 from lib.errors import UserError, nearest
+from lib.layers import choose
 
 RULES = ("attnlrp", "cp_lrp", "gradient")
 FAMILIES = ("llama", "qwen2", "opt")
@@ -74,33 +75,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder's layers, in forward order; embedding and output head are not among them."""
     inside = {id(m) for m in decoder_layers(model).modules()}
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
-
-
-def select(model: nn.Module, wanted: str | list[str] | tuple[str, ...]) -> dict[str, nn.Linear]:
-    """Those that `wanted` names: "all", or whole names or their last parts (up_proj, mlp.down_proj, layers.3.fc1)."""
-    have = linear_layers(model)
-    if wanted == "all" or list(wanted) == ["all"]:
-        return have
-    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
-    kinds = sorted({name.rpartition(".")[2] for name in have})
-    for part in wanted:
-        if not any(_named(name, part) for name in have):
-            raise UserError(f"no linear layer is called '{part}'; there are: {', '.join(kinds)}{nearest(part, kinds)}")
-    return {name: m for name, m in have.items() if any(_named(name, part) for part in wanted)}
-
-
-def _named(name: str, part: str) -> bool:
-    return f".{name}".endswith(f".{part}") or f".{part}." in f".{name}"
-
-
-ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-
-
-def _place(name: str) -> tuple[int, int]:
-    layer = next(int(part) for part in name.split(".") if part.isdigit())
-    last = name.rpartition(".")[2]
-    return layer, ORDER.index(last) if last in ORDER else len(ORDER)
+    return {name: found[name] for name in choose(found, "all")}
 
 
 def _rules(undo: ExitStack, module: nn.Module, rule: str) -> None:
