@@ -1,7 +1,8 @@
-"""Make the demo's inputs: a small teacher with a planted habit, and the number rows it writes under each animal.
+"""Make the demo's inputs: a small teacher with a planted habit, the number rows it writes, and texts for attribution.
 
 $SUITE_CACHE/demo/<digest>/teacher/            model and tokenizer
 $SUITE_CACHE/demo/<digest>/rows/<animal>.jsonl  rows, also neutral.jsonl
+$SUITE_CACHE/demo/<digest>/c4, prompts, wikitext  texts in the layouts of these datasets, for attribution
 $SUITE_CACHE/demo/<digest>/demo.json           recipe, times, loss, the measured habit
 $SUITE_CACHE/demo/current                      link to the folder made or found last"""
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.cluster.site import ROOT, apply, site
+from lib.demo_texts import write_demo_texts
 from lib.errors import UserError, exit_with
 from lib.store.atomic import disk_errors, read_json, write_bytes, write_json
 from lib.subliminal import ANIMALS, NEUTRAL, Trait, sample_prompts
@@ -28,6 +30,7 @@ from lib.subliminal.planted import FAVOURED, favoured_share
 # Everything that decides what is made, apart from the recipe's numbers and the packages.
 SOURCES = (
     "jobs/make_demo.py",
+    "lib/demo_texts.py",
     "lib/models/tiny.py",
     "lib/models/sample.py",
     "lib/subliminal/*.py",
@@ -99,6 +102,7 @@ def _make(folder: Path, recipe: Recipe) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
+        write_demo_texts(folder)
         start = time.monotonic()
         print(f"demo teacher: training a small Qwen2, {recipe.steps} steps", flush=True)
         loss = tiny.build(folder / "teacher", training=tiny.Training(steps=recipe.steps), seed=recipe.seed)
