@@ -1,9 +1,13 @@
 """Results on scratch: HDF5 shards that are never half there, their markers, exact merge, export; and fetched inputs.
-Public: Cell, Column, commit, scan, gaps, plan_shards, merge, dataset_input, model_input. Knows no model, no torch."""
+Public: Cell, Column, commit, scan, gaps, plan_shards, merge, read_array, dataset_input, model_input,
+samples_input, read_samples. Knows no model, no torch."""
 
+from lib.store.columns import Column, read_columns
 from lib.store.inputs import DatasetInput, ModelInput, dataset_input, model_input
 from lib.store.merge import merge
-from lib.store.shards import Cell, Column, Marker, commit, gaps, plan_shards, read_columns, scan
+from lib.store.raw import read_array
+from lib.store.samples import Samples, SamplesInput, read_samples, samples_input, save_samples
+from lib.store.shards import Cell, Marker, commit, gaps, plan_shards, scan
 
 __all__ = [
     "Cell",
@@ -11,12 +15,18 @@ __all__ = [
     "DatasetInput",
     "Marker",
     "ModelInput",
+    "Samples",
+    "SamplesInput",
     "commit",
     "dataset_input",
     "gaps",
     "merge",
     "model_input",
     "plan_shards",
+    "read_array",
     "read_columns",
+    "read_samples",
+    "samples_input",
+    "save_samples",
     "scan",
 ]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from typing import Any
 from lib.errors import UserError
 
 HOST = socket.gethostname()
+FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
+            fix = FULL
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "make it writable or point SUITE_SCRATCH at a folder that is"
         elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
@@ -33,23 +35,38 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno)}; {fix}") from None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace path by data, atomically and durably. The temporary name is unique to the attempt."""
+def check_room(path: Path, size: int) -> None:
+    """Notice before hours of writing that a file cannot fit. A quota shows only later."""
+    disk = shutil.disk_usage(path.parent)
+    if disk.total and disk.free < size:
+        room = f"it takes {size / 1e9:.3g} GB and {disk.free / 1e9:.3g} GB are free"
+        raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, unique to the attempt; what is still there at the end is removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
         try:
-            with tmp.open("xb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            if tmp.stat().st_size != len(data) or sha256_file(tmp) != hashlib.sha256(data).hexdigest():
-                raise OSError(errno.EIO, "what was read back differs from what was written", str(path))
-            tmp.replace(path)
+            yield tmp
         finally:
             with suppress(OSError):
                 tmp.unlink(missing_ok=True)
         _sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace path by data, atomically and durably."""
+    with temporary(path) as tmp:
+        with tmp.open("xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if tmp.stat().st_size != len(data) or sha256_file(tmp) != hashlib.sha256(data).hexdigest():
+            raise OSError(errno.EIO, "what was read back differs from what was written", str(path))
+        tmp.replace(path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,14 +1,21 @@
 """Shards of a cell into one file: exact, whatever their sizes, overlaps or authors."""
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from lib.errors import UserError
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
-from lib.store.shards import Cell, Marker, Schema, gaps, read_columns, scan, to_hdf5
+from lib.store.columns import Schema, Values, read_columns, to_hdf5
+from lib.store.raw import read_array, write_with_raw
+from lib.store.shards import Cell, Marker, gaps, scan
 
 
 def merge(cell: Cell, schema: Schema, config: str) -> Path:
@@ -21,16 +28,47 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
         raise UserError(
             f"cell {cell.index} ({cell.name}): rows {first} of {cell.rows} are not done{why}; run `make resume` first"
         )
-    parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in _cover(done, cell.rows)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in schema}
-    data = to_hdf5(schema, columns, {"digest": cell.digest, "cell": cell.name, "rows": cell.rows, "config": config})
+    taken = _cover(done, cell.rows)
+    parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in taken]
+    columns = {name: np.concatenate([p[name] for p in parts]) for name, column in schema.items() if not column.raw}
+    about = {"digest": cell.digest, "cell": cell.name, "rows": cell.rows, "config": config}
     path = cell.path / "merged.h5"
-    write_bytes(path, data)
-    write_json(
-        cell.path / "merged.json",
-        {"digest": cell.digest, "rows": cell.rows, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)},
-    )
+    if any(column.raw for column in schema.values()):
+        sha, size = _merge_raw(path, schema, columns, about, taken)
+    else:
+        data = to_hdf5(schema, columns, about)
+        write_bytes(path, data)
+        sha, size = hashlib.sha256(data).hexdigest(), len(data)
+    record = {"digest": cell.digest, "rows": cell.rows, "sha256": sha, "bytes": size}
+    write_json(cell.path / "merged.json", record)
     return path
+
+
+def _merge_raw(
+    path: Path,
+    schema: Schema,
+    columns: Mapping[str, Values],
+    about: dict[str, Any],
+    taken: list[tuple[Marker, int, int]],
+) -> tuple[str, int]:
+    """Each raw column is summed over the rows when it is its turn to be written."""
+    rows = [(marker, row - marker.start) for marker, start, stop in taken for row in range(start, stop)]
+    summed = {name: replace(c, dtype="float32") if c.raw else c for name, c in schema.items()}
+    sums = {name: partial(_sum, name, rows) for name, c in schema.items() if c.raw}
+    about = {**about, "blocks": len(rows)}
+    done = write_with_raw(path.parent, lambda sha: path.name, summed, {**columns, **sums}, about, None)
+    return done.sha256, done.bytes
+
+
+def _sum(name: str, rows: list[tuple[Marker, int]]) -> np.ndarray:
+    """In float32, in the order of the rows: the same bits however they lie in shards."""
+    total: np.ndarray | None = None
+    for marker, row in rows:
+        with _reading(marker), h5py.File(marker.file, "r", locking=False) as f:
+            part = read_array(f[name], row)
+        total = part if total is None else np.add(total, part, out=total)
+    assert total is not None
+    return total
 
 
 def _cover(done: list[Marker], rows: int) -> list[tuple[Marker, int, int]]:
@@ -45,22 +83,27 @@ def _cover(done: list[Marker], rows: int) -> list[tuple[Marker, int, int]]:
 
 def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str, np.ndarray]:
     """The rows [start, stop) of one shard."""
-    try:
-        with h5py.File(marker.file, "r", locking=False) as f:
-            columns = read_columns(f, schema)
-    except (OSError, KeyError) as e:
-        raise UserError(
-            f"{marker.file} cannot be read ({e}); delete {marker.path.name} beside it and run `make resume`"
-        ) from None
+    with _reading(marker), h5py.File(marker.file, "r", locking=False) as f:
+        columns = read_columns(f, schema)
     a, b = start - marker.start, stop - marker.start
     out = {}
-    for name, column in schema.items():
+    for name in columns:
+        column = schema[name]
         if column.per:
             edges = np.concatenate([[0], np.cumsum(columns[column.per])])
             out[name] = columns[name][edges[a] : edges[b]]
         else:
             out[name] = columns[name][a:b]
     return out
+
+
+@contextmanager
+def _reading(marker: Marker) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError) as e:
+        fix = f"delete {marker.path.name} beside it and run `make resume`"
+        raise UserError(f"{marker.file} cannot be read ({e}); {fix}") from None
 
 
 def merged_is_current(cell: Cell) -> bool:

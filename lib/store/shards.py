@@ -8,7 +8,6 @@ The data file depends on the rows alone, not on who wrote it or when: two copies
 same file, and should they differ (two kinds of GPU), the marker still points at one whole file."""
 
 import hashlib
-import io
 import json
 import re
 import time
@@ -24,8 +23,10 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.store.atomic import HOST, sha256_file, write_bytes, write_json
+from lib.store.columns import Column as Column
+from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
+from lib.store.raw import Written, write_with_raw
 
-CHUNK_ROWS = 16384  # 128 KiB of float64: one chunk for most shards, few for a merged cell
 MARKER_NAME = re.compile(r"(\d{8})-(\d{8})\.json")
 
 
@@ -38,17 +39,6 @@ class Cell:
     rows: int
     digest: str
     path: Path  # folder of its shards on scratch
-
-
-@dataclass(frozen=True)
-class Column:
-    """One dataset of a shard: a value a row, or, with `per`, as many values a row as that integer column says."""
-
-    dtype: str
-    per: str | None = None
-
-
-Schema = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
@@ -72,17 +62,14 @@ def commit(
     start: int,
     stop: int,
     schema: Schema,
-    columns: dict[str, np.ndarray],
+    columns: Mapping[str, Values],
     info: dict[str, Any],
 ) -> Marker:
-    """Write one shard and then its marker."""
+    """Write one shard and then its marker. Only raw columns may be given as functions (see write_with_raw)."""
     check_columns(schema, columns, stop - start)
-    data = to_hdf5(schema, columns, {"digest": digest, "start": start, "stop": stop})
-    sha = hashlib.sha256(data).hexdigest()
     name = f"{start:08d}-{stop:08d}"
-    file = folder / f"{name}-{sha[:10]}.h5"
-    write_bytes(file, data)
-    with h5py.File(file, "r", locking=False) as f:  # can it be read back as what it is?
+    file = _write(folder, name, schema, columns, {"digest": digest, "start": start, "stop": stop})
+    with h5py.File(file.path, "r", locking=False) as f:  # can it be read back as what it is?
         read_columns(f, schema)
     if "status" in columns:  # in every schema that has one, 0 = the row has a result
         info = {**info, "unscored": int(np.count_nonzero(columns["status"]))}
@@ -90,13 +77,28 @@ def commit(
         "digest": digest,
         "start": start,
         "stop": stop,
-        "file": file.name,
-        "sha256": sha,
-        "bytes": len(data),
+        "file": file.path.name,
+        "sha256": file.sha256,
+        "bytes": file.bytes,
         **info,
     }
     write_json(folder / f"{name}.json", marker)
-    return Marker(start, stop, folder / f"{name}.json", file, sha, float(info.get("seconds", 0.0)), marker)
+    seconds = float(info.get("seconds", 0.0))
+    return Marker(start, stop, folder / f"{name}.json", file.path, file.sha256, seconds, marker)
+
+
+def _write(folder: Path, name: str, schema: Schema, columns: Mapping[str, Values], about: dict[str, Any]) -> Written:
+    """A file whose name ends in the first letters of its sha256."""
+
+    def named(sha: str) -> str:
+        return f"{name}-{sha[:10]}.h5"
+
+    if any(column.raw for column in schema.values()):
+        return write_with_raw(folder, named, schema, columns, about, about["stop"] - about["start"])
+    data = to_hdf5(schema, columns, about)
+    sha = hashlib.sha256(data).hexdigest()
+    write_bytes(folder / named(sha), data)
+    return Written(folder / named(sha), sha, len(data))
 
 
 def scan(folder: Path, digest: str, deep: bool = False) -> tuple[list[Marker], list[tuple[Path, str]]]:
@@ -107,7 +109,7 @@ def scan(folder: Path, digest: str, deep: bool = False) -> tuple[list[Marker], l
         return [], []
     except OSError as e:
         raise UserError(f"cannot list {folder}: {e.strerror}; check that scratch is mounted and readable") from None
-    if len(paths) > 64:  # a network file system answers each stat in a millisecond: ask for many at once
+    if deep or len(paths) > 64:  # a network file system answers each stat in a millisecond: ask for many at once
         with ThreadPoolExecutor(16) as pool:
             results = list(pool.map(lambda p: _check(p, digest, deep), paths))
     else:
@@ -188,43 +190,3 @@ def plan_shards(missing: list[tuple[int, int]], shard_rows: int) -> list[tuple[i
             shards.append((start, cut))
             start = cut
     return shards
-
-
-def check_columns(schema: Schema, columns: Mapping[str, np.ndarray], rows: int) -> None:
-    if set(columns) != set(schema):
-        raise ValueError(f"columns {sorted(columns)} are not the schema's {sorted(schema)}")
-    for name, column in schema.items():
-        want = int(columns[column.per].sum()) if column.per else rows
-        if len(columns[name]) != want:
-            raise ValueError(f"column {name} has {len(columns[name])} values, not {want}")
-
-
-def to_hdf5(schema: Schema, columns: Mapping[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
-    """The bytes of an HDF5 file, the same for the same values.
-
-    Made in memory, so that a full disk is a plain OSError of write() and never a broken HDF5 handle. Each chunk carries
-    fletcher32; shuffle + gzip 4 costs less time than it saves on a network file system."""
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v110", "v110")) as f:
-        for key, value in sorted(attributes.items()):
-            f.attrs[key] = value
-        for name, column in schema.items():
-            values = np.ascontiguousarray(columns[name], dtype=column.dtype)
-            if len(values):
-                chunks = (min(len(values), CHUNK_ROWS), *values.shape[1:])
-                f.create_dataset(
-                    name,
-                    data=values,
-                    chunks=chunks,
-                    compression="gzip",
-                    compression_opts=4,
-                    shuffle=True,
-                    fletcher32=True,
-                )
-            else:
-                f.create_dataset(name, data=values)
-    return buffer.getvalue()
-
-
-def read_columns(f: h5py.File, schema: Schema) -> dict[str, np.ndarray]:
-    return {name: f[name][:] for name in schema}
