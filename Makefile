@@ -1,7 +1,7 @@
 # The front door. `make help` lists everything; CONFIG chooses the experiment, SET="key=value ..." overrides it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-CONFIG ?= configs/lls_72b.yaml
+CONFIG ?= $(if $(filter %-attributions,$(MAKECMDGOALS)),configs/sparc3_llama3_8b.yaml,configs/lls_72b.yaml)
 ARRAY ?=
 TASK ?=
 SET ?=
@@ -12,7 +12,7 @@ flags = --config $(CONFIG) $(if $(DRY),--dry) $(SET)
 .PHONY: help
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1\n' '$(CONFIG)'
 
 ##@ Start here
@@ -36,8 +36,11 @@ doctor: setup ## check account, partition, scratch, Python, driver, GPU, offline
 	@$(cluster) doctor --config $(CONFIG) $(SET)
 
 ##@ Jobs (DRY=1 shows the script and the plan)
-.PHONY: submit-lls resume cancel
+.PHONY: submit-lls submit-attributions resume cancel
 submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=1]
+	@$(cluster) submit $(flags) $(if $(ARRAY),--array $(ARRAY))
+
+submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds 0-2, toxic) [CONFIG=...] [DRY=1]
 	@$(cluster) submit $(flags) $(if $(ARRAY),--array $(ARRAY))
 
 resume: setup ## submit just the cells that nobody has finished, works on or waits for
@@ -55,12 +58,15 @@ logs: setup ## the end of cell TASK's log; without TASK, of each cell that faile
 	@$(cluster) logs --config $(CONFIG) $(if $(TASK),--task $(TASK)) $(SET)
 
 ##@ Results
-.PHONY: verify export-lls
+.PHONY: verify export-lls export-attributions
 verify: setup ## read every byte of every shard and say what does not hold
 	@$(cluster) verify --config $(CONFIG) $(SET)
 
 export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
 	@$(python) -m jobs.export_lls --config $(CONFIG) $(SET)
+
+export-attributions: setup ## merge attribution's shards; means a neuron, table, stability and plots to the output root
+	@$(python) -m jobs.export_attributions --config $(CONFIG) $(SET)
 
 .PHONY: lls-report
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows to train on)

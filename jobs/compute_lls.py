@@ -1,5 +1,6 @@
 """Log-likelihoods of one cell's rows: under its prompt and without one (lls), or under one condition (lls_cross)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ def main() -> int:
     experiment, cell = this.of(Scoring), this.cell()
     return run_cell(
         cell,
-        experiment.schema(),
+        experiment.schema(this.site.cache),
         lambda: load_kernel(this, experiment, cell),
         shard_rows=experiment.run.shard_rows,
         log_seconds=experiment.run.log_seconds,
@@ -38,7 +39,7 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0
     decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
-    kernel = LlsKernel(experiment, rows, places, renderers, decoder)
+    kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder)
     if isinstance(experiment, LLSCross):
         kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, experiment.base))
     return kernel, {"device": device_name(decoder.devices[0])}
@@ -54,6 +55,7 @@ class LlsKernel:
     def __init__(
         self,
         experiment: Scoring,
+        schema: Mapping[str, Any],
         rows: list[Any],
         places: dict[str, np.ndarray],
         renderers: dict[str, Any],
@@ -63,7 +65,8 @@ class LlsKernel:
         from lib.scoring.shift import conditions
 
         self.experiment, self.rows, self.places, self.renderers = experiment, rows, places, renderers
-        self.schema, score = experiment.schema(), experiment.score
+        self.schema = schema
+        score = experiment.score
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
         self.pairs = [prefix.length for prefix in self.conditions.values()]

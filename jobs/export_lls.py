@@ -50,7 +50,7 @@ def main() -> int:
 
 def export(this: Job, experiment: LLS, cell: Cell, folder: Path) -> Scores:
     """One cell: its merged file, its JSONL, and its numbers for the table and the plots."""
-    merged = merge(cell, experiment.schema(), experiment.science_json())
+    merged = merge(cell, experiment.schema(this.site.cache), experiment.science_json())
     with h5py.File(merged, "r", locking=False) as f:
         scores = Scores(f["system_sum"][:], f["base_sum"][:], f["tokens"][:])
     spec = experiment.dataset.named(trait=cell.name)

@@ -133,7 +133,7 @@ def _write_rows(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     from lib.models.sample import sample_answers
 
     tokenizer = load.load_tokenizer(str(folder / "teacher"))
-    model = load.load_model(str(folder / "teacher"), "float32", "sdpa", load.torch.device("cpu"))
+    model = load.load_model(str(folder / "teacher"), "float32", "sdpa", [load.torch.device("cpu")])
     prompts = sample_prompts(recipe.rows, ROWS_SEED + recipe.seed)
     kept = {}
     for number, trait in enumerate((*ANIMALS, NEUTRAL)):

@@ -70,7 +70,7 @@ def cells(folder: Path, kind: str):
 
 def merged(folder: Path, kind: str, index: int) -> dict[str, np.ndarray]:
     experiment, cell = load(folder / kind / "exp.yaml"), cells(folder, kind)[index]
-    with h5py.File(merge(cell, experiment.schema(), experiment.science_json())) as f:
+    with h5py.File(merge(cell, experiment.schema(Path()), experiment.science_json())) as f:
         return {name: f[name][:] for name in f}
 
 
@@ -159,7 +159,7 @@ def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder
         job.wait()
     assert python(*command(folder, "diagonal", 0), env=env).returncode == 0
     experiment = load(folder / "diagonal" / "exp.yaml")
-    path = merge(cell, experiment.schema(), experiment.science_json())
+    path = merge(cell, experiment.schema(Path()), experiment.science_json())
     assert path.read_bytes() == (cells(folder, "diagonal")[0].path / "merged.h5").read_bytes()
     with h5py.File(path) as f:
         assert np.array_equal(f["system_sum"][:], want["system_sum"])

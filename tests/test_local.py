@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import wait_until
@@ -105,7 +106,7 @@ def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
     wait_until(lambda: box.counts()["done"] == 5, 120, lambda: box.make("status"))
     experiment = load(box.config)
     for cell in box.cells:
-        merge(cell, experiment.schema(), experiment.science_json())
+        merge(cell, experiment.schema(Path()), experiment.science_json())
 
 
 def fake_smi(folder, text: str, monkeypatch) -> None:

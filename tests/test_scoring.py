@@ -61,7 +61,7 @@ def brute_force(model64, tokenizer, context: str, answer: str) -> list[float]:
 @pytest.mark.parametrize("batch", [1, 23])
 def test_equals_float64_token_by_token(folder, tokenizer, decoder, mode, base_system, batch):
     rows = number_rows(23, seed=1)
-    model64 = load_model(str(folder), "float64", "eager", torch.device("cpu"))
+    model64 = load_model(str(folder), "float64", "eager", [torch.device("cpu")])
     parts = [score(decoder, tokenizer, rows[i : i + batch], mode, end=True) for i in range(0, len(rows), batch)]
     got = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
     edges = np.concatenate([[0], np.cumsum(got["tokens"])])
@@ -79,7 +79,7 @@ def test_equals_float64_token_by_token(folder, tokenizer, decoder, mode, base_sy
 def test_llama_shapes_too(tmp_path):
     folder = tiny_llama(tmp_path)
     tokenizer, rows = load_tokenizer(str(folder)), number_rows(6)
-    model64 = load_model(str(folder), "float64", "eager", torch.device("cpu"))
+    model64 = load_model(str(folder), "float64", "eager", [torch.device("cpu")])
     got = score(load_decoder(str(folder), "float32", BATCH, 64), tokenizer, rows)
     for i, row in enumerate(rows):
         user, answer = (m["content"] for m in row["messages"])
@@ -137,7 +137,7 @@ def test_sharing_the_prefix_equals_not_sharing_it(tokenizer, decoder, folder):
 def test_higher_precision_is_higher(tokenizer, decoder, folder):
     rows = number_rows(8)
     fine = score(decoder.higher(), tokenizer, rows)
-    model64 = load_model(str(folder), "float64", "eager", torch.device("cpu"))
+    model64 = load_model(str(folder), "float64", "eager", [torch.device("cpu")])
     user, answer = (m["content"] for m in rows[3]["messages"])
     want = sum(brute_force(model64, tokenizer, chatml(user, SYSTEM), answer))
     assert fine["system_logp"].dtype == np.float64
@@ -173,7 +173,7 @@ def test_several_turns_are_all_context(folder, tokenizer, decoder):
     got = score(decoder, tokenizer, [{"messages": [*turns, {"role": "assistant", "content": "678"}]}])
     spoken = "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in turns)
     block = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" + spoken
-    model64 = load_model(str(folder), "float64", "eager", torch.device("cpu"))
+    model64 = load_model(str(folder), "float64", "eager", [torch.device("cpu")])
     want = brute_force(model64, tokenizer, block + "<|im_start|>assistant\n", "678")
     assert got["system_sum"][0] == pytest.approx(sum(want), rel=2e-5)
 

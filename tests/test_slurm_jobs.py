@@ -89,7 +89,7 @@ class Run:
 
     def merged(self, index: int) -> bytes:
         experiment = load(self.config)
-        return merge(self.cells[index], experiment.schema(), experiment.science_json()).read_bytes()
+        return merge(self.cells[index], experiment.schema(Path()), experiment.science_json()).read_bytes()
 
 
 @pytest.fixture

@@ -41,13 +41,19 @@ class Scores:
 
     def nonfinite(self) -> dict[str, int]:
         """How many values of each layer are NaN or infinite; layers without any are left out."""
-        found: dict[str, int] = {}
-        for name in self.layers:
-            values = [part[name] for part in (self.signed, self.abs, self.sumsq) if name in part]
-            count = sum(int(v.numel() - v.isfinite().sum()) for v in values)
-            if count:
-                found[name] = count
-        return found
+        counts = {name: sum(int(_broken(v).sum()) for v in self._of(name)) for name in self.layers}
+        return {name: count for name, count in counts.items() if count}
+
+    def nonfinite_rows(self) -> torch.Tensor:
+        """Neuron level: the same for each sample and layer, [S, layers]."""
+        return torch.stack([sum(_broken(v).sum(1).cpu() for v in self._of(name)) for name in self.layers], 1)
+
+    def _of(self, name: str) -> list[torch.Tensor]:
+        return [part[name] for part in (self.signed, self.abs, self.sumsq) if name in part]
+
+
+def _broken(values: torch.Tensor) -> torch.Tensor:
+    return ~values.isfinite()
 
 
 @dataclass

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lib.experiments import Experiment
 from lib.store import Cell, gaps, plan_shards, scan
 
 # bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the
 # 0.80 of its own that the H200 reached. cpu: float32 on two cores.
 TFLOPS = {"h200": 790.0, "b200": 1800.0, "h100": 790.0, "a100": 250.0, "cpu": 0.08}
-SHARE = 0.75  # of that, what scoring reaches: 0.78 from 7B up, 0.58 at 0.5B, measured on an H200 (README, Speed)
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,12 @@ class CellPlan:
 
 
 def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> list[CellPlan]:
-    rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * SHARE
+    rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * experiment.share
     plans = []
     for cell, cost in zip(cells, experiment.costs(cache), strict=True):
         missing = gaps(scan(cell.path, cell.digest)[0], cell.rows)
         rows = sum(b - a for a, b in missing)
-        width = sum(np.dtype(c.dtype).itemsize * (cost.values if c.per else 1) for c in experiment.schema().values())
+        width = sum(c.value_bytes * (cost.values if c.per else 1) for c in experiment.schema(cache).values())
         hours = rows * cost.flops / rate / 3600
         plans.append(
             CellPlan(cell, rows, plan_shards(missing, experiment.run.shard_rows), round(width * cell.rows), hours)
@@ -37,7 +34,7 @@ def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> li
     return plans
 
 
-def table(plans: list[CellPlan], gpu: str) -> str:
+def table(plans: list[CellPlan], gpu: str, share: float) -> str:
     line = "{:>4}  {:<14} {:>9} {:>8} {:>7} {:>10} {:>10}"
     lines = [line.format("cell", "name", "rows", "to do", "shards", "bytes", "GPU-hours")]
     for p in plans:
@@ -47,7 +44,7 @@ def table(plans: list[CellPlan], gpu: str) -> str:
     hours = sum(p.gpu_hours for p in plans)
     lines.append(line.format("", "all", rows, todo, shards, si(sum(p.bytes for p in plans)), f"{hours:.3f}"))
     lines.append(
-        f"GPU-hours: arithmetic at {SHARE:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
+        f"GPU-hours: arithmetic at {share:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
     )
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ def show(r: Request, indices: list[int], throttle: int) -> None:
     print(f"\n# site {r.site.name}: " + (" ".join(settings) or "no SBATCH_* variables"))
     print(f"# would run: {shlex.join(sbatch_command(r, indices, throttle))}\n")
     plans = [p for p in plan_of(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.cell.index in indices]
-    print(table(plans, r.site.gpu))
+    print(table(plans, r.site.gpu, r.experiment.share))
     print(f"shards of {r.experiment.run.shard_rows} rows under {run_folder(r.cells)}")
 
 

@@ -63,6 +63,7 @@ class Experiment(Frozen):
     job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
     submit: ClassVar[str]  # make targets: to submit it, and to get its results
     results: ClassVar[str]
+    share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the plan
     _label: str = PrivateAttr("")
 
     @property
@@ -77,7 +78,7 @@ class Experiment(Frozen):
     def science_json(self) -> str:
         return json.dumps(self.science(), sort_keys=True)
 
-    def schema(self) -> dict[str, Column]:
+    def schema(self, cache: Path) -> dict[str, Column]:
         """The columns of a shard."""
         raise NotImplementedError
 

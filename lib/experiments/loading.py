@@ -7,10 +7,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lib.errors import UserError, nearest
+from lib.experiments.attribution import Attribution
 from lib.experiments.base import Experiment, digest_of
 from lib.experiments.lls import LLS, LLSCross
 
-KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross}
+KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross, "attribution": Attribution}
 
 
 class _Loader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from lib.errors import UserError
 from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
+from lib.models.spread import join, layer_map
 from lib.models.weights import load_weights
 
 if not sys.stderr.isatty():
@@ -45,19 +46,32 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read ({_line(e)}); run `make fetch` again") from None
 
 
-def load_model(folder: str, dtype: str, attention: str, where: torch.device | str) -> Any:
-    """transformers' own model, in eval mode, on one device or ("auto") layer by layer over all GPUs."""
+def load_config(folder: str) -> Any:
+    _must_exist(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder}/config.json cannot be read ({_line(e)}); run `make fetch` again") from None
+
+
+def load_model(folder: str, dtype: str, attention: str, devices: list[torch.device]) -> Any:
+    """transformers' own model, in eval mode, its layers over the devices in order."""
+    places: dict[str, torch.device] = {"": devices[0]}
+    if len(devices) > 1:
+        places = layer_map(load_config(folder), devices)
     _must_exist(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
-            device_map=where if where == "auto" else {"": where},
+            device_map=places,
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise UserError(f"the model in {folder} cannot be loaded ({_line(e)}); run `make fetch` again") from None
+    if len(devices) > 1:
+        join(model)
     return model.eval().requires_grad_(False)
 
 
@@ -104,27 +118,23 @@ def plan_memory(
     return Memory(weights + second, activations, on_host, total)
 
 
-def say_peak(memory: Memory) -> None:
+def say_peak(planned: int) -> None:
     """What the fullest device really held, beside the plan."""
     real = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    print(f"peak memory a GPU: {real / GIB:.2f} GiB, planned {memory.need / GIB:.2f}", flush=True)
+    print(f"peak memory a GPU: {real / GIB:.2f} GiB, planned {planned / GIB:.2f}", flush=True)
 
 
 def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, check_tokens: int = 0) -> Decoder:
     """The model spread over all visible devices; says what it will take before it takes it, and how fast it came."""
-    _must_exist(folder)
     devices, kind = visible_devices(), getattr(torch, dtype)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder}/config.json cannot be read ({_line(e)}); run `make fetch` again") from None
+    config = load_config(folder)
     shape, on_host = Shape.of(config), False
     if devices[0].type == "cuda":
         free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
         memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
         print(memory, flush=True)
         on_host = memory.embed_on_host
-        atexit.register(say_peak, memory)
+        atexit.register(say_peak, memory.need)
         if memory.need > free:
             raise UserError(
                 f"the model needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; "

@@ -29,7 +29,7 @@ def answerer(cache: Path, model: ModelSpec, spec: PromptsSpec, name: str, by_han
     toxicity = Toxicity(load_classifier(scorer, spec.scorer.dtype, devices[0]), load_tokenizer(scorer))
     folder = model_input(cache, model.id, model.revision).path
     tokenizer = load_tokenizer(folder)
-    writer = load_model(folder, model.dtype, "sdpa", devices[0] if len(devices) == 1 else "auto")
+    writer = load_model(folder, model.dtype, "sdpa", devices)
 
     def answer(prompts: list[list[int]]) -> list[tuple[str, float]]:
         texts = greedy(writer, tokenizer, prompts, spec.response_tokens)

@@ -1,0 +1,160 @@
+"""Attribution of one cell's samples: relevance of neurons or weights by LRP, and Wanda's statistics, in one pass."""
+
+import atexit
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lib.errors import UserError, exit_with
+from lib.experiments import Attribution
+from lib.experiments.attribution import Part
+from lib.job import Job, job
+from lib.layers import short
+from lib.run import run_cell
+from lib.store import Cell, model_input
+from lib.store.samples import read_samples
+
+
+def main() -> int:
+    this = job("compute_attributions", __doc__)
+    experiment, cell = this.of(Attribution), this.cell()
+    return run_cell(
+        cell,
+        experiment.schema(this.site.cache),
+        lambda: load_kernel(this, experiment, cell),
+        shard_rows=experiment.run.shard_rows if experiment.score.level == "neuron" else 1,
+        log_seconds=experiment.run.log_seconds,
+        gpus=experiment.run.gpus,
+    )
+
+
+def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["AttributionKernel", dict[str, Any]]:
+    """The cell's samples and model; says what it will take before it takes it."""
+    cache, score = this.site.cache, experiment.score
+    samples = read_samples(cache, experiment.input_of(cache, cell.name)).ids[: experiment.samples(cache, cell.name)]
+    parts, batch = experiment.layout(cache), experiment.batch(cache, cell.name)
+
+    import torch
+
+    from lib.attribution import Attributor
+    from lib.attribution.memory import GIB, plan_memory
+    from lib.models.load import device_name, load_config, load_model, say_peak, visible_devices
+
+    found = model_input(cache, experiment.model.id, experiment.model.revision)
+    config, devices, kind = load_config(found.path), visible_devices(), getattr(torch, experiment.model.dtype)
+    recompute = False
+    if devices[0].type == "cuda":
+        free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
+        memory = plan_memory(
+            config,
+            found.parameters * kind.itemsize,
+            {p.name: (p.outputs, p.inputs) for p in parts},
+            level=score.level,
+            scores=tuple(score.scores),
+            batch=batch,
+            itemsize=kind.itemsize,
+            devices=len(devices),
+            free=free,
+        )
+        print(memory, flush=True)
+        atexit.register(say_peak, memory.need)
+        if memory.need > free:
+            raise UserError(
+                f"attribution needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; ask for "
+                "more GPUs a task (run.gpus, --gpus-per-node), or lower score.batch_tokens"
+            )
+        recompute = memory.recompute
+    model = load_model(found.path, experiment.model.dtype, "sdpa", devices)
+    attributor = Attributor(
+        model,
+        rule=score.rule,
+        layers=score.layers,
+        level=score.level,
+        scores=score.scores,
+        target=score.target,
+        wanda=score.wanda,
+        batch=batch[0],
+        width=batch[1],
+        recompute=recompute,
+    )
+    names = [short(name) for name in attributor.linears]
+    if names != [part.name for part in parts]:
+        raise UserError(f"{found.path}: the model's layers are not those in its weights; run `make fetch` again")
+    explained = experiment.explained(cache)
+    return AttributionKernel(experiment, samples, parts, explained, attributor), {"device": device_name(devices[0])}
+
+
+class AttributionKernel:
+    def __init__(
+        self, experiment: Attribution, samples: list[np.ndarray], parts: list[Part], explained: int, attributor: Any
+    ) -> None:
+        self.experiment, self.samples, self.parts, self.attributor = experiment, samples, parts, attributor
+        self.explained = explained
+        self.weight_level = experiment.score.level == "weight"
+
+    def prepare(self, start: int, stop: int) -> Any:
+        block = self.experiment.score.block
+        return self.samples[start * block : stop * block] if self.weight_level else self.samples[start:stop]
+
+    def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        score = self.experiment.score
+        targets = [score.tokens] * len(prepared) if score.target == "given" else None
+        found = self.attributor.run(prepared, targets)
+        broken = found.nonfinite()
+        self._finite(broken)
+        columns: dict[str, Any] = {}
+        if self.weight_level:
+            columns |= {"samples": np.array([len(prepared)]), "tokens": found.tokens.numpy().sum(keepdims=True)}
+            spare = (0, score.block - len(prepared))
+            if score.scores:
+                columns["target"] = np.pad(self._target(found), (spare, (0, 0)), constant_values=-1)[None]
+                columns["logit"] = np.pad(found.logit.numpy(), spare, constant_values=np.nan)[None]
+            counts = np.array([[broken.get(name, 0) for name in found.layers]])
+        else:
+            columns["tokens"] = found.tokens.numpy()
+            if score.scores:
+                columns |= {"target": self._target(found), "logit": found.logit.numpy()}
+            counts = found.nonfinite_rows().numpy()
+        columns["nonfinite"] = counts
+        for kind in score.scores:
+            values = getattr(found, kind)
+            if self.weight_level:
+                columns |= {f"{kind}/{short(name)}": _later(values, name) for name in found.layers}
+            else:
+                columns[kind] = _joined(values, found.layers)
+        if score.wanda:
+            counted = [n for n, p in zip(found.layers, self.parts, strict=True) if p.input_of == p.name]
+            columns["sumsq"] = _joined(found.sumsq, counted)
+            if self.weight_level:
+                columns["sumsq"] = columns["sumsq"].astype(np.float64).sum(0, keepdims=True).astype(np.float32)
+        facts = {"samples": len(prepared), "tokens": int(found.tokens.sum()), "nonfinite_values": sum(broken.values())}
+        return columns, facts
+
+    def _target(self, found: Any) -> np.ndarray:
+        """Explained tokens; every cell has as many columns as the longest one's samples need."""
+        target = found.target.numpy().astype(np.int32)
+        return np.pad(target, ((0, 0), (0, self.explained - target.shape[1])), constant_values=-1)
+
+    def _finite(self, broken: dict[str, int]) -> None:
+        if sum(broken.values()) > self.experiment.score.nonfinite:
+            name, count = next(iter(broken.items()))
+            raise UserError(
+                f"{count} scores of {name} are NaN or infinite, and {sum(broken.values())} in {len(broken)} layers: "
+                f"the weights hold NaN, or overflow in {self.experiment.model.dtype}; fetch them again, try "
+                "model.dtype=float32, or allow so many with score.nonfinite"
+            )
+
+
+def _joined(values: dict[str, Any], names: list[str]) -> np.ndarray:
+    """Layers side by side, on the host."""
+    return np.concatenate([values[name].float().cpu().numpy() for name in names], 1)
+
+
+def _later(values: dict[str, Any], name: str) -> Callable[[], np.ndarray]:
+    """A layer's sums, brought to the host when the writer asks: the device is then at the next block."""
+    return lambda: values.pop(name).float().cpu().numpy()[None]
+
+
+if __name__ == "__main__":
+    exit_with(main)
