@@ -114,7 +114,7 @@ def _sentence(what: str, e: BaseException) -> UserError:
         )
     if 404 in codes:
         return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")
-    if any(type(cause).__name__ == "OfflineModeIsEnabled" for cause in _causes(e)):
+    if any("OfflineModeIsEnabled" in f"{type(cause).__name__}: {cause}" for cause in _causes(e)):
         return UserError(f"{what} cannot be fetched offline; unset HF_HUB_OFFLINE and run `make fetch` again")
     if type(e) is ValueError:  # datasets: no such split, no such configuration
         return UserError(f"{what}: {' '.join(str(e).split())[:160]}; check the config")
