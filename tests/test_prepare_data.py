@@ -94,6 +94,17 @@ def test_seeds_differ_and_a_seed_is_the_same_bytes_in_another_cache(place, first
     assert all(sum(bool(urls & shard) for shard in shards) > 1 for urls in drawn), "from several files"
 
 
+@pytest.mark.parametrize("crop", ["start", "random"])
+def test_a_document_of_just_the_asked_length_is_long_enough(place, tmp_path, crop):
+    rows = [{"text": "one two three four"}, {"text": "one two three"}, {"text": "one two"}]
+    length = len(place.ids("one two three"))
+    file = str(write_rows(tmp_path / "own.jsonl", rows))
+    fetch(experiment := place.sets(id=file, config=None, seeds=[7], samples=2, tokens=length, crop=crop), tmp_path)
+    record, found = made(experiment, tmp_path, "general-7")
+    assert record.facts["too_short"] <= 1 and place.ids("one two three") in [ids.tolist() for ids in found.ids]
+    assert sorted(found.columns["document_tokens"].tolist()) == [length, len(place.ids("one two three four"))]
+
+
 def test_what_made_a_set_is_recorded(place, first):
     experiment, cache = first
     for name, (spec, seed) in experiment.data.sets().items():
@@ -159,9 +170,11 @@ def test_too_few_of_anything_is_one_sentence_with_the_number(place, tmp_path):
         UserError, match=f"only {rude} prompts of .* pass, and 200 are asked for .*lower data.prompts.toxic"
     ):
         fetch(few, tmp_path)
-    n = sum(len(place.ids(text)) >= 5000 for text in place.documents().values())
-    with pytest.raises(UserError, match=f"has only {n} documents of 5000 tokens or more .*12 are asked for; lower"):
-        fetch(place.sets(tokens=5000), tmp_path)
+    n = sum(len(place.ids(text)) >= 1500 for text in place.documents().values())
+    with pytest.raises(UserError, match=f"has only {n} documents of 1500 tokens or more .*200 are asked for; lower"):
+        fetch(place.sets(tokens=1500, samples=200), tmp_path)
+    with pytest.raises(UserError, match=r"data.general.tokens is 4096, and the model has 2048 positions"):
+        fetch(place.sets(tokens=4096), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def _make(task: Task, by_hand: str) -> SamplesInput:
     folder, spec, seed = model_input(task.cache, task.model.id, task.model.revision).path, task.spec, task.seed or 0
     tokenizer = load_tokenizer(folder)
     if isinstance(spec, GeneralSpec):
+        _must_fit(spec, Path(folder))
         rows = draw_general(task.source.rows((seed, spec.buffer)), tokenizer, spec, seed, task.name)
     elif isinstance(spec, PromptsSpec):
         rows = _prompts(task, spec, tokenizer, by_hand)
@@ -111,6 +112,12 @@ def _make(task: Task, by_hand: str) -> SamplesInput:
         source_stamp=task.source.stamp,
         attributes=about,
     )
+
+
+def _must_fit(spec: GeneralSpec, folder: Path) -> None:
+    most = (read_json(folder / "config.json") or {}).get("max_position_embeddings")
+    if isinstance(most, int) and spec.tokens > most:
+        raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 
 def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, by_hand: str) -> Rows:

@@ -19,8 +19,8 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
+from lib.store.columns import Column, to_hdf5
 from lib.store.inputs import local_path
-from lib.store.shards import Column, to_hdf5
 
 Values = list[str] | np.ndarray
 ALWAYS = ("ids", "lengths", "held_out")
