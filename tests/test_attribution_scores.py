@@ -240,11 +240,11 @@ def test_nan_is_counted_and_named(level: str) -> None:
     model = make("llama", num_hidden_layers=3)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[4, 2] = torch.nan
-    found = run(model, [[5, 6, 7], [8, 9]], layers=("up_proj",), level=level)
-    bad = found.nonfinite()
-    name = "model.layers.1.mlp.up_proj"
-    assert bad[name] == sum(int((~part[name].isfinite()).sum()) for part in (found.signed, found.abs)) > 0
+    found = run(model, [[5, 6, 7], [8, 9]], layers=("up_proj",), level=level, wanda=True)
+    name, after = "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"
+    assert found.nonfinite() == counted(found) and {name, after} <= counted(found).keys()
     assert found.signed[name].isnan().any() and found.abs[name].isnan().any()
+    assert found.sumsq[after].isnan().all() and found.sumsq[name].isfinite().all()
     assert not found.logit.isfinite().all()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[4, 2] = 0
@@ -252,12 +252,20 @@ def test_nan_is_counted_and_named(level: str) -> None:
 
 
 def test_infinity_is_counted_and_named() -> None:
-    model = make("opt")
+    """Too large to be squared in float32: only the statistic overflows."""
+    model = make("opt", num_hidden_layers=1)
     with torch.no_grad():
-        model.model.decoder.layers[1].fc1.weight[3] = 3e38
-        model.model.decoder.layers[1].fc1.bias[3] = 3e38
-        model.model.decoder.layers[1].fc2.weight[:, 3] = 0
-    assert run(model, layers=("fc1",), wanda=True).nonfinite()
+        model.model.decoder.layers[0].fc1.bias[3] = 1e25
+        model.model.decoder.layers[0].fc2.weight[:, 3] = 0
+    found = run(model, layers=("fc1", "fc2"), wanda=True)
+    assert found.nonfinite() == counted(found) == {"model.decoder.layers.0.fc2": len(SAMPLES)}
+    assert found.sumsq["model.decoder.layers.0.fc2"][:, 3].isinf().all()
+
+
+def counted(found: Scores) -> dict[str, int]:
+    parts = [part for part in (found.signed, found.abs, found.sumsq) if part]
+    counts = {n: sum(int(np.sum(~np.isfinite(part[n].numpy()))) for part in parts) for n in found.layers}
+    return {name: count for name, count in counts.items() if count}
 
 
 # Wanda
@@ -349,6 +357,25 @@ plain = lambda g, u: rules.gated(g, u, torch.nn.SiLU())
 for a, b in zip(through(fused.Gated.apply, gate, up), through(plain, gate, up)):
     same("gated", a, b)
 
+# Rope turns q and k as transformers does; on the way back q, k, v take the rule's factors.
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+def roped(q, k, v):
+    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    parts = zip((q, k, v), (*rules.FACTORS[rule][:1] * 2, rules.FACTORS[rule][1]))
+    return torch.cat([rules.Scale.apply(x, f).flatten() for x, f in parts])
+
+for rule, rows in (("attnlrp", 1), ("cp_lrp", 2)):
+    angle = torch.rand(rows, 5, 4).repeat(1, 1, 2) * 6
+    cos, sin = angle.cos(), angle.sin()
+    qkv = [torch.randn(2, 5, heads, 8) for heads in (6, 2, 2)]
+    turned = lambda *qkv: torch.cat([x.flatten() for x in fused.Rope.apply(*qkv, cos, sin, rule)])
+    for a, b in zip(through(turned, *qkv), through(roped, *qkv)):
+        if rule == "cp_lrp" and b is not None and not b.any():
+            assert a is None or not a.any()
+        else:
+            same("rope", a, b)
+
 for T in (5, 300):
     y, dy = torch.randn(2, T, 300), torch.randn(2, T, 300)
     same("dots", fused.dots(y, dy), scores.signed_neurons(y, dy))
@@ -371,15 +398,15 @@ assert fused.dots(x, x).isnan().nonzero().tolist() == [[1, 3]]
 # All of it wired together: the kernels in a whole model.
 import sys
 sys.path.insert(0, "tests")
-from lib.attribution import Attributor
+from lib.attribution import Attributor, patch
 from lrp_models import make, sequences
 
-model, samples = make("llama", num_hidden_layers=1), sequences(5, 12, 9)
-for level in ("neuron", "weight"):
-    found = []
+samples, layers = sequences(5, 12, 9), ("v_proj", "up_proj")
+for family, rule, level in (("llama", "attnlrp", "neuron"), ("qwen2", "cp_lrp", "weight")):
+    model, found = make(family), []
     for kernels in (lambda x: fused, lambda x: None):
-        rules.kernels = scores.kernels = kernels
-        found.append(Attributor(model, layers=("up_proj", "down_proj"), level=level, wanda=True).run(samples))
+        rules.kernels = scores.kernels = patch.kernels = kernels
+        found.append(Attributor(model, rule=rule, layers=layers, level=level, wanda=True).run(samples))
     for kind in ("signed", "abs", "sumsq"):
         for name in found[0].layers:
             same("whole", getattr(found[0], kind)[name], getattr(found[1], kind)[name])
@@ -390,4 +417,4 @@ def test_fused_kernels_equal_the_plain_ones() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == 2 + 3 + 4 + 6 + 12
+    assert done.stdout.count("same") == 2 + 3 + 6 + 4 + 6 + 24
