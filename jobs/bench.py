@@ -1,7 +1,8 @@
-"""How fast scoring is against what the hardware can do, the plain loop and vLLM, all in one run; with random weights of
-the real shapes, which run at the speed of real ones and say nothing about quality.
+"""How fast scoring and attribution are against what the hardware can do, the plain loop and vLLM, all in one run; with
+random weights of the real shapes, which run at the speed of real ones and say nothing about quality.
 
-    python -m jobs.bench --models 0.5b 7b --rungs floor naive ours bits [--batch-tokens 8192] [--out FILE.json]"""
+    python -m jobs.bench --models 0.5b 7b --rungs floor naive ours bits [--batch-tokens 8192] [--out FILE.json]
+    python -m jobs.bench --models llama3-8b --rungs floor plain seed ours bits memory --batch-tokens 4096"""
 
 import argparse
 import json
@@ -11,14 +12,19 @@ from typing import Any
 
 import torch
 
-from lib.bench.scoring import RUNGS
+from lib.bench import attribution, scoring
 from lib.bench.shapes import SHAPES, free, machine
+
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(attribution.LLAMAS, attribution.RUNGS)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=["0.5b", "7b"])
-    parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=["floor", "naive", "ours", "bits"])
+    parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
+    rungs = list(dict.fromkeys([*scoring.RUNGS, *attribution.RUNGS]))
+    parser.add_argument(
+        "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
+    )
     parser.add_argument("--batch-tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -28,10 +34,10 @@ def main() -> int:
     print(json.dumps(found["machine"]))
     for model in args.models:
         for batch_tokens in args.batch_tokens:
-            for rung in args.rungs:
+            for rung in [rung for rung in args.rungs if rung in SUITES[model]]:
                 free()
                 try:
-                    result = RUNGS[rung](model, batch_tokens)
+                    result = SUITES[model][rung](model, batch_tokens)
                 except torch.cuda.OutOfMemoryError as e:
                     result = {"error": " ".join(str(e).split())[:120]}
                 found["rungs"].append({"model": model, "rung": rung, "batch_tokens": batch_tokens, **result})

@@ -5,7 +5,7 @@ never looks, and carries no gradient.
 
 Suffixes: S samples, B samples of a batch, T tokens, D hidden, K explained tokens, J outputs, I inputs of a layer."""
 
-import warnings
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,12 +143,13 @@ class Attributor:
         need_output = self.level == "neuron" and "signed" in self.scores
         taps = {name: Tap(partial(self._tell, name, now, found, calls), need_output) for name in self.linears}
         group = 1 if len(self.devices) == 1 else 2 * len(self.devices)  # batches in flight, so that all devices work
-        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad(), _same_bits(self.devices):
+        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad():
             for at in range(0, len(batches), group):
                 passed = [(b, self._explained(b, found)) for b in batches[at : at + group]]
                 for batch, explained in passed:
                     now[:] = [batch]
-                    explained.backward()
+                    with _same_bits(self.devices[0]):
+                        explained.backward()
         found.logit, found.target = found.logit.cpu(), found.target.cpu()
         cut = {"q_proj", "k_proj", "gate_proj"} if self.rule == "cp_lrp" else set()  # these get no relevance at all
         for name, count in calls.items():
@@ -290,20 +291,21 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_bits(devices: list[torch.device]) -> Iterator[None]:
-    """Attention's backward pass adds up in a fixed order meanwhile (on an H200 that is also the faster one)."""
-    if devices[0].type != "cuda":
+def _same_bits(device: torch.device) -> Iterator[None]:
+    """Attention's backward pass adds up in a fixed order meanwhile; with warn_only torch would not insist on it."""
+    if device.type != "cuda":
         yield
         return
-    settings = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # else every torch.empty is written
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written
+    torch.use_deterministic_algorithms(True)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # torch asks for it; it matters with many streams
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*[Dd]eterministic")
-            yield
+        yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
