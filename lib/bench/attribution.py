@@ -1,0 +1,311 @@
+"""Rungs of attribution: seconds a sample of 2,048 tokens, and a short prompt, beside the floor and the plain loop."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from lib.attribution import Attributor, patched
+from lib.attribution.memory import GIB, plan_memory
+from lib.attribution.patch import linear_layers
+from lib.bench.shapes import free, timed
+from lib.models.spread import join, layer_map
+
+TOKENS, SAMPLES, PROMPTS, PROMPT_TOKENS = 2048, 16, 93, 24
+# layers, hidden, inner, heads, kv heads, vocabulary
+LLAMAS = {
+    "llama3-8b": (32, 4096, 14336, 32, 8, 128256),
+    "llama3-70b": (80, 8192, 28672, 64, 8, 128256),
+    "llama-small": (8, 1024, 3584, 8, 2, 32000),
+}
+
+
+def config_of(model: str) -> Any:
+    from transformers import LlamaConfig
+
+    layers, hidden, inner, heads, kv, vocabulary = LLAMAS[model]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
+
+
+@lru_cache(1)
+def random_model(model: str, spread_over: int = 1) -> Any:
+    """transformers' own model with random bf16 weights, its layers over so many GPUs."""
+    from accelerate import dispatch_model
+    from transformers import LlamaForCausalLM
+
+    config = config_of(model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            made = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    devices = [torch.device("cuda", i) for i in range(spread_over)]
+    places = layer_map(config, devices)
+    torch.manual_seed(0)
+    for name, module in made.named_modules():
+        if own := dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False)):
+            where = next(device for part, device in places.items() if f"{name}.".startswith(f"{part}."))
+            module.to_empty(device=where, recurse=False)
+            for parameter in own:
+                value = getattr(module, parameter)
+                if parameter == "inv_freq":
+                    width = config.hidden_size // config.num_attention_heads
+                    value.copy_(5e5 ** -(torch.arange(0, width, 2) / width))
+                elif value.dim() == 1:
+                    value.data.fill_(1)
+                else:
+                    value.data.normal_(0, 0.02)
+    if spread_over > 1:
+        join(dispatch_model(made, {k: v.index for k, v in places.items()}))
+    return made.eval().requires_grad_(False)
+
+
+def samples(model: str, count: int, tokens: int = TOKENS) -> list[list[int]]:
+    return torch.randint(0, LLAMAS[model][-1], (count, tokens), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def clock(run: Callable[[], Any], count: int, repeats: int = 3) -> float:
+    """Median seconds a sample by the host's clock, the device waited for, after one warm run."""
+    found = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - start) / count)
+    return statistics.median(found[1:])
+
+
+def floor(model: str, batch_tokens: int) -> dict[str, Any]:
+    """The layers' own products back to back: forward, the inputs' gradients, the weights' gradients."""
+    layers, hidden, inner, heads, kv, _ = LLAMAS[model]
+    width = kv * hidden // heads
+    sizes = [(hidden, hidden), (width, hidden), (width, hidden), (hidden, hidden)]
+    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
+
+    def make(*size: int) -> torch.Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16)
+
+    weights = [[make(*size) for size in sizes] for _ in range(4)]
+    given = {n: make(TOKENS, n) for n in (hidden, width, inner)}
+
+    def run(forward: bool, gradients: str) -> None:
+        for layer in weights:
+            for number, w in enumerate(layer):
+                if forward:
+                    given[w.shape[1]] @ w.t()
+                    given[w.shape[0]] @ w
+                if gradients == "all" or (gradients == "up" and number == 5):
+                    given[w.shape[0]].t() @ given[w.shape[1]]
+
+    def seconds(forward: bool, gradients: str) -> float:
+        return timed(lambda: run(forward, gradients), 20) / 4 * layers
+
+    values = sum(a * b for a, b in sizes) * layers
+    both = seconds(True, "")
+    return {
+        "products_s": round(both, 4),
+        "with_up_proj_gradients_s": round(seconds(True, "up"), 4),
+        "with_all_gradients_s": round(seconds(True, "all"), 4),
+        "tflop_neuron": round(2 * TOKENS * (2 * values + layers * hidden * inner) / 1e12, 1),
+        "tflop_weight": round(2 * TOKENS * 3 * values / 1e12, 1),
+    }
+
+
+def ours(model: str, batch_tokens: int) -> dict[str, Any]:
+    """Attributor as the job runs it, in each mode."""
+    hf, some = random_model(model), samples(model, SAMPLES)
+    batch = max(1, batch_tokens // TOKENS)
+    found: dict[str, Any] = {}
+    modes: dict[str, dict[str, Any]] = {
+        "both_neuron_scores": {},
+        "signed_only": {"scores": ("signed",)},
+        "both_and_wanda": {"wanda": True},
+        "wanda_alone": {"scores": (), "wanda": True},
+        "both_recomputing": {"recompute": True},
+        "weight_abs_all": {"level": "weight", "layers": "all", "scores": ("abs",), "batch": 4},
+    }
+    for name, options in modes.items():
+        free()
+        run = Attributor(hf, **{"batch": batch, "width": TOKENS, **options})
+        found[f"{name}_s"] = round(clock(lambda r=run: r.run(some), SAMPLES), 4)
+        found[f"{name}_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
+        found[f"{name}_planned_gib"] = round(_planned(model, run, options).need / GIB, 2)
+    prompts = samples(model, PROMPTS, PROMPT_TOKENS)
+    free()
+    short = Attributor(hf, batch=PROMPTS, width=PROMPT_TOKENS)
+    found["short_prompt_s"] = round(clock(lambda: short.run(prompts), PROMPTS), 5)
+    signed = Attributor(hf, batch=PROMPTS, width=PROMPT_TOKENS, scores=("signed",))
+    found["short_prompt_signed_s"] = round(clock(lambda: signed.run(prompts), PROMPTS), 5)
+    one = Attributor(hf, batch=1, width=PROMPT_TOKENS)
+    found["short_prompt_one_by_one_s"] = round(clock(lambda: one.run(prompts[:16]), 16), 5)
+    return found
+
+
+def _planned(model: str, run: Attributor, options: dict[str, Any]) -> Any:
+    shapes = {name: tuple(m.weight.shape) for name, m in run.linears.items()}
+    total = sum(p.numel() * p.element_size() for p in random_model(model).parameters())
+    return plan_memory(
+        config_of(model),
+        total,
+        shapes,
+        level=run.level,
+        scores=run.scores,
+        batch=(run.batch or 1, TOKENS),
+        itemsize=2,
+        devices=1,
+        free=torch.cuda.mem_get_info()[1],
+        recompute=bool(options.get("recompute")),
+    )
+
+
+def plain(model: str, batch_tokens: int) -> dict[str, Any]:
+    """transformers' own passes: forward; forward and every weight's gradient, without scores and without rules."""
+    hf, some = random_model(model), torch.tensor(samples(model, 4))
+
+    def forward() -> None:
+        for row in some:
+            hf(input_ids=row[None].cuda(), use_cache=False, logits_to_keep=1)
+
+    def backward() -> None:
+        for row in some:
+            hf(input_ids=row[None].cuda(), use_cache=False, logits_to_keep=1).logits[0, -1].max().backward()
+            hf.zero_grad(set_to_none=True)
+
+    with torch.no_grad():
+        found = {"forward_s": round(clock(forward, 4), 4)}
+    linears = linear_layers(hf).values()
+    for linear in linears:
+        linear.weight.requires_grad_(True)
+    try:
+        found["forward_backward_s"] = round(clock(backward, 4), 4)
+        with patched(hf):
+            found["forward_backward_patched_s"] = round(clock(backward, 4), 4)
+    finally:
+        for linear in linears:
+            linear.weight.requires_grad_(False)
+    return found
+
+
+def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
+    """As the published loops do it: every score moved to the CPU and added there in float32."""
+    hf, some = random_model(model), torch.tensor(samples(model, 3))
+    linears = linear_layers(hf)
+    totals = {name: torch.zeros(m.weight.shape) for name, m in linears.items()}
+    seconds = []
+    for linear in linears.values():
+        linear.weight.requires_grad_(True)
+    try:
+        for row in some:
+            start = time.perf_counter()
+            with patched(hf):
+                hf(input_ids=row[None].cuda(), use_cache=False).logits[0, -1].max().backward()
+            for name, linear in linears.items():
+                totals[name] += (linear.weight * linear.weight.grad).abs().cpu().float()
+            hf.zero_grad(set_to_none=True)
+            seconds.append(time.perf_counter() - start)
+    finally:
+        for linear in linears.values():
+            linear.weight.requires_grad_(False)
+    return {"s": round(min(seconds[1:]), 2)}
+
+
+def bits(model: str, batch_tokens: int) -> dict[str, Any]:
+    """The same samples in another order, in other company, alone, again, recomputed: values that differ in any bit."""
+    hf, some = random_model(model), samples(model, 6, 512)
+    run = Attributor(hf, layers="all", batch=4, width=512)
+    first = run.run(some)
+
+    def differ(other: Any, order: list[int]) -> int:
+        parts = ((first.signed, other.signed), (first.abs, other.abs))
+        return sum(int((a[n][order].cpu() != b[n].cpu()).sum()) for a, b in parts for n in first.layers)
+
+    again = Attributor(hf, layers="all", batch=4, width=512, recompute=True)
+    turned = [4, 2, 5, 0, 1, 3]
+    return {
+        "values": sum(2 * v.numel() for v in first.abs.values()),
+        "differ_again": differ(run.run(some), list(range(6))),
+        "differ_in_other_order": differ(run.run([some[i] for i in turned]), turned),
+        "differ_alone": differ(run.run(some[3:4]), [3]),
+        "differ_recomputed": differ(again.run(some), list(range(6))),
+    }
+
+
+def small_memory(model: str, batch_tokens: int) -> dict[str, Any]:
+    """The same with less memory: an A100-40GB's, and so little that activations have to be computed again."""
+    hf, some, total = random_model(model), samples(model, 4), torch.cuda.mem_get_info()[1]
+    weights = sum(p.numel() * p.element_size() for p in hf.parameters())
+    found: dict[str, Any] = {}
+    for name, room, batch in (("a100_40gb", 39.4, batch_tokens // TOKENS), ("tight", 20.0, 1)):
+        free()
+        torch.cuda.set_per_process_memory_fraction(room * GIB / total)
+        try:
+            run = Attributor(hf, batch=batch, width=TOKENS)
+            shapes = {n: tuple(m.weight.shape) for n, m in run.linears.items()}
+            memory = plan_memory(
+                config_of(model), weights, shapes, level="neuron", scores=("signed", "abs"), batch=(batch, TOKENS),
+                itemsize=2, devices=1, free=int(room * GIB),
+            )  # fmt: skip
+            run.recompute = memory.recompute
+            found[f"{name}_s"] = round(clock(lambda r=run: r.run(some), 4, 1), 4)
+            found[f"{name}_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+            found[f"{name}_plan"] = str(memory)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    return found
+
+
+def several(model: str, batch_tokens: int) -> dict[str, Any]:
+    """Layers over all GPUs: seconds a sample, how busy each was, and a small model's scores against one GPU's."""
+    gpus = torch.cuda.device_count()
+    small = samples("llama-small", 8, 256)
+    one = Attributor(random_model("llama-small"), width=256, batch=1).run(small)
+    many = Attributor(random_model("llama-small", gpus), width=256, batch=1).run(small)
+    same = all(torch.equal(one.abs[n].cpu(), many.abs[n].cpu()) for n in one.layers)
+    same = same and all(torch.equal(one.signed[n].cpu(), many.signed[n].cpu()) for n in one.layers)
+    hf, some = random_model(model, gpus), samples(model, 8 * gpus)
+    run = Attributor(hf, batch=1, width=TOKENS)
+    run.run(some[: 2 * gpus])
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        start = time.perf_counter()
+        run.run(some)
+        for i in range(gpus):
+            torch.cuda.synchronize(i)
+        wall = time.perf_counter() - start
+    busy = [0.0] * gpus
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            busy[event.device_index] += event.time_range.elapsed_us() / 1e6
+    return {
+        "gpus": gpus,
+        "small_model_same_bits_as_one_gpu": same,
+        "both_neuron_scores_s": round(wall / len(some), 4),
+        "busy_share_of_each": [round(b / wall, 3) for b in busy],
+        "peak_gib_of_each": [round(torch.cuda.max_memory_allocated(i) / GIB, 1) for i in range(gpus)],
+    }
+
+
+RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "floor": floor,
+    "plain": plain,
+    "ours": ours,
+    "seed": seed_loop,
+    "bits": bits,
+    "memory": small_memory,
+    "several": several,
+}
