@@ -90,7 +90,11 @@ def test_sets_stream_from_one_commit_and_the_second_call_asks_nothing(hub, folde
     old = hub.heads[C4]
     new = repository(folder / "c4")
     hub.commit(C4, {k: v for k, v in new.items() if "train.00000" not in k})
-    assert run(hub, folder, tmp_path, "-m", "jobs.prepare_data").stdout.count(old[:12]) == 2, "kept"
+    fewer = "data.general.samples=5"
+    assert run(hub, folder, tmp_path, "-m", "jobs.prepare_data", fewer).stdout.count(old[:12]) == 2
+    for name in ("general-0", "general-1"):  # made anew, of the commit that is recorded and not of what `main` is now
+        first = made(experiment, tmp_path, name)[1].source
+        assert made(load(folder / "sets.yaml", [fewer]), tmp_path, name)[1].source == first[:5]
     moved = run(hub, folder, tmp_path, "-m", "jobs.prepare_data", "--update")
     assert moved.returncode == 0, moved.stderr
     assert moved.stdout.count(f": {hub.heads[C4][:12]}, 6 rows") == 2
