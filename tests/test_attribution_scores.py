@@ -187,14 +187,30 @@ def test_several_batches_in_flight_change_no_bit() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_and_train_mode_change_no_bit(family: str) -> None:
     model = make(family, **({"dropout": 0.5} if family == "opt" else {"attention_dropout": 0.5}))
-    expected, kw = run(model, layers="all", wanda=True), {"layers": "all", "wanda": True}
+    kw = {"layers": "all", "wanda": True}
+    expected, alone = run(model, **kw), run(model, **kw, scores=())
     assert same_bits(expected, run(model, **kw, recompute=True))
     model.train()
-    assert same_bits(expected, run(model, **kw))
+    assert same_bits(expected, run(model, **kw)) and same_bits(alone, run(model, **kw, scores=()))
     for reentrant in (False, True):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         assert same_bits(expected, run(model, **kw))
     assert model.training
+
+
+def test_recomputing_keeps_less() -> None:
+    model, kept = make("llama", num_hidden_layers=4), []
+    for recompute in (False, True):
+        sizes: dict[int, int] = {}
+
+        def pack(x: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            run(model, sequences(60), layers=("down_proj",), recompute=recompute)
+        kept.append(sum(sizes.values()))
+    assert 0 < kept[1] < kept[0]
 
 
 def test_nothing_is_left_behind() -> None:
