@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.attribution.patch import linear_layers, patched
 from lib.attribution.rules import Tap, accurate
@@ -24,6 +25,8 @@ from lib.layers import choose, shared_inputs
 LEVELS = ("neuron", "weight")
 SCORES = ("signed", "abs")
 TARGETS = ("last", "all", "given")
+# Where a library's attention is used (OPT, masks): those whose gradient can add up in a fixed order; not cuDNN's.
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 HEAD_ROWS = 1024  # positions whose logits are made at once, where every position is explained
 
 
@@ -143,7 +146,7 @@ class Attributor:
         need_output = self.level == "neuron" and "signed" in self.scores
         taps = {name: Tap(partial(self._tell, name, now, found, calls), need_output) for name in self.linears}
         group = 1 if len(self.devices) == 1 else 2 * len(self.devices)  # batches in flight, so that all devices work
-        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad():
+        with patched(self.model, self.rule, taps, self.recompute), torch.enable_grad(), sdpa_kernel(REPEATABLE):
             for at in range(0, len(batches), group):
                 passed = [(b, self._explained(b, found)) for b in batches[at : at + group]]
                 for batch, explained in passed:
@@ -292,7 +295,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_bits(device: torch.device) -> Iterator[None]:
-    """Attention's backward pass adds up in a fixed order meanwhile; with warn_only torch would not insist on it."""
+    """Torch's own attention adds its gradient up in a fixed order meanwhile; with warn_only it would not."""
     if device.type != "cuda":
         yield
         return

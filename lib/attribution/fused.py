@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from lib.attribution.rules import FACTORS
-
 GRADIENT_VALUES = 1 << 28  # of a layer's weight gradients, made at once
 
 
@@ -43,7 +41,7 @@ class RmsNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows, block = x.numel() // width, triton.next_power_of_2(width)
         out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        with _on(x):
+        with on(x):
             _norm_forward[(rows,)](x, weight_D, out, scale, width, eps, BLOCK=block, num_warps=8)
         ctx.save_for_backward(weight_D, scale)
         return out
@@ -54,7 +52,7 @@ class RmsNorm(torch.autograd.Function):
         dy = dy.contiguous()
         width = dy.shape[-1]
         dx, block = torch.empty_like(dy), triton.next_power_of_2(width)
-        with _on(dy):
+        with on(dy):
             _norm_backward[(len(scale),)](dy, weight_D, scale, dx, width, BLOCK=block, num_warps=8)
         return dx, None, None
 
@@ -87,7 +85,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        with _on(gate):
+        with on(gate):
             _gated_forward[(triton.cdiv(gate.numel(), 4096),)](gate, up, out, gate.numel(), BLOCK=4096, num_warps=8)
         ctx.save_for_backward(gate, up)
         return out
@@ -96,7 +94,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, dm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         dm, dgate, dup = dm.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        with _on(gate):
+        with on(gate):
             _gated_backward[(triton.cdiv(gate.numel(), 4096),)](
                 gate, up, dm, dgate, dup, gate.numel(), BLOCK=4096, num_warps=8
             )
@@ -106,16 +104,19 @@ class Gated(torch.autograd.Function):
 @triton.jit
 def _rotate(
     x, cos, sin, out, T, FACTOR, sb, st, sh, cb,
-    H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WAY: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
-    """One token a program, all its heads; out is [B, T, H, 2 HALF]. WAY 1: rope, -1: its transpose, 0: no rotation."""
+    """One token a program, all its heads; out is [B, T, H, 2 HALF], each head the sum of GROUP heads of x. WAY 1: rope,
+    -1: its transpose, 0: no rotation."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // T, token % T
     head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = head < H
-    base = x + b * sb + t * st + head * sh + at
-    p = tl.load(base, mask=inside, other=0.0).to(tl.float32)
-    q = tl.load(base + HALF, mask=inside, other=0.0).to(tl.float32)
+    base = x + b * sb + t * st + head * GROUP * sh + at
+    p, q = tl.zeros([HEADS, HALF], tl.float32), tl.zeros([HEADS, HALF], tl.float32)
+    for g in tl.static_range(GROUP):
+        p += tl.load(base + g * sh, mask=inside, other=0.0).to(tl.float32)
+        q += tl.load(base + g * sh + HALF, mask=inside, other=0.0).to(tl.float32)
     if WAY != 0:
         place = b * cb + t * 2 * HALF + at
         c1, c2 = tl.load(cos + place).to(tl.float32), tl.load(cos + place + HALF).to(tl.float32)
@@ -129,44 +130,26 @@ def _rotate(
     tl.store(to + HALF, q * FACTOR, mask=inside)
 
 
-def rotate(x_BTHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: int, factor: float) -> torch.Tensor:
-    samples, tokens, heads, width = x_BTHd.shape
-    out = torch.empty(x_BTHd.shape, dtype=x_BTHd.dtype, device=x_BTHd.device)
+def rotate(
+    x_BTHd: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    way: int,
+    factor: float = 1.0,
+    heads: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`heads`: of the result, each the sum of as many neighbours."""
+    samples, tokens, given, width = x_BTHd.shape
+    heads = heads or given
+    out = torch.empty(samples, tokens, heads, width, dtype=dtype or x_BTHd.dtype, device=x_BTHd.device)
     step = 0 if len(cos) == 1 else cos.stride(0)
-    with _on(x_BTHd):
+    with on(x_BTHd):
         _rotate[(samples * tokens,)](
             x_BTHd, cos, sin, out, tokens, factor, *x_BTHd.stride()[:3], step,
-            heads, width // 2, triton.next_power_of_2(heads), way, num_warps=4,
+            heads, width // 2, triton.next_power_of_2(heads), given // heads, way, num_warps=4,
         )  # fmt: skip
     return out
-
-
-class Rope(torch.autograd.Function):
-    """q and k turned by rope; on the way back the gradients of q, k, v also take the rule's factors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rule: str
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, T, H, d] in and out."""
-        cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
-        ctx.rule = rule
-        return rotate(q, cos, sin, 1, 1.0), rotate(k, cos, sin, 1, 1.0), v.view_as(v)
-
-    @staticmethod
-    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv))
-        qk, value = FACTORS[ctx.rule]
-        return (
-            rotate(dq, cos, sin, -1, qk) if qk else None,
-            rotate(dk, cos, sin, -1, qk) if qk else None,
-            rotate(dv, cos, sin, 0, value),
-            None,
-            None,
-            None,
-        )
 
 
 @triton.jit
@@ -190,7 +173,7 @@ def dots(y_BTJ: torch.Tensor, dy_BTJ: torch.Tensor) -> torch.Tensor:
     samples, tokens, width = y_BTJ.shape
     rows = min(64, triton.next_power_of_2(tokens))
     part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=y_BTJ.device)
-    with _on(y_BTJ):
+    with on(y_BTJ):
         _dots[(*part_BCJ.shape[:2], triton.cdiv(width, 256))](
             y_BTJ, dy_BTJ, part_BCJ, tokens, width, ROWS=rows, BT=min(16, rows), BJ=256, num_warps=4
         )
@@ -217,7 +200,7 @@ def squares(x_BTI: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
     samples, tokens, width = x_BTI.shape
     rows = min(64, triton.next_power_of_2(tokens))
     part_BCI = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTI.device)
-    with _on(x_BTI):
+    with on(x_BTI):
         _squares[(*part_BCI.shape[:2], triton.cdiv(width, 256))](
             x_BTI, length_B, part_BCI, tokens, width, ROWS=rows, BT=min(16, rows), BI=256, num_warps=4
         )
@@ -284,7 +267,7 @@ def _launch(
     outputs = dy_BTJ.shape[-1]
     bj, bi, bt, warps, stages = tile
     grid = (triton.cdiv(outputs, bj) * triton.cdiv(inputs, bi),)
-    with _on(x_BTI):
+    with on(x_BTI):
         _score[grid](
             x_BTI, dy_BTJ, weight_JI, out, samples, tokens, outputs, inputs,
             NEURON=neuron, ABS=magnitude, EVEN=tokens % bt == 0, BJ=bj, BI=bi, BT=bt, GROUP=8,
@@ -338,12 +321,12 @@ def add_weights(
     step = max(1, GRADIENT_VALUES // count)
     for x, dy in zip(x_BTI.split(step), dy_BTJ.split(step), strict=True):
         g_BJI = torch.bmm(dy.transpose(1, 2), x)
-        with _on(x):
+        with on(x):
             _grow[(triton.cdiv(count, 2048),)](
                 total_JI, g_BJI, weight_JI, len(x), count, ABS=magnitude, BLOCK=2048, num_warps=8
             )
 
 
-def _on(x: torch.Tensor) -> AbstractContextManager[Any]:
+def on(x: torch.Tensor) -> AbstractContextManager[Any]:
     """A kernel of ours is launched on the current device, not on its arguments'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

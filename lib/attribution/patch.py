@@ -4,7 +4,6 @@ Nothing global is touched: neither classes nor the table of attention functions.
 on the attention function itself: dividing the gradient of q and k by 4 and of v by 2 can be done where the projections
 put them out, because rope is linear; so eager, sdpa and flash attention all obey it."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -53,9 +52,11 @@ def patched(
             for name in DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     _set(undo, module, name, 0.0)
-        if rule != "gradient":
-            for module in model.modules():
+        for module in model.modules():
+            if rule != "gradient":
                 _rules(undo, module, rule)
+            elif _is_attention(module):
+                _attention(undo, module, rule)  # the gradient itself, added up in a fixed order
         anchor = torch.zeros((), requires_grad=True)
         for name, tap in (taps or {}).items():
             linear = model.get_submodule(name)
@@ -85,15 +86,23 @@ def _rules(undo: ExitStack, module: nn.Module, rule: str) -> None:
         _set(undo, module, "forward", partial(_layer_norm_forward, module))
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         _set(undo, module, "forward", partial(_mlp_forward, module, rule))
-    elif all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
-        qk, v = FACTORS[rule]
-        if type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight):
-            _set(undo, module, "forward", partial(_attention_forward, module, rule))
-            return
-        for linear, factor in ((module.q_proj, qk), (module.k_proj, qk), (module.v_proj, v)):
-            if factor != 1:
-                handle = linear.register_forward_hook(partial(_scaled, factor))
-                undo.callback(handle.remove)
+    elif _is_attention(module):
+        _attention(undo, module, rule)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
+
+
+def _attention(undo: ExitStack, module: Any, rule: str) -> None:
+    """The factors where q, k, v leave their projections, or, on a GPU, in one function with rope and attention."""
+    whole = [False]  # whether that function is at work: it has the factors itself
+    qk, v = FACTORS[rule]
+    for linear, factor in ((module.q_proj, qk), (module.k_proj, qk), (module.v_proj, v)):
+        if factor != 1:
+            undo.callback(linear.register_forward_hook(partial(_scaled, factor, whole)).remove)
+    if type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight):
+        _set(undo, module, "forward", partial(_attention_forward, module, module.forward, rule, whole))
 
 
 def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
@@ -105,7 +114,9 @@ def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
     setattr(thing, name, value)
 
 
-def _scaled(factor: float, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+def _scaled(factor: float, whole: list[bool], module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    if whole[0]:
+        return out
     return Scale.apply(out, factor) if factor else out.detach()
 
 
@@ -128,21 +139,33 @@ def _mlp_forward(mlp: Any, rule: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention_forward(
-    attn: Any, rule: str, hidden_states: torch.Tensor, position_embeddings: Any = None,
-    attention_mask: Any = None, past_key_values: Any = None, **more: Any,
-) -> tuple[torch.Tensor, Any]:  # fmt: skip
-    """Llama's and Qwen2's own attention with rope and the rule's factors in one kernel a tensor."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    attn: Any,
+    original: Any,
+    rule: str,
+    whole: list[bool],
+    hidden_states: torch.Tensor,
+    position_embeddings: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **more: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Llama's and Qwen2's attention in one function, where nothing but causality hides a token."""
+    from lib.attribution.attention import RopeAttention, supports
 
-    from lib.attribution import fused
-
+    plain = attention_mask is None and past_key_values is None and getattr(attn, "sliding_window", None) is None
+    if not plain or not supports(attn.head_dim):
+        return original(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **more,
+        )
     heads = (*hidden_states.shape[:-1], -1, attn.head_dim)
-    q, k, v = (linear(hidden_states).view(heads) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
-    q, k, v = (t.transpose(1, 2) for t in fused.Rope.apply(q, k, v, *position_embeddings, rule))
-    if past_key_values is not None:
-        k, v = past_key_values.update(k, v, attn.layer_idx)
-    eager = sys.modules[type(attn).__module__].eager_attention_forward
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, eager)
-    window = {"sliding_window": attn.sliding_window} if hasattr(attn, "sliding_window") else {}
-    out, weights = attend(attn, q, k, v, attention_mask, dropout=0.0, scaling=attn.scaling, **window, **more)
-    return attn.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+    whole[0] = True
+    try:
+        q, k, v = (linear(hidden_states).view(heads) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+    finally:
+        whole[0] = False
+    out = RopeAttention.apply(q, k, v, *position_embeddings, attn.scaling, rule)
+    return attn.o_proj(out.flatten(2)), None

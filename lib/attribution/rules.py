@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-FACTORS = {"attnlrp": (0.25, 0.5), "cp_lrp": (0.0, 1.0)}  # of the gradients at q and k, and at v
+# Of the gradients at q and k, and at v.
+FACTORS = {"attnlrp": (0.25, 0.5), "cp_lrp": (0.0, 1.0), "gradient": (1.0, 1.0)}
 
 
 @dataclass(frozen=True)
