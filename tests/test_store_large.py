@@ -23,6 +23,7 @@ from lib.store import Cell, Column, commit, merge, read_array, scan
 from lib.store.atomic import HOST
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
+from lib.store.merge import rounding_of
 from lib.store.raw import PIECE
 from lib.store.shards import sweep
 
@@ -147,6 +148,15 @@ def test_merge_adds_blocks_in_the_order_of_rows_however_they_lie(cell, tmp_path)
                 np.testing.assert_array_equal(f[name][()].view(np.uint32), want[name].view(np.uint32))
         files.append(path.read_bytes())
     assert files[0] == files[1] == files[2]
+
+
+def test_what_rounding_took_from_a_cell_is_its_worst_block(cell):
+    notes = []
+    for marker in [put(cell, row) for row in range(4)]:
+        with h5py.File(marker.file) as f:
+            notes += [[f[name].attrs[f"rounding_{what}_relative"] for what in ("max", "l1")] for name in RAW[1:]]
+    assert rounding_of(cell, SCHEMA) == tuple(np.max(notes, axis=0)) != tuple(np.min(notes, axis=0))
+    assert rounding_of(cell, {"x": Column("float32")}) is None
 
 
 def test_merge_says_which_shard_does_not_hold(cell):

@@ -106,6 +106,18 @@ def _reading(marker: Marker) -> Iterator[None]:
         raise UserError(f"{marker.file} cannot be read ({e}); {fix}") from None
 
 
+def rounding_of(cell: Cell, schema: Schema) -> tuple[float, float] | None:
+    """(largest relative error of a value, largest share of an array's sum of |x|) that rounding to bfloat16 took from a
+    block of a cell; None where nothing was rounded."""
+    names = [name for name, column in schema.items() if column.dtype == "bfloat16"]
+    found = []
+    for marker in scan(cell.path, cell.digest)[0] if names else []:
+        with _reading(marker), h5py.File(marker.file, "r", locking=False) as f:
+            notes = [f[name].attrs for name in names]
+            found += [(note["rounding_max_relative"], note["rounding_l1_relative"]) for note in notes]
+    return (float(max(a for a, _ in found)), float(max(b for _, b in found))) if found else None
+
+
 def merged_is_current(cell: Cell) -> bool:
     """Whether merged.h5 is there, for this digest, with the sha256 that was recorded."""
     record = read_json(cell.path / "merged.json")
