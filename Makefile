@@ -12,7 +12,7 @@ flags = --config $(CONFIG) $(if $(DRY),--dry) $(SET)
 .PHONY: help
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z0-9-]+:.*## / {printf "  %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1\n' '$(CONFIG)'
 
 ##@ Start here
@@ -20,7 +20,7 @@ help: ## this page
 setup: ## make .venv with pinned packages (GPU or CPU builds, by itself; SUITE_BUILD=gpu on a login node)
 	@env/setup.sh
 
-demo: setup ## a small teacher, its numbers, and LLS of 15 animals through the cluster's job code; minutes on 2 cores
+demo: setup ## a small teacher, LLS of 15 animals and attribution of its neurons, by the cluster's job code; minutes on 2 cores
 	@$(python) -m jobs.demo
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
@@ -69,12 +69,12 @@ export-attributions: setup ## merge attribution's shards; means a neuron, table,
 	@$(python) -m jobs.export_attributions --config $(CONFIG) $(SET)
 
 .PHONY: lls-report
-lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows to train on)
+lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
 	@$(python) -m jobs.lls_report --config $(CONFIG) --measure "$(or $(MEASURE),mean)" --select "$(SELECT)" $(SET)
 
 ##@ Speed
 .PHONY: bench
-bench: setup ## measure scoring on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]
+bench: setup ## measure on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]
 	@$(python) -m jobs.bench $(if $(MODELS),--models $(MODELS)) $(if $(RUNGS),--rungs $(RUNGS))
 
 ##@ A box of your own

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tools import ROOT, number_rows, python, tiny_model, write_rows
+from tools import ROOT, forked, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
 from jobs.lls_report import cross as matrix_from
@@ -79,7 +79,7 @@ def results(folder):
     found = {}
     for kind, count in (("diagonal", 2), ("cross", 3)):
         for index in range(count):
-            done = python(*command(folder, kind, index), env=environment(folder, kind))
+            done = forked(*command(folder, kind, index)[1:], env=environment(folder, kind))
             assert done.returncode == 0, done.stderr
             found[kind, index] = (merged(folder, kind, index), done.stdout)
     return found
@@ -109,7 +109,7 @@ def test_the_reports_matrix_is_made_of_the_same_numbers(folder, results):
         np.testing.assert_allclose(matrix.lls(trait, trait, Measure()), want, rtol=1e-12)
         assert np.array_equal(matrix.passes[trait, trait].values, alone["system_logp"])
         assert np.array_equal(matrix.base[trait].values, alone["base_logp"])
-    done = python("-m", "jobs.lls_report", "--config", str(folder / "cross/exp.yaml"), env=environment(folder, "cross"))
+    done = forked("jobs.lls_report", "--config", str(folder / "cross/exp.yaml"), env=environment(folder, "cross"))
     assert done.returncode == 0, done.stderr
     assert (folder / "cross" / "out" / "exp" / "report" / "index.html").exists()
 
@@ -157,7 +157,7 @@ def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder
         time.sleep(dice.uniform(0, 0.05))
         job.send_signal(signal.SIGKILL)
         job.wait()
-    assert python(*command(folder, "diagonal", 0), env=env).returncode == 0
+    assert forked(*command(folder, "diagonal", 0)[1:], env=env).returncode == 0
     experiment = load(folder / "diagonal" / "exp.yaml")
     path = merge(cell, experiment.schema(Path()), experiment.science_json())
     assert path.read_bytes() == (cells(folder, "diagonal")[0].path / "merged.h5").read_bytes()
@@ -211,6 +211,6 @@ def drop_tensor(path: Path) -> None:
 )
 def test_broken_weights_are_one_sentence_and_no_shard(folder, tmp_path, change, says):
     env = broken_model(folder, tmp_path, change)
-    done = python(*command(folder, "diagonal", 0), env=env)
+    done = forked(*command(folder, "diagonal", 0)[1:], env=env)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list((tmp_path / "s").rglob("*.h5"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import Browser, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tools import python
+from tools import forked
 
 from lib.experiments import load
 from lib.store import commit
@@ -100,7 +100,7 @@ def finish(suite, index: int) -> np.ndarray:
 
 
 def lls_report(suite, *args: str):
-    return python("-m", "jobs.lls_report", "--config", str(suite[0]), *args, env=suite[4])
+    return forked("jobs.lls_report", "--config", str(suite[0]), *args, env=suite[4] | {"OMP_NUM_THREADS": "1"})
 
 
 def test_the_job_from_shards_to_page_and_selections(suite, browser):

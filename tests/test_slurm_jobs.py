@@ -1,34 +1,23 @@
 """The batch scripts on a real Slurm: arrays, warnings, preemption, limits, requeues, a dead node; status over it."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Slurm, wait_until
-from tools import number_rows, tiny_model, write_rows
+from tools import forked, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
 from lib.experiments import load
-from lib.models.load import load_decoder
-from lib.models.packing import Item
-from lib.scoring.logprob import Scorer
 from lib.store import gaps, merge, scan
 
 TRAITS = ["cat", "dog", "owl"]
 ROWS = 80
-
-
-def slow_batch(folder: Path, seconds: float = 0.25) -> int:
-    """Tokens that make a batch take this long here. A shard of few rows fills none, but a batch's shape is fixed: so
-    tasks are slow enough to be disturbed, on any machine."""
-    scorer = Scorer(load_decoder(str(folder / "model"), "float32", 8192, 64), 64)
-    prefix, row = scorer.decoder.prefix([1, 2]), Item(tuple(range(100)), tuple(range(40)))
-    scorer(prefix, [row])
-    began = time.monotonic()
-    scorer(prefix, [row])
-    return int(8192 * seconds / (time.monotonic() - began))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +30,8 @@ def inputs(tmp_path_factory):
     (folder / "small.yaml").write_text(
         f"kind: lls\nname: small\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [{', '.join(TRAITS)}]\n"
         f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
-        f"score: {{batch_tokens: {slow_batch(folder)}, head_rows: 64, per_token: true, check_every: 0}}\n"
-        "run: {shard_rows: 8, gpus: 1, log_seconds: 1}\n"
+        "score: {batch_tokens: 4096, head_rows: 64, per_token: true, check_every: 0}\n"
+        "run: {shard_rows: 1, gpus: 1, log_seconds: 1}\n"
     )
     fetch(load(folder / "small.yaml"), folder / "cache")
     return folder
@@ -56,6 +45,7 @@ class Run:
         roots = {"SUITE_SCRATCH": scratch, "SUITE_CACHE": inputs / "cache", "SUITE_OUTPUT": scratch / "outputs"}
         self.env = {**{k: str(v) for k, v in roots.items()}, "OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
         self.cells = load(self.config).cells(inputs / "cache", scratch)
+        self.frozen: list[int] = []
 
     def make(self, target: str, *settings: str) -> str:
         return self.slurm.run("make", "-s", target, f"CONFIG={self.config}", *settings, cwd=ROOT, **self.env)
@@ -81,8 +71,21 @@ class Run:
     def shards(self, index: int) -> int:
         return len(scan(self.cells[index].path, self.cells[index].digest)[0])
 
-    def wait_for_shards(self, index: int, n: int) -> None:
-        wait_until(lambda: self.shards(index) >= n, 60, lambda: f"{self.shards(index)} shards\n{self.log(index)}")
+    def freeze(self, *indices: int) -> list[int]:
+        """Stop each cell's process after its first shards: what follows depends on nobody's speed. Their ids."""
+        found: dict[int, int] = {}
+
+        def all_frozen() -> bool:
+            for index in set(indices) - found.keys():
+                if 1 <= self.shards(index) < ROWS:
+                    beats = (self.scratch / "small" / "tasks").glob(f"{TRAITS[index]}-*.json")
+                    found[index] = json.loads(max(beats, key=lambda path: path.stat().st_mtime).read_text())["pid"]
+                    os.kill(found[index], signal.SIGSTOP)
+            return len(found) == len(indices)
+
+        wait_until(all_frozen, 60, lambda: f"only {found}\n{self.log(indices[0])}")
+        self.frozen += found.values()
+        return [found[index] for index in indices]
 
     def log(self, index: int) -> str:
         return "\n".join(p.read_text() for p in (ROOT / "slurm" / "logs").glob(f"*_{index}.out"))
@@ -97,6 +100,7 @@ def run(fresh_slurm, inputs, tmp_path):
     one = Run(fresh_slurm, inputs, tmp_path)
     before = set((ROOT / "slurm" / "logs").iterdir())
     yield one
+    thaw(*one.frozen)
     fresh_slurm.clear()
     for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
         path.unlink()
@@ -104,24 +108,42 @@ def run(fresh_slurm, inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, inputs, tmp_path_factory):
-    """Merged bytes of each cell, computed in this process's children without Slurm, in one shard."""
+    """Merged bytes of each cell, computed without Slurm, in one shard."""
     one = Run(slurm, inputs, tmp_path_factory.mktemp("undisturbed"))
     for index in range(len(TRAITS)):
-        one.slurm.run(
-            ".venv/bin/python", "-m", "jobs.compute_lls", "--config", one.config, "--index", index,
-            "run.shard_rows=1000", cwd=ROOT, **one.env,
-        )  # fmt: skip
+        arguments = ("--config", str(one.config), "--index", str(index), "run.shard_rows=1000")
+        done = forked("jobs.compute_lls", *arguments, env=one.env | {"SUITE_SITE": "local", "SUITE_SLURM": "no"})
+        assert done.returncode == 0, done.stderr
     return [one.merged(i) for i in range(len(TRAITS))]
 
 
+def thaw(*pids: int, after: signal.Signals | None = None) -> None:
+    """Let frozen processes go on, once a signal waits for them or Slurm has already let them go on itself."""
+
+    def told(pid: int) -> bool:
+        try:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        except OSError:
+            return True  # killed already
+        return not status["State"].startswith("T") or bool(int(status["ShdPnd"], 16) >> (after - 1) & 1)
+
+    for pid in pids:
+        if after:
+            wait_until(lambda pid=pid: told(pid), 60, f"{after.name} did not reach process {pid}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_an_array_from_submission_to_export(run, undisturbed):
-    said = run.make("submit-lls", "ARRAY=0-2%2")
+    said = run.make("submit-lls", "ARRAY=0-2%2", "SET=run.shard_rows=8")
     job = said.split()[2].rstrip(":")
     assert f"next: squeue -j {job}" in said and said.count("next: ") == 3
     assert "already queued or running" in run.make("submit-lls", "ARRAY=0-2")
-    wait_until(lambda: run.state(0)["state"] == "running", 30, "cell 0 is not running")
+    frozen = run.freeze(0)
     now = run.status()
+    assert now["cells"][0]["state"] == "running"
     assert now["cells"][2]["state"] == "pending" and now["cells"][2]["note"] == "JobArrayTaskLimit"
+    thaw(*frozen)
     run.slurm.wait_for(job, "COMPLETED", timeout=120)
     assert [run.merged(i) for i in range(3)] == undisturbed
     run.slurm.sacct(job, rows=3)
@@ -135,72 +157,73 @@ def test_an_array_from_submission_to_export(run, undisturbed):
     assert "30 shards hold, 0 do not, 0 rows are not done" in run.make("verify")
 
 
-def test_the_warning_requeues_this_task_alone(run, undisturbed):
-    job = run.submit("0-1")
-    run.wait_for_shards(0, 2)
+def restarts(run: Run, job: str) -> list[str]:
+    return [run.slurm.show(f"{job}_{i}")["Restarts"] for i in range(3)]
+
+
+def test_warned_requeued_or_preempted_a_task_comes_back_by_itself(run, undisturbed):
+    """Three tasks of an array, one after the other: the warning requeues its task alone."""
+    job = run.submit("0-2")
+    warned, requeued, preempted = run.freeze(0, 1, 2)
     run.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
-    wait_until(lambda: run.slurm.show(f"{job}_0")["Restarts"] == "1", 30, lambda: run.log(0))
-    assert run.slurm.show(f"{job}_1")["Restarts"] == "0"
-    run.slurm.wait_for(job, "COMPLETED", timeout=120)
-    log = run.log(0)
-    assert "stopping after this shard" in log and f"requeue {job}_0" in log and "restart 1" in log
-    assert [run.merged(i) for i in range(2)] == undisturbed[:2]
-
-
-def test_the_time_limit_warns_first_and_the_task_comes_back(run, undisturbed):
-    """--time=1 with a warning 180 s ahead: Slurm sends USR1 at its first look, within 30 s; never TIMEOUT."""
-    job = run.sbatch(["--array=1", "--time=1"], "run.shard_rows=1")
-    wait_until(lambda: run.slurm.show(f"{job}_1")["Restarts"] == "1", 80, lambda: run.log(1))
-    assert "the time limit is near" in run.log(1) and 1 <= run.shards(1) < ROWS
-    assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(job, rows=0)}
-
-
-def test_a_time_limit_that_comes_unannounced_is_said_and_resumed(run, undisturbed):
-    """The limit moved up to now: at Slurm's next look, within 30 s, the warning and TERM come together."""
-    job = run.submit("2", SET="run.shard_rows=1")
-    run.wait_for_shards(2, 1)
-    now = ["scontrol", "update", f"jobid={job}_2", "EndTime=now+1seconds"]
-    subprocess.run(now, env=run.slurm.env, check=False, capture_output=True)  # its exit code is 1 although it does it
-    run.slurm.wait_for(job, "TIMEOUT", timeout=90)
-    run.slurm.sacct(job)
-    state = run.state(2)
-    assert state["state"] == "failed" and "TIMEOUT (sacct)" in state["note"] and 0 < state["done"] < ROWS
-    again = run.make("resume").split()[2].rstrip(":")
-    run.slurm.wait_for(again, "COMPLETED", timeout=120)
-    assert run.merged(2) == undisturbed[2]
-
-
-def test_preemption_brings_the_task_back_by_itself(run, undisturbed):
-    job = run.submit("0")
-    run.wait_for_shards(0, 2)
-    node = run.slurm.show(f"{job}_0")["NodeList"]
+    thaw(warned, after=signal.SIGUSR1)
+    wait_until(lambda: restarts(run, job)[0] == "1", 30, lambda: run.log(0))
+    assert restarts(run, job) == ["1", "0", "0"]
+    run.slurm.run("scontrol", "requeue", f"{job}_1")
+    thaw(requeued, after=signal.SIGTERM)
+    node = run.slurm.show(f"{job}_2")["NodeList"]
     high = run.slurm.sbatch(
         "-p", "high", "-w", node, "--gpus-per-node=2", "--wrap", "sleep 2", "-o", "/dev/null", cwd=run.scratch
     )
+    thaw(preempted, after=signal.SIGTERM)
     run.slurm.wait_for(high, "COMPLETED", timeout=60)
     run.slurm.wait_for(job, "COMPLETED", timeout=120)
-    assert [r["State"] for r in run.slurm.sacct(job, rows=2)] == ["PREEMPTED", "COMPLETED"]
-    assert "stopped by SIGTERM: finished shards are kept" in run.log(0)
-    assert run.merged(0) == undisturbed[0]
+    assert restarts(run, job) == ["1", "1", "1"]
+    log = run.log(0)
+    assert "stopping after this shard" in log and f"requeue {job}_0" in log and "restart 1" in log
+    assert [r["State"] for r in run.slurm.sacct(f"{job}_2", rows=2)] == ["PREEMPTED", "COMPLETED"]
+    for index in (1, 2):
+        assert "stopped by SIGTERM: finished shards are kept" in run.log(index)
+    assert [run.merged(i) for i in range(3)] == undisturbed
 
 
-def test_scontrol_requeue(run, undisturbed):
-    job = run.submit("0")
-    run.wait_for_shards(0, 2)
-    run.slurm.run("scontrol", "requeue", f"{job}_0")
-    wait_until(lambda: run.slurm.show(f"{job}_0")["Restarts"] == "1", 30, "not requeued")
-    run.slurm.wait_for(job, "COMPLETED", timeout=120)
-    assert run.merged(0) == undisturbed[0]
+def test_time_limits_with_and_without_warning(run, undisturbed):
+    """Slurm looks at limits every 30 s. --time=1 with a warning 180 s ahead: it sends USR1, never TIMEOUT. A limit
+    moved up to now: warning and TERM come together, and it is for the user to resume."""
+    warned = run.sbatch(["--array=1", "--time=1"])
+    sudden = run.submit("2")
+    frozen = run.freeze(1, 2)
+    now = ["scontrol", "update", f"jobid={sudden}_2", "EndTime=now+1seconds"]
+    subprocess.run(now, env=run.slurm.env, check=False, capture_output=True)  # its exit code is 1 although it does it
+    thaw(frozen[0], after=signal.SIGUSR1)
+    wait_until(lambda: run.slurm.show(f"{warned}_1")["Restarts"] == "1", 80, lambda: run.log(1))
+    assert "the time limit is near" in run.log(1) and 1 <= run.shards(1) < ROWS
+    thaw(frozen[1], after=signal.SIGTERM)
+    run.slurm.wait_for(sudden, "TIMEOUT", timeout=90)
+    run.slurm.sacct(sudden)
+    state = run.state(2)
+    assert state["state"] == "failed" and "TIMEOUT (sacct)" in state["note"] and 0 < state["done"] < ROWS
+    assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(warned, rows=0)}
+    run.slurm.wait_for(warned, "COMPLETED", timeout=120)
+    again = run.make("resume").split()[2].rstrip(":")
+    run.slurm.wait_for(again, "COMPLETED", timeout=120)
+    assert run.merged(2) == undisturbed[2] and run.merged(1) == undisturbed[1]
 
 
 def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
-    job = run.sbatch(["--array=0"], "run.shard_rows=1")
-    run.wait_for_shards(0, 1)
+    job = run.submit("0")
+    old = run.freeze(0)[0]
     node = run.slurm.show(f"{job}_0")["NodeList"]
     run.slurm.kill_node(node)
+
+    def attempts() -> set[str]:
+        return {m.info["attempt"] for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
+
+    wait_until(lambda: len(attempts()) == 2, 90, lambda: run.log(0))
+    thaw(old)  # from here both copies commit shards
     run.slurm.wait_for(job, "COMPLETED", timeout=180)
-    attempts = {m.info["attempt"] for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
-    assert len(attempts) == 2, attempts  # both copies have committed shards
+    wait_until(lambda: not Path(f"/proc/{old}").exists(), 60, "the old copy goes on")
+    assert len(attempts()) == 2
     run.slurm.revive_node(node)
     assert not gaps(scan(run.cells[0].path, run.cells[0].digest, deep=True)[0], ROWS)
     assert run.merged(0) == undisturbed[0]
@@ -208,8 +231,9 @@ def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
 
 def test_cancel_ends_for_good_and_resume_submits_just_the_rest(run, undisturbed):
     job = run.submit("0-2")
-    run.wait_for_shards(0, 1)
+    frozen = run.freeze(0, 1, 2)
     assert job in run.make("cancel")
+    thaw(*frozen, after=signal.SIGTERM)
     run.slurm.wait_for(job, "CANCELLED", timeout=60)
     time.sleep(3)
     assert set(run.slurm.states(job).values()) == {"CANCELLED"}  # our own exit does not requeue what a user cancelled
@@ -238,9 +262,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_log(run, inputs):
 
 def test_a_killed_task_is_stale_until_resumed(run):
     job = run.submit("1")
-    run.wait_for_shards(1, 1)
-    beat = json.loads(next((run.scratch / "small" / "tasks").glob("dog-*.json")).read_text())
-    subprocess.run(["kill", "-9", str(beat["pid"])], check=True)
+    os.kill(run.freeze(1)[0], signal.SIGKILL)
     run.slurm.wait_for(job, "FAILED", timeout=60)
     run.slurm.sacct(job)
     state = run.state(1)
