@@ -1,6 +1,7 @@
 """Rungs of attribution: seconds a sample of 2,048 tokens, and a short prompt, beside the floor and the plain loop."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,6 +13,7 @@ from lib.attribution import Attributor, patched
 from lib.attribution.memory import GIB, plan_memory
 from lib.attribution.patch import linear_layers
 from lib.bench.shapes import free, timed
+from lib.models.load import load_model
 from lib.models.spread import join, layer_map
 
 TOKENS, SAMPLES, PROMPTS, PROMPT_TOKENS = 2048, 16, 93, 24
@@ -42,7 +44,6 @@ def config_of(model: str) -> Any:
 @lru_cache(1)
 def random_model(model: str, spread_over: int = 1) -> Any:
     """transformers' own model with random bf16 weights, its layers over so many GPUs."""
-    from accelerate import dispatch_model
     from transformers import LlamaForCausalLM
 
     config = config_of(model)
@@ -70,7 +71,7 @@ def random_model(model: str, spread_over: int = 1) -> Any:
                 else:
                     value.data.normal_(0, 0.02)
     if spread_over > 1:
-        join(dispatch_model(made, {k: v.index for k, v in places.items()}))
+        join(made)
     return made.eval().requires_grad_(False)
 
 
@@ -274,7 +275,10 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
     gpus = torch.cuda.device_count()
     small = samples("llama-small", 8, 256)
     one = Attributor(random_model("llama-small"), width=256, batch=1).run(small)
-    many = Attributor(random_model("llama-small", gpus), width=256, batch=1).run(small)
+    with tempfile.TemporaryDirectory() as folder:
+        random_model("llama-small").save_pretrained(folder)
+        spread = load_model(folder, "bfloat16", "sdpa", [torch.device("cuda", i) for i in range(gpus)])
+    many = Attributor(spread, width=256, batch=1).run(small)
     same = all(torch.equal(one.abs[n].cpu(), many.abs[n].cpu()) for n in one.layers)
     same = same and all(torch.equal(one.signed[n].cpu(), many.signed[n].cpu()) for n in one.layers)
     hf, some = random_model(model, gpus), samples(model, 8 * gpus)
