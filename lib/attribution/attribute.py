@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib.attribution.batches import Batch, cut
 from lib.attribution.patch import linear_layers, patched
 from lib.attribution.rules import Tap, accurate
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
@@ -59,22 +60,6 @@ def _broken(values: torch.Tensor) -> torch.Tensor:
     return ~values.isfinite()
 
 
-@dataclass
-class _Batch:
-    ids_BT: torch.Tensor
-    length_B: torch.Tensor
-    first: int  # its first sample
-    real: int  # the others are padding of the batch
-    target_BK: torch.Tensor | None
-    lengths: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-
-    def length_on(self, device: torch.device) -> torch.Tensor:
-        """Moved once: a copy from pageable memory waits for the device."""
-        if device not in self.lengths:
-            self.lengths[device] = self.length_B.to(device)
-        return self.lengths[device]
-
-
 class Attributor:
     def __init__(
         self,
@@ -112,7 +97,9 @@ class Attributor:
             raise UserError("target 'given' needs the tokens to explain")
         if not len(samples) or not all(len(s) for s in samples):
             raise UserError("there is no sample, or one without a token")
-        batches = list(self._batches(samples, targets))
+        batches = list(
+            cut(samples, self.width, self.batch, targets, self.target == "all", self.devices[0].type == "cuda")
+        )
         rows = sum(len(b.ids_BT) for b in batches)
         first = batches[0]
         explained = 1 if first.target_BK is None else first.target_BK.shape[1]
@@ -140,8 +127,8 @@ class Attributor:
                 self._forward_all(batches, found)
         return self._trimmed(found, len(samples))
 
-    def _explain_all(self, batches: list[_Batch], found: Scores) -> None:
-        now: list[_Batch] = []  # the batch whose gradient passes
+    def _explain_all(self, batches: list[Batch], found: Scores) -> None:
+        now: list[Batch] = []  # the batch whose gradient passes
         calls = dict.fromkeys(self.linears, 0)
         need_output = self.level == "neuron" and "signed" in self.scores
         taps = {name: Tap(partial(self._tell, name, now, found, calls), need_output) for name in self.linears}
@@ -165,7 +152,7 @@ class Attributor:
     def _tell(
         self,
         name: str,
-        now: list[_Batch],
+        now: list[Batch],
         found: Scores,
         calls: dict[str, int],
         x: torch.Tensor,
@@ -188,12 +175,12 @@ class Attributor:
         if "abs" in self.scores:
             found.abs[name][rows] = abs_neurons(x_BTI, dy_BTJ, weight)
 
-    def _forward_all(self, batches: list[_Batch], found: Scores) -> None:
+    def _forward_all(self, batches: list[Batch], found: Scores) -> None:
         """Wanda's statistics alone: no gradient, no head."""
         for batch in batches:
             rows = slice(batch.first, batch.first + len(batch.ids_BT))
 
-            def keep(name: str, module: nn.Module, args: Any, batch: _Batch = batch, rows: slice = rows) -> None:
+            def keep(name: str, module: nn.Module, args: Any, batch: Batch = batch, rows: slice = rows) -> None:
                 x_BTI = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (len(batch.ids_BT), -1))
                 found.sumsq[name][rows] = squares(x_BTI, batch.length_on(x_BTI.device))
 
@@ -205,11 +192,11 @@ class Attributor:
                 for hook in hooks:
                     hook.remove()
 
-    def _hidden(self, batch: _Batch) -> torch.Tensor:
+    def _hidden(self, batch: Batch) -> torch.Tensor:
         ids = batch.ids_BT.to(self.devices[0], non_blocking=True)
         return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
-    def _explained(self, batch: _Batch, found: Scores) -> torch.Tensor:
+    def _explained(self, batch: Batch, found: Scores) -> torch.Tensor:
         """The sum of the explained logits. A logit is its token's row of the head times the hidden state, so its
         gradient needs no gradient of the logits."""
         hidden_BTD, head = self._hidden(batch), self.model.get_output_embeddings()
@@ -226,7 +213,7 @@ class Attributor:
                 best = [head(part).argmax(-1) for part in picked.split(HEAD_ROWS)]
             target_BK = torch.where(real, torch.cat(best), -1).view(size[0], -1)
         else:
-            target_BK = batch.target_BK.to(device)
+            target_BK = batch.target_BK.to(device, non_blocking=True)
         # Masks in place of indices by truth: those would wait for the device.
         row_B = torch.arange(size[0], device=device)
         counted_BK = (target_BK >= 0) & (row_B < batch.real)[:, None]
@@ -242,25 +229,6 @@ class Attributor:
         found.target[rows] = target_BK
         return logit_BK.sum()
 
-    def _batches(self, samples: Sequence[Sequence[int]], targets: Any) -> Iterator[_Batch]:
-        longest = max(len(s) for s in samples)
-        width = self.width or -(-longest // 16) * 16
-        if longest > width:
-            raise UserError(f"a sample has {longest} tokens, more than the {width} of a batch's rows")
-        size = self.batch or max(1, min(2048 // width, len(samples)))
-        pinned = None if targets is None else _pinned(targets, samples)
-        for first in range(0, len(samples), size):
-            part = samples[first : first + size]
-            ids = torch.zeros(size, width, dtype=torch.long)
-            for row, sample in zip(ids, part, strict=False):
-                row[: len(sample)] = torch.as_tensor(sample)
-            length = torch.tensor([len(s) for s in part] + [1] * (size - len(part)))
-            target = None
-            if pinned is not None:
-                target = torch.full((size, width if self.target == "all" else pinned.shape[1]), -1)
-                target[: len(part), : pinned.shape[1]] = pinned[first : first + size]
-            yield _Batch(ids, length, first, len(part), target)
-
     def _trimmed(self, found: Scores, samples: int) -> Scores:
         """Without the rows that filled the last batch; a shared input under each layer's name."""
         found.target, found.logit = found.target[:samples], found.logit[:samples]
@@ -270,14 +238,6 @@ class Attributor:
         if self.wanda:
             found.sumsq = {name: found.sumsq[first][:samples] for name, first in self.input_of.items()}
         return found
-
-
-def _pinned(targets: Any, samples: Sequence[Any]) -> torch.Tensor:
-    pinned = torch.as_tensor(targets, dtype=torch.long)
-    pinned = pinned[:, None] if pinned.dim() == 1 else pinned
-    if len(pinned) != len(samples):
-        raise UserError(f"{len(pinned)} targets for {len(samples)} samples")
-    return pinned
 
 
 @contextmanager

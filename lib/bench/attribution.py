@@ -274,11 +274,13 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
     """Layers over all GPUs: seconds a sample, how busy each was, and a small model's scores against one GPU's."""
     gpus = torch.cuda.device_count()
     small = samples("llama-small", 8, 256)
-    one = Attributor(random_model("llama-small"), width=256, batch=1).run(small)
     with tempfile.TemporaryDirectory() as folder:
         random_model("llama-small").save_pretrained(folder)
-        spread = load_model(folder, "bfloat16", "sdpa", [torch.device("cuda", i) for i in range(gpus)])
-    many = Attributor(spread, width=256, batch=1).run(small)
+        devices = [torch.device("cuda", i) for i in range(gpus)]
+        one, many = (
+            Attributor(load_model(folder, "bfloat16", "sdpa", some), width=256, batch=1).run(small)
+            for some in (devices[:1], devices)
+        )
     same = all(torch.equal(one.abs[n].cpu(), many.abs[n].cpu()) for n in one.layers)
     same = same and all(torch.equal(one.signed[n].cpu(), many.signed[n].cpu()) for n in one.layers)
     hf, some = random_model(model, gpus), samples(model, 8 * gpus)
