@@ -99,6 +99,8 @@ def test_panels_hold_the_overlaps(summaries, figures):
         np.testing.assert_allclose(highest[name].high, np.quantile(want, 0.95, 0))
     want = bootstrap(scores("general-1"), [10, 30], minus_SN=scores("toxic"), count=200)
     np.testing.assert_allclose(lowest["general-1"].mean, want.mean(0))
+    tops = [set(np.argsort(-means[g])[:30]) for g in ("general-0", "general-1")]
+    assert highest["between seeds"].mean[1] == pytest.approx(len(tops[0] & tops[1]) / 30)
     difference = [set(np.argsort(means[g] - means["toxic"])[:30]) for g in ("general-0", "general-1")]
     assert lowest["between seeds"].mean[1] == pytest.approx(len(difference[0] & difference[1]) / 30)
     assert list(made[2].x) == [1, 2, 4, 8] and np.isnan(fewer["toxic"].mean[3]) and fewer["general-0"].mean[3] > 0
@@ -119,18 +121,19 @@ def test_one_seed_and_no_behaviour_have_fewer_panels():
     assert [panel.title for panel in only] == ["Highest N of each set", "Highest 30 from fewer samples"]
 
 
-def test_the_difference_has_every_finite_neuron_and_marks_the_lowest(summaries, figures):
+def test_the_difference_has_every_finite_neuron_and_marks_the_lowest(summaries, figures, monkeypatch):
+    monkeypatch.setattr(attribution_plots, "marks", lambda neurons: [5, 17])
     general, toxic = summaries["general-0"].means["signed"], summaries["toxic"].means["signed"].copy()
     toxic[5] = np.nan
     plot_difference(general, toxic, "toxic", "signed", LAYERS, Path("unused.png"))
     ax = {a.get_title(loc="left"): a for a in figures[0].axes}
     difference = general - toxic
     order = np.argsort(np.where(np.isnan(difference), np.inf, difference), kind="stable")
-    assert [in_bins(patch) for patch in ax["All neurons"].patches] == [359, marks(359)[-1]]
+    assert [in_bins(patch) for patch in ax["All neurons"].patches] == [359, 17]
     np.testing.assert_allclose(ax["The lowest, by rank"].lines[0].get_ydata(), difference[order[:170]])
-    counts = np.bincount(order[:17] // 120, minlength=3)
     shares = [bar.get_height() for bar in ax["Layers of the lowest"].patches]
-    np.testing.assert_allclose(shares, 100 * counts / 17)
+    want = [100 * np.bincount(order[:n] // 120, minlength=3) / n for n in (17, 5)]
+    np.testing.assert_allclose(shares, np.concatenate(want))
     assert any("1 without a finite score" in text.get_text() for text in figures[0].texts)
 
 
