@@ -346,7 +346,7 @@ def test_what_makes_no_sense_is_refused(kw: dict, words: str) -> None:
 
 CHECK = """
 import torch
-from lib.attribution import fused, rules, scores
+from lib.attribution import attention, fused, rules, scores
 
 torch.manual_seed(0)
 
@@ -373,24 +373,26 @@ plain = lambda g, u: rules.gated(g, u, torch.nn.SiLU())
 for a, b in zip(through(fused.Gated.apply, gate, up), through(plain, gate, up)):
     same("gated", a, b)
 
-# Rope turns q and k as transformers does; on the way back q, k, v take the rule's factors.
+# Rope turns q and k as transformers does, attention is torch's; on the way back q, k, v take the rule's factors.
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-def roped(q, k, v):
+def plain(q, k, v):
+    qk, value = rules.FACTORS[rule]
     q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    parts = zip((q, k, v), (*rules.FACTORS[rule][:1] * 2, rules.FACTORS[rule][1]))
-    return torch.cat([rules.Scale.apply(x, f).flatten() for x, f in parts])
+    q, k, v = (rules.Scale.apply(x, f).transpose(1, 2) for x, f in ((q, qk), (k, qk), (v, value)))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3).transpose(1, 2)
 
-for rule, rows in (("attnlrp", 1), ("cp_lrp", 2)):
-    angle = torch.rand(rows, 5, 4).repeat(1, 1, 2) * 6
+for rule, rows, T in (("attnlrp", 1, 5), ("cp_lrp", 2, 40), ("gradient", 1, 136)):
+    angle = torch.rand(rows, T, 8).repeat(1, 1, 2) * 6
     cos, sin = angle.cos(), angle.sin()
-    qkv = [torch.randn(2, 5, heads, 8) for heads in (6, 2, 2)]
-    turned = lambda *qkv: torch.cat([x.flatten() for x in fused.Rope.apply(*qkv, cos, sin, rule)])
-    for a, b in zip(through(turned, *qkv), through(roped, *qkv)):
+    qkv = [torch.randn(rows, T, heads, 16) for heads in (4, 2, 2)]
+    ours = lambda *qkv: attention.RopeAttention.apply(*qkv, cos, sin, 0.3, rule)
+    for a, b in zip(through(ours, *qkv), through(plain, *qkv)):
         if rule == "cp_lrp" and b is not None and not b.any():
             assert a is None or not a.any()
         else:
-            same("rope", a, b)
+            same("attention", a, b)
 
 for T in (5, 300):
     y, dy = torch.randn(2, T, 300), torch.randn(2, T, 300)
@@ -419,7 +421,7 @@ from lrp_models import make, sequences
 
 samples, layers = sequences(5, 12, 9), ("v_proj", "up_proj")
 for family, rule, level in (("llama", "attnlrp", "neuron"), ("qwen2", "cp_lrp", "weight")):
-    model, found = make(family), []
+    model, found = make(family, head_dim=16), []
     for kernels in (lambda x: fused, lambda x: None):
         rules.kernels = scores.kernels = patch.kernels = kernels
         found.append(Attributor(model, rule=rule, layers=layers, level=level, wanda=True).run(samples))
@@ -433,4 +435,4 @@ def test_fused_kernels_equal_the_plain_ones() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == 2 + 3 + 6 + 4 + 6 + 24
+    assert done.stdout.count("same") == 2 + 3 + 10 + 4 + 6 + 24

@@ -229,8 +229,7 @@ def _score(
     for b in range(0, B):
         g = tl.zeros([BJ, BI], tl.float32)
         t = tl.arange(0, BT)
-        a_at = dy + b.to(tl.int64) * T * J + t[:, None] * J + jj[None, :]
-        c_at = x + b.to(tl.int64) * T * I + t[:, None] * I + ii[None, :]
+        a_at, c_at = dy + t[:, None] * J + jj[None, :], x + t[:, None] * I + ii[None, :]
         for start in range(0, T, BT):
             if EVEN:
                 a, c = tl.load(a_at), tl.load(c_at)
@@ -245,9 +244,12 @@ def _score(
             r = tl.abs(r)
         if NEURON:
             line = tl.sum(tl.where(i[None, :] < I, r, 0.0), 1)
-            tl.store(out + (b.to(tl.int64) * tiles_i + pi) * J + j, line, mask=j < J)
+            tl.store(out + pi * J + j, line, mask=j < J)
+            out += tiles_i * J
         else:
             total += r
+        dy += T * J
+        x += T * I
     if not NEURON:
         inside = (j[:, None] < J) & (i[None, :] < I)
         at = out + pj.to(tl.int64) * BJ * I + (j - pj * BJ)[:, None] * I + i[None, :]
@@ -299,11 +301,12 @@ def _grow(total, g, w, S, N, ABS: tl.constexpr, BLOCK: tl.constexpr):
     inside = at < N
     weight = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
     sum = tl.load(total + at, mask=inside, other=0.0)
-    for s in range(0, S):
-        r = weight * tl.load(g + s.to(tl.int64) * N + at, mask=inside, other=0.0).to(tl.float32)
+    for _ in range(0, S):
+        r = weight * tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
         if ABS:
             r = tl.abs(r)
         sum += r
+        g += N
     tl.store(total + at, sum, mask=inside)
 
 
