@@ -46,15 +46,18 @@ def main() -> int:
     done = [c for c in cells if not gaps(scan(c.path, c.digest)[0], c.rows)]
     merged = {c.name: merged_file(c, schema, experiment) for c in done}
     found = {name: summarise(path, name, layers) for name, path in merged.items()}
+    model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
     if experiment.score.wanda and found:
-        add_wanda(model_input(this.site.cache, experiment.model.id, experiment.model.revision), parts, merged, found)
+        add_wanda(model, parts, merged, found)
     summaries = {c.name: found.get(c.name) for c in cells}
     keep_others(folder, cells)
     about = {c.name: write_scores(c, schema, merged[c.name], found[c.name], layers, folder) for c in done}
     words = table(summaries, layers, EXPLAINED[experiment.score.target]) + rounding_words(about)
     write_bytes(folder / "attribution_table.txt", (words + "\n").encode())
     sets = {c.name: about.get(c.name) for c in cells}  # None: missing
-    write_json(folder / "provenance.json", {"sets": sets, "experiment": experiment.model_dump(mode="json")})
+    inputs = {"model": model.fingerprint, **{n: experiment.input_of(this.site.cache, n).sha256 for n in summaries}}
+    settings = experiment.model_dump(mode="json")
+    write_json(folder / "provenance.json", {"sets": sets, "inputs": inputs, "experiment": settings})
     print(overview(summaries))
     for path in [folder / "attribution_table.txt", *draw(merged, summaries, layers, folder)]:
         print(path)

@@ -174,7 +174,10 @@ def test_provenance_vouches_for_what_was_written(folder, neuron):
     raw = json.loads((folder / "out/neuron/provenance.json").read_text())
     cells = {c.name: c for c in neuron[0].cells(folder / "cache", folder / "scratch")}
     assert list(raw["sets"]) == sorted(SETS) and raw["experiment"]["score"]["rule"] == "attnlrp"
+    assert raw["inputs"].keys() == {"model", *SETS}
     for name, about in raw["sets"].items():
+        samples = next((folder / "cache/inputs/samples").glob(f"{name}-????????????/samples.h5"))
+        assert raw["inputs"][name] == hashlib.sha256(samples.read_bytes()).hexdigest()
         assert about["digest"] == cells[name].digest and about["rounding"] is None
         assert about["sha256"] == hashlib.sha256((folder / f"out/neuron/{name}/scores.h5").read_bytes()).hexdigest()
         assert about["merged_sha256"] == hashlib.sha256((cells[name].path / "merged.h5").read_bytes()).hexdigest()
