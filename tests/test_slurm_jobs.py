@@ -30,7 +30,7 @@ def inputs(tmp_path_factory):
     (folder / "small.yaml").write_text(
         f"kind: lls\nname: small\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [{', '.join(TRAITS)}]\n"
         f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
-        "score: {batch_tokens: 4096, head_rows: 64, per_token: true, check_every: 0}\n"
+        "score: {batch_tokens: 2048, head_rows: 64, per_token: true, check_every: 0}\n"
         "run: {shard_rows: 1, gpus: 1, log_seconds: 1}\n"
     )
     fetch(load(folder / "small.yaml"), folder / "cache")
@@ -157,8 +157,8 @@ def test_an_array_from_submission_to_export(run, undisturbed):
     assert "30 shards hold, 0 do not, 0 rows are not done" in run.make("verify")
 
 
-def restarts(run: Run, job: str) -> list[str]:
-    return [run.slurm.show(f"{job}_{i}")["Restarts"] for i in range(3)]
+def restarts(run: Run, job: str, *indices: int) -> list[str]:
+    return [run.slurm.show(f"{job}_{i}")["Restarts"] for i in indices]
 
 
 def test_warned_requeued_or_preempted_a_task_comes_back_by_itself(run, undisturbed):
@@ -167,8 +167,8 @@ def test_warned_requeued_or_preempted_a_task_comes_back_by_itself(run, undisturb
     warned, requeued, preempted = run.freeze(0, 1, 2)
     run.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
     thaw(warned, after=signal.SIGUSR1)
-    wait_until(lambda: restarts(run, job)[0] == "1", 30, lambda: run.log(0))
-    assert restarts(run, job) == ["1", "0", "0"]
+    wait_until(lambda: restarts(run, job, 0) == ["1"], 30, lambda: run.log(0))
+    assert restarts(run, job, 0, 1, 2) == ["1", "0", "0"]
     run.slurm.run("scontrol", "requeue", f"{job}_1")
     thaw(requeued, after=signal.SIGTERM)
     node = run.slurm.show(f"{job}_2")["NodeList"]
@@ -178,7 +178,7 @@ def test_warned_requeued_or_preempted_a_task_comes_back_by_itself(run, undisturb
     thaw(preempted, after=signal.SIGTERM)
     run.slurm.wait_for(high, "COMPLETED", timeout=60)
     run.slurm.wait_for(job, "COMPLETED", timeout=120)
-    assert restarts(run, job) == ["1", "1", "1"]
+    assert restarts(run, job, 0, 1, 2) == ["1", "1", "1"]
     log = run.log(0)
     assert "stopping after this shard" in log and f"requeue {job}_0" in log and "restart 1" in log
     assert [r["State"] for r in run.slurm.sacct(f"{job}_2", rows=2)] == ["PREEMPTED", "COMPLETED"]
@@ -188,26 +188,26 @@ def test_warned_requeued_or_preempted_a_task_comes_back_by_itself(run, undisturb
 
 
 def test_time_limits_with_and_without_warning(run, undisturbed):
-    """Slurm looks at limits every 30 s. --time=1 with a warning 180 s ahead: it sends USR1, never TIMEOUT. A limit
+    """Slurm looks at limits every 30 s. A limit less than the warning's 180 s ahead: it sends USR1, never TIMEOUT. One
     moved up to now: warning and TERM come together, and it is for the user to resume."""
-    warned = run.sbatch(["--array=1", "--time=1"])
-    sudden = run.submit("2")
-    frozen = run.freeze(1, 2)
-    now = ["scontrol", "update", f"jobid={sudden}_2", "EndTime=now+1seconds"]
-    subprocess.run(now, env=run.slurm.env, check=False, capture_output=True)  # its exit code is 1 although it does it
-    thaw(frozen[0], after=signal.SIGUSR1)
-    wait_until(lambda: run.slurm.show(f"{warned}_1")["Restarts"] == "1", 80, lambda: run.log(1))
+    job = run.submit("1-2")
+    warned, sudden = run.freeze(1, 2)
+    for task, limit in ((1, "TimeLimit=2"), (2, "EndTime=now+1seconds")):
+        command = ["scontrol", "update", f"jobid={job}_{task}", limit]
+        subprocess.run(command, env=run.slurm.env, check=False, capture_output=True)  # exits with 1 although it does it
+    thaw(warned, after=signal.SIGUSR1)
+    wait_until(lambda: restarts(run, job, 1) == ["1"], 60, lambda: run.log(1))
     assert "the time limit is near" in run.log(1) and 1 <= run.shards(1) < ROWS
-    thaw(frozen[1], after=signal.SIGTERM)
-    run.slurm.wait_for(sudden, "TIMEOUT", timeout=90)
-    run.slurm.sacct(sudden)
+    thaw(sudden, after=signal.SIGTERM)
+    run.slurm.wait_for(f"{job}_2", "TIMEOUT", timeout=90)
+    run.slurm.sacct(f"{job}_2")
     state = run.state(2)
     assert state["state"] == "failed" and "TIMEOUT (sacct)" in state["note"] and 0 < state["done"] < ROWS
-    assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(warned, rows=0)}
-    run.slurm.wait_for(warned, "COMPLETED", timeout=120)
+    run.slurm.wait_for(f"{job}_1", "COMPLETED", timeout=120)
+    assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(f"{job}_1", rows=2)}
     again = run.make("resume").split()[2].rstrip(":")
     run.slurm.wait_for(again, "COMPLETED", timeout=120)
-    assert run.merged(2) == undisturbed[2] and run.merged(1) == undisturbed[1]
+    assert [run.merged(1), run.merged(2)] == undisturbed[1:]
 
 
 def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
