@@ -1,5 +1,6 @@
 """Columns of arrays, and raw ones that are never in memory whole: plain numpy, full disks, kills, flipped bits."""
 
+import hashlib
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from lib.store import Cell, Column, commit, merge, read_array, scan
 from lib.store.atomic import HOST
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
-from lib.store.merge import rounding_of
+from lib.store.merge import merged_is_current, rounding_of
 from lib.store.raw import PIECE
 from lib.store.shards import sweep
 
@@ -96,6 +97,20 @@ def test_the_same_values_give_the_same_file_given_at_once_or_when_asked_for(cell
     second = commit(cell.path, DIGEST, 0, 1, SCHEMA, lazy, {"seconds": 1.0})
     assert second.file.read_bytes() == first and asked == RAW
     assert len(list(cell.path.glob("*.h5"))) == 1
+
+
+@pytest.mark.parametrize("sizes", [(70_000, 3, 20_000, 5, 1_500_000, 900), (1_200_000, 30_000, 20_000)], ids=len)
+@pytest.mark.parametrize("last", ["float32", "bfloat16"])
+def test_the_sha256_is_the_files_whatever_lies_where(cell, last, sizes):
+    """It keeps pace with the writing where all between arrays is known; small ones may fill holes before large ones."""
+    schema = {f"x/{i}": Column("float32", shape=(size,), raw=True) for i, size in enumerate(sizes)}
+    schema = {"n": Column("int32"), **schema, "y": Column(last, shape=(sizes[-1],), raw=True), "z": Column("float64")}
+    columns = {k: np.ones((1, *c.shape), np.float32 if c.raw else c.dtype) for k, c in schema.items()}
+    marker = commit(cell.path, DIGEST, 0, 1, schema, columns, {"seconds": 1.0})
+    assert marker.sha256 == hashlib.sha256(marker.file.read_bytes()).hexdigest()
+    one = Cell(0, "x", 1, DIGEST, cell.path)
+    merge(one, schema, "{}")
+    assert merged_is_current(one)
 
 
 @pytest.mark.parametrize("wrong", ["shape", "error"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -50,6 +51,10 @@ class Place:
     def bytes(self) -> int:
         return self.column.stored.itemsize * prod(self.shape)
 
+    @property
+    def rounded(self) -> bool:
+        return self.column.dtype == "bfloat16"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -75,7 +80,7 @@ def write_with_raw(
     order, one array ahead of the writing. So at most two are in memory, and a device can compute while they are stored.
     """
     lead = () if rows is None else (rows,)
-    sketch, pieces = Sketch(), []
+    sketch = Sketch()
     with (
         temporary(folder / name("")) as tmp,
         tmp.open("xb") as out,
@@ -85,16 +90,13 @@ def write_with_raw(
         fill(f, schema, columns, attributes)
         places = [_reserve(f, key, c, (*lead, *c.shape)) for key, c in schema.items() if c.raw]
         check_room(folder / name(""), f.id.get_filesize())
-        for place, array in _arrays(places, columns):
-            made = list(_in_order(pool, partial(_put, out.fileno(), place), _parts(array)))
-            del array
-            pieces += [piece for piece, _ in made]
-            if place.column.dtype == "bfloat16":
-                _note(f[place.name], [cost for _, cost in made])
+        if not any(place.rounded for place in places):
+            f.close()  # nothing is to be noted in it any more
+        pieces, sha = _put_arrays(out.fileno(), f, sketch, places, _arrays(places, columns), pool)
         f.close()
         pieces += _put_structure(out.fileno(), sketch, places)
         os.fsync(out.fileno())
-        sha = _read_back(tmp, sorted(pieces, key=lambda p: p.offset), sketch.size, pool)
+        sha = _read_back(tmp, sorted(pieces, key=lambda p: p.offset), sketch.size, pool, sha)
         path = folder / name(sha)
         tmp.replace(path)
     return Written(path, sha, sketch.size)
@@ -125,6 +127,37 @@ def _note(dataset: h5py.Dataset, costs: list[Rounding]) -> None:
     dataset.attrs["rounding_l1_relative"] = cost.l1_relative
 
 
+def _put_arrays(
+    fd: int,
+    f: h5py.File,
+    sketch: Sketch,
+    places: list[Place],
+    arrays: Iterator[tuple[Place, np.ndarray]],
+    pool: ThreadPoolExecutor,
+) -> tuple[list[Piece], str]:
+    """Write all arrays. The sha256 of the file keeps pace where all that stands between them is known already; it is
+    empty where it is not: a rounded array's errors are noted before the array, and known after it."""
+    pieces: list[Piece] = []
+    known = not f and all(a.offset < b.offset for a, b in pairwise(places))
+    whole, end = hashlib.sha256(), 0
+    for place, array in arrays:
+        if known:
+            whole.update(sketch.cut(end, place.offset))
+        end = place.offset + place.bytes
+        costs = []
+        for piece, cost, data in _in_order(pool, partial(_put, fd, place), _parts(array)):
+            pieces.append(piece)
+            costs.append(cost)
+            if known:
+                whole.update(data)
+        del array, data
+        if place.rounded:
+            _note(f[place.name], costs)
+    if known:
+        whole.update(sketch.cut(end, sketch.size))
+    return pieces, whole.hexdigest() if known else ""
+
+
 def _arrays(places: list[Place], columns: Mapping[str, Values]) -> Iterator[tuple[Place, np.ndarray]]:
     """Each array flat, while the next one is fetched."""
     with ThreadPoolExecutor(1) as ahead:
@@ -148,11 +181,12 @@ def _parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return ((start, array[start : start + PIECE]) for start in range(0, len(array), PIECE))
 
 
-def _put(fd: int, place: Place, part: tuple[int, np.ndarray]) -> tuple[Piece, Rounding]:
+def _put(fd: int, place: Place, part: tuple[int, np.ndarray]) -> tuple[Piece, Rounding, memoryview]:
     """Round where that is asked for, hash, write to its place in the file."""
     start, values = part
-    stored, cost = _rounded(values) if place.column.dtype == "bfloat16" else (values, Rounding())
-    return _write(fd, stored.view(np.uint8).data, place.offset + start * stored.itemsize), cost
+    stored, cost = _rounded(values) if place.rounded else (values, Rounding())
+    data = stored.view(np.uint8).data
+    return _write(fd, data, place.offset + start * stored.itemsize), cost, data
 
 
 def _rounded(values: np.ndarray) -> tuple[np.ndarray, Rounding]:
@@ -180,18 +214,19 @@ def _write(fd: int, data: memoryview, offset: int) -> Piece:
     return Piece(offset, len(data), hashlib.sha256(data).digest())
 
 
-def _read_back(path: Path, pieces: list[Piece], size: int, pool: ThreadPoolExecutor) -> str:
-    """The sha256 of the whole file, once every byte of it is what was in memory."""
+def _read_back(path: Path, pieces: list[Piece], size: int, pool: ThreadPoolExecutor, sha: str) -> str:
+    """The sha256 of the whole file, once every byte of it is what was in memory; `sha` where that one is known."""
     whole, at = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as f:
         for piece, data in zip(pieces, _in_order(pool, partial(_read, f.fileno()), pieces), strict=True):
             if piece.offset != at:
                 raise OSError(errno.EIO, "the pieces leave a hole", str(path))
             at += len(data)
-            whole.update(data)
+            if not sha:
+                whole.update(data)
         if at != size or os.fstat(f.fileno()).st_size != size:
             raise OSError(errno.EIO, "the file has another size than what was written", str(path))
-    return whole.hexdigest()
+    return sha or whole.hexdigest()
 
 
 def _read(fd: int, piece: Piece) -> bytearray:
