@@ -23,7 +23,7 @@ def main() -> int:
         cell,
         experiment.schema(this.site.cache),
         lambda: load_kernel(this, experiment, cell),
-        shard_rows=experiment.run.shard_rows if experiment.score.level == "neuron" else 1,
+        shard_rows=experiment.shard_rows(this.site.cache, cell.name),
         log_seconds=experiment.run.log_seconds,
         gpus=experiment.run.gpus,
     )
@@ -43,6 +43,10 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
 
     found = model_input(cache, experiment.model.id, experiment.model.revision)
     config, devices, kind = load_config(found.path), visible_devices(), getattr(torch, experiment.model.dtype)
+    if score.tokens and max(score.tokens) >= config.vocab_size:
+        raise UserError(
+            f"score.tokens: {max(score.tokens)} is no token, the model has a vocabulary of {config.vocab_size}"
+        )
     recompute = False
     if devices[0].type == "cuda":
         free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
@@ -141,9 +145,16 @@ class AttributionKernel:
             name, count = next(iter(broken.items()))
             raise UserError(
                 f"{count} scores of {name} are NaN or infinite, and {sum(broken.values())} in {len(broken)} layers: "
-                f"the weights hold NaN, or overflow in {self.experiment.model.dtype}; fetch them again, try "
-                "model.dtype=float32, or allow so many with score.nonfinite"
+                f"{self._why()}, or allow so many with score.nonfinite"
             )
+
+    def _why(self) -> str:
+        """One NaN spreads to the scores of all layers: its source is in the weights, or they overflow."""
+        for name, weight in self.attributor.model.named_parameters():
+            count = sum(int((~part.isfinite()).sum()) for part in weight.flatten().split(1 << 26))
+            if count:
+                return f"{name} holds {count} values that are not finite; fetch the model again"
+        return f"all weights are finite, so {self.experiment.model.dtype} overflows; try a wider model.dtype"
 
 
 def _joined(values: dict[str, Any], names: list[str]) -> np.ndarray:

@@ -28,9 +28,8 @@ def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> li
         rows = sum(b - a for a, b in missing)
         width = sum(c.value_bytes * (cost.values if c.per else 1) for c in experiment.schema(cache).values())
         hours = rows * cost.flops / rate / 3600
-        plans.append(
-            CellPlan(cell, rows, plan_shards(missing, experiment.run.shard_rows), round(width * cell.rows), hours)
-        )
+        shards = plan_shards(missing, experiment.shard_rows(cache, cell.name))
+        plans.append(CellPlan(cell, rows, shards, round(width * cell.rows), hours))
     return plans
 
 

@@ -152,7 +152,7 @@ def show(r: Request, indices: list[int], throttle: int) -> None:
     print(f"# would run: {shlex.join(sbatch_command(r, indices, throttle))}\n")
     plans = [p for p in plan_of(r.experiment, r.cells, r.site.cache, r.site.gpu) if p.cell.index in indices]
     print(table(plans, r.site.gpu, r.experiment.share))
-    print(f"shards of {r.experiment.run.shard_rows} rows under {run_folder(r.cells)}")
+    print(f"shards under {run_folder(r.cells)}")
 
 
 def cancel(r: Request) -> None:

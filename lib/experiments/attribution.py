@@ -6,7 +6,7 @@ cut merges to the same bits. Level weight: a row is the sum over a block of samp
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,7 +35,9 @@ class AttributeSpec(Frozen):
     target: Literal["last", "all", "given"] = Field(
         "last", description="explained: the largest logit at the last position, at every one, or those of `tokens`"
     )
-    tokens: list[int] = Field(default=[], description="target=given: token ids explained at the last position")
+    tokens: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], description="target=given: token ids explained at the last position"
+    )
     wanda: bool = Field(False, description="sums of squares of each layer's input, in the same pass")
     batch_tokens: int = Field(4096, ge=16, description="tokens a batch: short samples share one")
     block: int = Field(128, ge=1, description="level weight: samples added up in one row")
@@ -106,7 +108,16 @@ class Attribution(Experiment):
         """(samples, tokens) of every batch of a cell: its shape decides the last bits, so it is the experiment's."""
         width = -(-self.input_of(cache, cell).longest // WIDTH_STEP) * WIDTH_STEP
         most, count = max(1, self.score.batch_tokens // width), self.samples(cache, cell)
+        if self.score.level == "weight":
+            count = min(count, self.score.block)
         return -(-count // -(-count // most)), width  # as few batches as can be, evenly filled
+
+    def shard_rows(self, cache: Path, cell: str) -> int:
+        """Level neuron: whole batches, since a part of one takes as long. Level weight: a block is large."""
+        if self.score.level == "weight":
+            return 1
+        batch = self.batch(cache, cell)[0]
+        return -(-self.run.shard_rows // batch) * batch
 
     def layout(self, cache: Path) -> list[Part]:
         """The scored layers, by the checkpoint's headers."""
@@ -157,19 +168,21 @@ class Attribution(Experiment):
         return columns
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
-        """A set's digest knows nothing of the other sets, so adding a behaviour redoes nothing."""
+        """A set's digest knows nothing of the other sets, so adding a behaviour redoes nothing (but for target=all and
+        prompts longer than all else: every cell has as many columns)."""
         model, found = model_input(cache, self.model.id, self.model.revision).fingerprint, []
         for index, name in enumerate(self.names()):
             rows = self.samples(cache, name)
-            digest = digest_of(
-                {
-                    "kernel": KERNEL,
-                    "model": {"fingerprint": model, "dtype": self.model.dtype},
-                    "data": self.input_of(cache, name).sha256,
-                    "samples": rows,
-                    "score": self.score.model_dump(mode="json", exclude={"nonfinite"}),
-                }
-            )
+            parts = {
+                "kernel": KERNEL,
+                "model": {"fingerprint": model, "dtype": self.model.dtype},
+                "data": self.input_of(cache, name).sha256,
+                "samples": rows,
+                "score": self.score.model_dump(mode="json", exclude={"nonfinite"}),
+            }
+            if self.score.target == "all":
+                parts["explained"] = self.explained(cache)
+            digest = digest_of(parts)
             if self.score.level == "weight":
                 rows = -(-rows // self.score.block)
             found.append(Cell(index, name, rows, digest, scratch / self.label / "cells" / f"{name}-{digest[:8]}"))
@@ -187,4 +200,7 @@ class Attribution(Experiment):
         for name in self.names():
             tokens = self.batch(cache, name)[1]
             flops = 2 * tokens * (body * (2 if self.score.scores else 1) + (scored if self.score.scores else 0))
-            yield Cost(flops * (self.score.block if self.score.level == "weight" else 1), 0)
+            if self.score.level == "weight":  # of a block; the last one may be smaller
+                samples = self.samples(cache, name)
+                flops = flops * samples / -(-samples // self.score.block)
+            yield Cost(flops, 0)

@@ -86,6 +86,10 @@ class Experiment(Frozen):
         """Arithmetic and values of a row, cell by cell; a UserError names an input that is not fetched."""
         raise NotImplementedError
 
+    def shard_rows(self, cache: Path, cell: str) -> int:
+        """Rows that the job commits at once."""
+        return self.run.shard_rows
+
     def models(self) -> list[ModelSpec]:
         raise NotImplementedError
 
