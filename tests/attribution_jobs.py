@@ -137,7 +137,7 @@ def run_job(arguments: list[str], env: dict[str, str]) -> None:
 
 def write_texts(folder: Path) -> None:
     """c4/ and prompts/ in the layouts of allenai/c4 and RealToxicityPrompts; some rows must be passed over."""
-    texts = [turn["content"] for row in number_rows(40, 5) for turn in row["messages"]]
+    texts = [turn["content"] for row in number_rows(90, 5) for turn in row["messages"]]
     (folder / "c4/en").mkdir(parents=True)
     for shard in range(2):
         rows = [json.dumps({"text": t, "url": f"url/{i}"}) + "\n" for i, t in enumerate(texts) if i % 4 // 2 == shard]
@@ -167,12 +167,13 @@ def tiny_opt(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def fetched(folder: Path, texts: Path) -> Place:
+def fetched(folder: Path, texts: Path, name: str = "exp", samples: int = SAMPLES, seeds: str = "[0, 1, 2]") -> Place:
     """An experiment with the model in this folder."""
-    place = Place(folder / "exp.yaml", folder / "cache", folder / "scratch")
+    place = Place(folder / f"{name}.yaml", folder / "cache", folder / "scratch")
+    general = f"config: en, seeds: {seeds}, samples: {samples}, tokens: {TOKENS}, buffer: 10"
     place.config.write_text(
-        f"kind: attribution\nname: exp\nmodel: {{id: {place.model}, dtype: float32}}\ndata:\n"
-        f"  general: {{id: {texts}/c4, config: en, samples: {SAMPLES}, tokens: {TOKENS}, buffer: 10}}\n"
+        f"kind: attribution\nname: {name}\nmodel: {{id: {place.model}, dtype: float32}}\ndata:\n"
+        f"  general: {{id: {texts}/c4, {general}}}\n"
         f"  prompts: {{toxic: {{id: {texts}/prompts, samples: {PROMPTS}, held_out: true}}}}\n"
         f"score: {{wanda: true, batch_tokens: {2 * TOKENS}, layers: [up_proj]}}\n"
         "run: {shard_rows: 2, gpus: 0, log_seconds: 1}\n"

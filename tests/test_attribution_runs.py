@@ -1,0 +1,310 @@
+"""Attribution's runs: cut anyhow, killed, twice at once; what they cost; and one sentence where they cannot."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from attribution_jobs import ROWS, TOKENS, Place, fetched, write_texts
+from conftest import ROOT
+from safetensors.numpy import load_file, save_file
+from tools import tiny_llama
+
+from jobs.fetch import fetch
+from lib.cluster.plan import TFLOPS, plan
+from lib.store import scan
+
+ALONE = f"score.batch_tokens={TOKENS}"  # a sample a batch: as many shards as can be
+WEIGHT = ("score.level=weight", "score.block=1", "score.layers=[up_proj, q_proj]", ALONE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("runs")
+    write_texts(folder)
+    tiny_llama(folder / "model")
+    return fetched(folder, folder)
+
+
+def shards(place: Place, name: str, *overrides: str) -> list[tuple[int, int]]:
+    cell = place.cell(name, *overrides)
+    return [(shard.start, shard.stop) for shard in scan(cell.path, cell.digest)[0]]
+
+
+# Cut and killed
+
+
+def whole(place: Place, name: str, *overrides: str) -> bytes:
+    """merged.h5 of a run that nobody disturbed."""
+    place.results(name, *overrides)
+    return place.merge(name, *overrides).read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_any_cut_merges_to_the_same_bytes(place, tmp_path, batch):
+    """A shard is whole batches, so a sample has the same neighbours in each."""
+    tokens = f"score.batch_tokens={batch * TOKENS}"
+    wanted, cuts = whole(place, "general-1", tokens, "run.shard_rows=1000"), []
+    for size in (1, 3, 4):
+        here = place.at(tmp_path / str(size))
+        assert whole(here, "general-1", tokens, f"run.shard_rows={size}") == wanted
+        cuts.append([stop - start for start, stop in shards(here, "general-1", tokens)])
+    assert cuts == ([[1] * 7, [3, 3, 1], [4, 3]] if batch == 1 else [[3, 3, 1], [3, 3, 1], [6, 1]])
+
+
+LONG = 60  # samples: a job of a second
+
+
+@pytest.fixture(scope="module")
+def long(place) -> Place:
+    return fetched(place.config.parent, place.config.parent, "long", LONG, "[0]")
+
+
+def reached(place: Place, process, count: int, *overrides: str) -> None:
+    while len(shards(place, "general-0", *overrides)) < count:
+        assert process.is_alive(), process.exitcode
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("overrides", [(ALONE,), WEIGHT, (*WEIGHT, "score.store=bfloat16")])
+def test_kill_9_and_another_cut_give_the_same_bytes(long, tmp_path, overrides):
+    """While it loads, and twice at random moments after a few shards."""
+    wanted, here, dice = whole(long, "general-0", *overrides), long.at(tmp_path), random.Random(5)
+    for size, more in ((5, 0), (1, 2), (3, 1)):
+        before = len(shards(here, "general-0", *overrides))
+        process = here.start(0, *overrides, f"run.shard_rows={size}")
+        reached(here, process, before + more, *overrides)
+        time.sleep(dice.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 3 <= len(shards(here, "general-0", *overrides)) < LONG
+    assert whole(here, "general-0", *overrides, "run.shard_rows=7") == wanted
+    left = {path.suffix for path in here.cell("general-0", *overrides).path.iterdir()}
+    assert left == {".json", ".h5"}
+
+
+@pytest.mark.parametrize("overrides", [(ALONE, "run.shard_rows=1"), WEIGHT])
+def test_two_copies_of_a_task_at_once(long, tmp_path, overrides):
+    """They start together; later one is held while the other comes to its end."""
+    wanted, here = whole(long, "general-0", *overrides), long.at(tmp_path)
+    first, second = (here.start(0, *overrides) for _ in range(2))
+    reached(here, first, 10, *overrides)
+    os.kill(first.pid, signal.SIGSTOP)
+    second.join()
+    assert len(shards(here, "general-0", *overrides)) == LONG
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
+    assert (first.exitcode, second.exitcode) == (0, 0)
+    assert shards(here, "general-0", *overrides) == [(i, i + 1) for i in range(LONG)]
+    assert here.merge("general-0", *overrides).read_bytes() == wanted
+
+
+# What cannot be
+
+
+def refused(place: Place, says: str, *overrides: str, index: int = 0) -> None:
+    done = place.compute(index, *overrides)
+    assert done.code == 2 and done.err.startswith("error: ") and len(done.err.splitlines()) == 1, done.err
+    assert says in done.err and not list(place.scratch.rglob("*.h5"))
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("score.layers=[up_prj]", "no linear layer is called 'up_prj'; there are: down_proj"),
+        ("score.layers=[up_prj]", "did you mean up_proj?"),
+        ("score.target=given", "tokens are for target: given, which needs them"),
+        ("score.tokens=[4]", "tokens are for target: given"),
+        ("score.scores=[]", "nothing would be computed"),
+        ("score.rule=cplrp", "did you mean cp_lrp?"),
+        ("score.lvel=weight", "unknown key; valid: rule, level"),
+    ],
+)
+def test_settings_that_make_no_sense(place, tmp_path, override, says):
+    refused(place.at(tmp_path), says, override, *(["score.wanda=false"] if "scores=" in override else []))
+
+
+@pytest.mark.parametrize("token, says", [(-1, "greater than or equal to 0"), (291, "has a vocabulary of 291")])
+def test_a_token_that_the_model_does_not_have(place, tmp_path, token, says):
+    refused(place.at(tmp_path), says, "score.target=given", f"score.tokens=[5, {token}]")
+
+
+def test_an_index_beyond_the_sets(place, tmp_path):
+    refused(place.at(tmp_path), "has cells 0-3 (general-0, general-1, general-2, toxic)", index=4)
+
+
+def test_another_kind_of_experiment(place, tmp_path):
+    lls = replace(place.at(tmp_path), config=ROOT / "configs/demo_lls.yaml")
+    refused(lls, "is of kind lls: submit it with make submit-lls, then make export-lls")
+
+
+def test_sets_that_are_not_prepared(place, tmp_path):
+    shutil.copytree(place.cache, tmp_path / "cache")
+    here = replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
+    file = next((here.cache / "inputs/samples").glob("toxic-*/samples.h5"))
+    os.truncate(file, file.stat().st_size - 100)
+    refused(here, "is not the file that was prepared (its sha256 differs); run `make fetch` with this CONFIG", index=3)
+    assert here.compute(0).code == 0
+    shutil.rmtree(file.parent)
+    here = here.at(tmp_path / "other")
+    refused(here, "samples toxic are not prepared; run `make fetch` with this CONFIG", index=3)
+    fetch(here.experiment(), here.cache)
+    assert whole(here, "toxic") == whole(place, "toxic")
+
+
+def test_texts_that_changed_since_they_were_fetched(place, tmp_path):
+    path = place.config.parent / "prompts/prompts.jsonl"
+    text, stamp = path.read_text(), path.stat()
+    try:
+        path.write_text(text + text.splitlines()[0] + "\n")
+        refused(
+            place.at(tmp_path), "has changed since samples toxic were made; run `make fetch` again with this", index=3
+        )
+    finally:
+        path.write_text(text)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+@pytest.fixture
+def nan(place, tmp_path) -> Place:
+    """A model of which one weight is NaN since it was fetched."""
+    shutil.copytree(place.cache, tmp_path / "cache")
+    shutil.copytree(place.model, tmp_path / "model")
+    record = next((tmp_path / "cache/inputs/models").glob("*/input.json"))
+    raw = json.loads(record.read_text())
+    record.write_text(json.dumps(raw | {"path": str(tmp_path / "model")}))
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
+    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    return replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("level", ["neuron", "weight"])
+def test_nan_stops_the_run_above_the_limit_and_is_never_made_zero(nan, level):
+    overrides = (f"score.level={level}", "score.scores=[signed]", "score.block=7", "run.shard_rows=7")
+    # All relevance flows through layer 1, so all scores are NaN: 3 layers of 80 neurons (or 80 x 48 weights); and the
+    # inputs of layer 2's 48: of 7 samples each.
+    scores = 7 * 80 if level == "neuron" else 80 * 48
+    count = 3 * scores + 7 * 48
+    refused(
+        nan, f"{scores} scores of model.layers.0.mlp.up_proj are NaN or infinite, and {count} in 3 layers", *overrides
+    )
+    refused(
+        nan, "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite; fetch the model again", *overrides
+    )
+    refused(nan, "NaN", *overrides, f"score.nonfinite={count - 1}")
+    columns = nan.results("general-0", *overrides, f"score.nonfinite={count}")
+    broken = [v for name, v in columns.items() if name.startswith("signed")]
+    assert all(np.isnan(v).all() for v in broken) and np.isnan(columns["logit"][columns["target"][..., 0] >= 0]).all()
+    assert columns["nonfinite"].sum(0).tolist() == [scores, scores, scores + 7 * 48]
+    assert np.isnan(columns["sumsq"]).sum(1).tolist() == [48] * len(columns["sumsq"])
+
+
+# What it costs, and what it depends on
+
+
+def body() -> int:
+    """Parameters that every token passes: q, k, v, o, the MLP and two norms a layer, and the last norm."""
+    return 3 * (2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 80 + 2 * 48) + 48
+
+
+def test_the_plan_counts_samples_bytes_and_arithmetic(place, tmp_path):
+    here, experiment = place.at(tmp_path), place.experiment()
+    width = -(-max(map(len, here.samples("toxic").ids)) // 8) * 8
+    plans = plan(experiment, experiment.cells(here.cache, here.scratch), here.cache, "h200")
+    # tokens, target, logit; a count for each of 3 layers; 2 scores of 240 neurons; 3 x 48 sums of squares
+    row = 4 * (3 + 3 + 2 * 240 + 3 * 48)
+    assert [(p.rows, p.bytes) for p in plans] == [(7, 7 * row)] * 3 + [(6, 6 * row)]
+    for p, tokens in zip(plans, (TOKENS, TOKENS, TOKENS, width), strict=True):
+        flops = 2 * tokens * (2 * body() + 3 * 80 * 48) * p.rows
+        assert p.gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
+    few = place.experiment("score.scores=[]")
+    alone = plan(few, few.cells(here.cache, here.scratch), here.cache, "h200")[0]
+    assert alone.gpu_hours / plans[0].gpu_hours == pytest.approx(body() / (2 * body() + 3 * 80 * 48))
+    assert alone.bytes == 7 * 4 * (1 + 3 + 3 * 48)
+
+
+def test_the_plan_of_weights_counts_blocks(place, tmp_path):
+    """A last block of one sample costs one sample; a block is a shard."""
+    experiment = place.experiment("score.level=weight", "score.block=3", "score.store=bfloat16", "score.wanda=false")
+    plans = plan(experiment, experiment.cells(place.cache, tmp_path), place.cache, "h200")
+    # samples and tokens (8 bytes), 3 counts, 3 targets and logits; 2 scores of 3 layers in 2 bytes
+    assert [p.bytes for p in plans] == [n * (4 + 8 + 12 + 12 + 12 + 2 * 3 * 80 * 48 * 2) for n in (3, 3, 3, 2)]
+    assert [p.shards for p in plans] == [[(0, 1), (1, 2), (2, 3)]] * 3 + [[(0, 1), (1, 2)]]
+    flops = 2 * TOKENS * (2 * body() + 3 * 80 * 48) * 7
+    assert plans[0].gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
+
+
+def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
+    here = place.at(tmp_path)
+    said = here.here("cluster", "submit", "--config", str(here.config), "--dry", SUITE_SITE="fasrc", FASRC_LAB="my_lab")
+    assert said.code == 0, said.err
+    assert (ROOT / "slurm/compute_attributions.sbatch").read_text().strip() in said.out
+    assert "--array=0-3%16 --job-name=exp slurm/compute_attributions.sbatch" in said.out
+    lines = [line.split() for line in said.out.splitlines()]
+    assert ["cell", "name", "rows", "to", "do", "shards", "bytes", "GPU-hours"] in lines
+    for index, name in enumerate(ROWS):  # 2,520 bytes a row (above); batches of 2 samples
+        shown = next(line for line in lines if line[:2] == [str(index), name])
+        assert shown[2:7] == [
+            str(ROWS[name]),
+            str(ROWS[name]),
+            "4" if index < 3 else shown[4],
+            f"{2.52 * ROWS[name]:.3g}",
+            "kB",
+        ]
+    assert not list(tmp_path.iterdir())
+
+
+def digests(place: Place, *overrides: str) -> dict[str, str]:
+    return {c.name: c.digest for c in place.experiment(*overrides).cells(place.cache, place.scratch)}
+
+
+def test_settings_that_change_results_change_digests_and_no_others(place):
+    before = digests(place)
+    for override in (
+        *("rule=gradient", "level=weight", "scores=[abs]", "layers=[down_proj]", "target=all", "wanda=false"),
+        *("batch_tokens=24", "block=5", "store=bfloat16"),
+    ):
+        now = digests(place, f"score.{override}")
+        assert not set(now.values()) & set(before.values()), override
+    assert len({digests(place, "score.target=given", f"score.tokens=[{t}]")["toxic"] for t in (4, 5)}) == 2
+    assert digests(place, "model.dtype=bfloat16")["toxic"] != before["toxic"]
+    few = digests(place, "max_samples=6")
+    assert [name for name in ROWS if few[name] != before[name]] == ["general-0", "general-1", "general-2"]
+    assert digests(place, "run.shard_rows=1", "run.gpus=2", "score.nonfinite=9") == before
+
+
+def test_another_behaviour_leaves_what_is_there(place, tmp_path):
+    folder = tmp_path / "curt"
+    folder.mkdir()
+    rows = [{"text": "numbers " * (90 + i), "toxicity": 1.0} for i in range(4)]  # longer than all other samples
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = replace(place, config=tmp_path / "exp.yaml", scratch=tmp_path / "scratch")
+    text = place.config.read_text()
+    more.config.write_text(text.replace("\n  prompts: {", f"\n  prompts: {{curt: {{id: {folder}, samples: 4}}, "))
+    fetch(more.experiment(), more.cache)
+    before, now = digests(place), digests(more)
+    assert list(now) == ["general-0", "general-1", "general-2", "curt", "toxic"]
+    assert {name: now[name] for name in before} == before
+    every, old = ("score.target=all", "run.shard_rows=1"), replace(more, config=place.config)
+    assert old.compute(3, *every).code == 0  # as many target columns as were needed then
+    shutil.move(next(old.cell("toxic", *every).path.glob("*-00000006.json")), tmp_path)
+    assert more.compute(4, *every).code == 0
+    with h5py.File(more.merge("toxic", *every)) as f:
+        assert f["target"].shape[1] > max(len(ids) for ids in place.samples("toxic").ids) + 8
