@@ -20,7 +20,7 @@ help: ## this page
 setup: ## make .venv with pinned packages (GPU or CPU builds, by itself; SUITE_BUILD=gpu on a login node)
 	@env/setup.sh
 
-demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, by the cluster's job code; minutes on 2 cores
+demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, by the cluster's code; minutes on 2 cores
 	@$(python) -m jobs.demo
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)

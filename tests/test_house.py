@@ -48,9 +48,8 @@ def test_jobs_do_not_import_each_other():
 
 
 def test_store_and_cluster_know_no_model():
-    forbid(
-        rooms("lib/(store|cluster|experiments)/"), "torch", "transformers", "peft", "vllm", "lib.models", "lib.scoring"
-    )
+    heavy = ("torch", "transformers", "peft", "vllm", "lib.models", "lib.scoring", "lib.attribution", "lib.samples")
+    forbid(rooms("lib/(store|cluster|experiments)/"), *heavy)
 
 
 def test_store_knows_nothing_above_it():
@@ -58,7 +57,11 @@ def test_store_knows_nothing_above_it():
 
 
 def test_kernels_know_no_files_no_slurm_no_configs():
-    kernels = [p for p in rooms("lib/(scoring|models)/") if p.name not in ("tiny.py", "load.py", "lls_plots.py")]
+    kernels = [
+        p
+        for p in rooms("lib/(scoring|models|attribution|evaluation)/")
+        if p.name not in ("tiny.py", "load.py", "lls_plots.py")
+    ]
     forbid(
         [p for p in kernels if "plot" not in p.name and "report" not in p.name],
         "lib.cluster",
@@ -69,7 +72,7 @@ def test_kernels_know_no_files_no_slurm_no_configs():
 
 
 def test_the_loop_knows_no_experiment():
-    forbid([ROOT / "lib" / "run.py"], "lib.experiments", "lib.scoring", "lib.models", "torch")
+    forbid([ROOT / "lib" / "run.py"], "lib.experiments", "lib.scoring", "lib.attribution", "lib.models", "torch")
 
 
 def test_importing_the_command_line_takes_no_torch():
@@ -138,25 +141,32 @@ def test_files_stay_short_enough_to_be_seen_whole():
     assert not long
 
 
+SURVIVAL = {"requeue": "", "open-mode": "append", "signal": "B:USR1@180", "output": "slurm/logs/%x-%A_%a.out"}
 GOLDEN = {
-    "job-name": "compute_lls",
-    "array": "0-14%16",
-    "partition": "gpu_requeue",
-    "constraint": "h200",
-    "gpus-per-node": "1",
-    "cpus-per-gpu": "8",
-    "mem-per-gpu": "180G",
-    "time": "0-04:00",
-    "requeue": "",
-    "open-mode": "append",
-    "signal": "B:USR1@180",
-    "output": "slurm/logs/%x-%A_%a.out",
+    "compute_lls": {
+        "array": "0-14%16",
+        "partition": "gpu_requeue",
+        "constraint": "h200",
+        "gpus-per-node": "1",
+        "cpus-per-gpu": "8",
+        "mem-per-gpu": "180G",
+        "time": "0-04:00",
+    },
+    "compute_attributions": {
+        "array": "0-3",
+        "partition": "gpu_requeue",
+        "gpus-per-node": "1",
+        "cpus-per-gpu": "8",
+        "mem-per-gpu": "100G",
+        "time": "0-02:00",
+    },
 }
 
 
-def test_the_lls_batch_file_asks_fasrc_for_exactly_this():
-    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / "slurm/compute_lls.sbatch").read_text(), re.M)
-    assert dict(found) == GOLDEN
+@pytest.mark.parametrize("job", GOLDEN)
+def test_the_batch_file_asks_fasrc_for_exactly_this(job):
+    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / f"slurm/{job}.sbatch").read_text(), re.M)
+    assert dict(found) == {"job-name": job} | GOLDEN[job] | SURVIVAL
 
 
 def test_the_site_is_chosen_in_the_order_that_is_written(tmp_path):
