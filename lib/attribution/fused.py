@@ -226,7 +226,7 @@ def _score(
     weight = tl.load(w + pj.to(tl.int64) * BJ * I + (jj - pj * BJ)[:, None] * I + ii[None, :])
     if not NEURON:
         total = tl.zeros([BJ, BI], tl.float32)
-    for b in range(0, B):
+    for _ in range(0, B):
         g = tl.zeros([BJ, BI], tl.float32)
         t = tl.arange(0, BT)
         a_at, c_at = dy + t[:, None] * J + jj[None, :], x + t[:, None] * I + ii[None, :]

@@ -4,8 +4,9 @@ Nothing global is touched: neither classes nor the table of attention functions.
 on the attention function itself: dividing the gradient of q and k by 4 and of v by 2 can be done where the projections
 put them out, because rope is linear; so eager, sdpa and flash attention all obey it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.attribution.rules import FACTORS, Scale, Tap, TappedLinear, gated, kernels, layer_norm, rms_norm
+from lib.attribution.rules import FACTORS, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
 from lib.errors import UserError, nearest
 from lib.layers import choose
 
@@ -52,19 +53,24 @@ def patched(
             for name in DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     _set(undo, module, name, 0.0)
+        scope = Scope(rule, {model.get_submodule(name): tap for name, tap in (taps or {}).items()})
+        for linear in scope.taps:
+            if any(p.requires_grad for p in linear.parameters()):
+                raise UserError("a tapped layer's weights get no gradient: freeze them (requires_grad_(False))")
+            _set(undo, linear, "forward", partial(_tapped, linear, scope))
         for module in model.modules():
-            if rule != "gradient":
-                _rules(undo, module, rule)
-            elif _is_attention(module):
-                _attention(undo, module, rule)  # the gradient itself, added up in a fixed order
-        anchor = torch.zeros((), requires_grad=True)
-        for name, tap in (taps or {}).items():
-            linear = model.get_submodule(name)
-            _set(undo, linear, "forward", partial(_tapped, linear, anchor, tap))
+            _rules(undo, module, scope)
         if recompute:
             for layer in decoder_layers(model):
                 _set(undo, layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
         yield
+
+
+@dataclass(frozen=True)
+class Scope:
+    rule: str
+    taps: dict[Any, Tap]  # by linear layer
+    anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -79,30 +85,20 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: found[name] for name in choose(found, "all")}
 
 
-def _rules(undo: ExitStack, module: nn.Module, rule: str) -> None:
-    if type(module).__name__.endswith("RMSNorm"):
+def _rules(undo: ExitStack, module: Any, scope: Scope) -> None:
+    if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
+        known = type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight)
+        if known or scope.rule != "gradient":  # of the gradient itself: so that it adds up in a fixed order
+            plain = partial(_scaled_attention, module, module.forward, scope.rule)
+            _set(undo, module, "forward", partial(_whole_attention, module, plain, scope) if known else plain)
+    elif scope.rule == "gradient":
+        return
+    elif type(module).__name__.endswith("RMSNorm"):
         _set(undo, module, "forward", partial(_rms_forward, module))
     elif isinstance(module, nn.LayerNorm):
         _set(undo, module, "forward", partial(_layer_norm_forward, module))
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        _set(undo, module, "forward", partial(_mlp_forward, module, rule))
-    elif _is_attention(module):
-        _attention(undo, module, rule)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
-
-
-def _attention(undo: ExitStack, module: Any, rule: str) -> None:
-    """The factors where q, k, v leave their projections, or, on a GPU, in one function with rope and attention."""
-    whole = [False]  # whether that function is at work: it has the factors itself
-    qk, v = FACTORS[rule]
-    for linear, factor in ((module.q_proj, qk), (module.k_proj, qk), (module.v_proj, v)):
-        if factor != 1:
-            undo.callback(linear.register_forward_hook(partial(_scaled, factor, whole)).remove)
-    if type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight):
-        _set(undo, module, "forward", partial(_attention_forward, module, module.forward, rule, whole))
+        _set(undo, module, "forward", partial(_mlp_forward, module, scope))
 
 
 def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
@@ -114,14 +110,18 @@ def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
     setattr(thing, name, value)
 
 
-def _scaled(factor: float, whole: list[bool], module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-    if whole[0]:
-        return out
-    return Scale.apply(out, factor) if factor else out.detach()
+def _tapped(linear: nn.Linear, scope: Scope, x: torch.Tensor) -> torch.Tensor:
+    return Linears.apply(x, scope.anchor, (scope.taps[linear],), linear.weight, linear.bias)[0]
 
 
-def _tapped(linear: nn.Linear, anchor: torch.Tensor, tap: Tap, x: torch.Tensor) -> torch.Tensor:
-    return TappedLinear.apply(x, linear.weight, linear.bias, anchor, tap)
+def _project(linears: Sequence[Any], scope: Scope, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Layers that read the same input: as one function, unless somebody listens to one, or its weights learn."""
+    plain = not torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in linears)
+    if plain or any(p.requires_grad for m in linears for p in m.parameters()):
+        return [linear(x) for linear in linears]
+    taps = tuple(scope.taps.get(linear) for linear in linears)
+    anchor = scope.anchor if any(taps) else scope.anchor.detach()
+    return Linears.apply(x, anchor, taps, *(p for linear in linears for p in (linear.weight, linear.bias)))
 
 
 def _rms_forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
@@ -132,29 +132,41 @@ def _layer_norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def _mlp_forward(mlp: Any, rule: str, x: torch.Tensor) -> torch.Tensor:
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product: Callable[..., torch.Tensor] = gated
-    return mlp.down_proj(product(gate, up, mlp.act_fn) if rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)
+def _mlp_forward(mlp: Any, scope: Scope, x: torch.Tensor) -> torch.Tensor:
+    gate, up = _project((mlp.gate_proj, mlp.up_proj), scope, x)
+    return mlp.down_proj(gated(gate, up, mlp.act_fn) if scope.rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)
 
 
-def _attention_forward(
+def _scaled_attention(attn: Any, original: Any, rule: str, *args: Any, **kwargs: Any) -> Any:
+    """The model's own attention; the factors where q, k, v leave their projections."""
+    qk, value = FACTORS[rule]
+    with ExitStack() as hooks:
+        for linear, factor in ((attn.q_proj, qk), (attn.k_proj, qk), (attn.v_proj, value)):
+            if factor != 1:
+                hooks.callback(linear.register_forward_hook(partial(_scaled, factor)).remove)
+        return original(*args, **kwargs)
+
+
+def _scaled(factor: float, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+    return Scale.apply(out, factor) if factor else out.detach()
+
+
+def _whole_attention(
     attn: Any,
-    original: Any,
-    rule: str,
-    whole: list[bool],
+    plain: Any,
+    scope: Scope,
     hidden_states: torch.Tensor,
     position_embeddings: Any = None,
     attention_mask: torch.Tensor | None = None,
     past_key_values: Any = None,
     **more: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """Llama's and Qwen2's attention in one function, where nothing but causality hides a token."""
+    """Llama's and Qwen2's attention with rope and factors in one function, where only causality hides a token."""
     from lib.attribution.attention import RopeAttention, supports
 
-    plain = attention_mask is None and past_key_values is None and getattr(attn, "sliding_window", None) is None
-    if not plain or not supports(attn.head_dim):
-        return original(
+    window = getattr(attn, "sliding_window", None)
+    if attention_mask is not None or past_key_values is not None or window is not None or not supports(attn.head_dim):
+        return plain(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -162,10 +174,6 @@ def _attention_forward(
             **more,
         )
     heads = (*hidden_states.shape[:-1], -1, attn.head_dim)
-    whole[0] = True
-    try:
-        q, k, v = (linear(hidden_states).view(heads) for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
-    finally:
-        whole[0] = False
-    out = RopeAttention.apply(q, k, v, *position_embeddings, attn.scaling, rule)
+    q, k, v = (y.view(heads) for y in _project((attn.q_proj, attn.k_proj, attn.v_proj), scope, hidden_states))
+    out = RopeAttention.apply(q, k, v, *position_embeddings, attn.scaling, scope.rule)
     return attn.o_proj(out.flatten(2)), None

@@ -48,27 +48,41 @@ class Scale(torch.autograd.Function):
         return dx * ctx.factor, None
 
 
-class TappedLinear(torch.autograd.Function):
-    """A linear layer that hands (input, output, output's gradient) to a tap while the gradient passes.
+class Linears(torch.autograd.Function):
+    """Linear layers that read the same input; each may have a tap. Frozen weights: only the input gets a gradient, and
+    the parts of it are added up inside the products.
 
     `anchor` requires a gradient and gets none: it makes the graph begin at the first tapped layer, so that nothing
     below it is differentiated."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, anchor: torch.Tensor, tap: Tap
-    ) -> torch.Tensor:
-        y = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, *([y] if tap.output else []))
-        ctx.tap = tap
-        return y
+        ctx: Any, x: torch.Tensor, anchor: torch.Tensor, taps: tuple[Tap | None, ...], *parameters: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """`parameters`: weight and bias of each layer."""
+        weights = parameters[::2]
+        found = tuple(F.linear(x, w, b) for w, b in zip(weights, parameters[1::2], strict=True))
+        outputs = [y if tap and tap.output else None for y, tap in zip(found, taps, strict=True)]
+        ctx.save_for_backward(x if any(taps) else None, *weights, *outputs)
+        ctx.taps = taps
+        ctx.set_materialize_grads(False)
+        return found
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        x, weight, *y = ctx.saved_tensors
-        dy = dy.contiguous()
-        ctx.tap.call(x, y[0] if y else None, dy)
-        return (dy @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        count, dx = len(ctx.taps), None
+        for tap, weight, y, dy in zip(ctx.taps, rest[:count], rest[count:], gradients, strict=True):
+            if dy is None:
+                continue
+            dy = dy.contiguous()
+            if tap:
+                tap.call(x, y, dy)
+            if ctx.needs_input_grad[0] and dx is None:
+                dx = dy @ weight
+            elif ctx.needs_input_grad[0]:
+                dx.view(-1, dx.shape[-1]).addmm_(dy.view(-1, dy.shape[-1]), weight)
+        return dx, None, None, *(None for _ in range(2 * count))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
