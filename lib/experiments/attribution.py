@@ -39,7 +39,7 @@ class AttributeSpec(Frozen):
         default=[], description="target=given: token ids explained at the last position"
     )
     wanda: bool = Field(False, description="sums of squares of each layer's input, in the same pass")
-    batch_tokens: int = Field(4096, ge=16, description="tokens a batch: short samples share one")
+    batch_tokens: int = Field(2048, ge=16, description="tokens a batch: short samples share one")
     block: int = Field(128, ge=1, description="level weight: samples added up in one row")
     store: Literal["float32", "bfloat16"] = Field("float32", description="level weight: how sums are stored")
     nonfinite: int = Field(0, ge=0, description="NaN and infinite scores of a shard that do not stop the run")
