@@ -428,6 +428,18 @@ for family, rule, level in (("llama", "attnlrp", "neuron"), ("qwen2", "cp_lrp", 
     for kind in ("signed", "abs", "sumsq"):
         for name in found[0].layers:
             same("whole", getattr(found[0], kind)[name], getattr(found[1], kind)[name])
+
+# A mask on the left, which attention's kernel does not know.
+mask = torch.ones(2, 12, dtype=torch.long)
+mask[1, :5] = 0
+found = []
+for kernels in (lambda x: fused, lambda x: None):
+    rules.kernels = patch.kernels = kernels
+    given = model.get_input_embeddings()(torch.tensor(sequences(12, 12))).detach().requires_grad_()
+    with patch.patched(model, "attnlrp"):
+        model(inputs_embeds=given, attention_mask=mask, use_cache=False).logits[:, -1, 7].sum().backward()
+    found.append(given.grad)
+same("masked", *found)
 """
 
 
@@ -435,4 +447,4 @@ def test_fused_kernels_equal_the_plain_ones() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same") == 2 + 3 + 10 + 4 + 6 + 24
+    assert done.stdout.count("same") == 2 + 3 + 10 + 4 + 6 + 24 + 1

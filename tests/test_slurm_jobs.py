@@ -203,10 +203,10 @@ def test_time_limits_with_and_without_warning(run, undisturbed):
     run.slurm.sacct(f"{job}_2")
     state = run.state(2)
     assert state["state"] == "failed" and "TIMEOUT (sacct)" in state["note"] and 0 < state["done"] < ROWS
+    again = run.make("resume").split()[2].rstrip(":")
+    assert set(run.slurm.wait_for(again, "COMPLETED", timeout=120)) == {f"{again}_2"}
     run.slurm.wait_for(f"{job}_1", "COMPLETED", timeout=120)
     assert "TIMEOUT" not in {r["State"] for r in run.slurm.sacct(f"{job}_1", rows=2)}
-    again = run.make("resume").split()[2].rstrip(":")
-    run.slurm.wait_for(again, "COMPLETED", timeout=120)
     assert [run.merged(1), run.merged(2)] == undisturbed[1:]
 
 
