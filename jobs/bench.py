@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 
-from lib.bench import attribution, attribution_whole, scoring
+from lib.bench import attribution, scoring
 from lib.bench.shapes import SHAPES, free, machine
 
-ATTRIBUTION = {**attribution.RUNGS, "job": attribution_whole.job}
-SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(attribution.LLAMAS, ATTRIBUTION)}
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(attribution.LLAMAS, attribution.RUNGS)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
-    rungs = list(dict.fromkeys([*scoring.RUNGS, *ATTRIBUTION]))
+    rungs = list(dict.fromkeys([*scoring.RUNGS, *attribution.RUNGS]))
     parser.add_argument(
         "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
     )

@@ -306,6 +306,13 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
+def job(model: str, batch_tokens: int) -> dict[str, Any]:
+    """The job as a whole; its parts need packages that the other rungs do without."""
+    from lib.bench.attribution_whole import job as whole
+
+    return whole(model)
+
+
 RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "floor": floor,
     "plain": plain,
@@ -314,4 +321,5 @@ RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "bits": bits,
     "memory": small_memory,
     "several": several,
+    "job": job,
 }

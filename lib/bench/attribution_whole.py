@@ -32,7 +32,7 @@ SCORES = {
 }
 
 
-def job(model: str, batch_tokens: int) -> dict[str, Any]:
+def job(model: str) -> dict[str, Any]:
     """Loading, attributing, writing: general text and prompts at neuron level, general text at weight level."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
