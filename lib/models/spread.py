@@ -1,5 +1,6 @@
 """transformers' own model with its layers over several devices, each layer's inputs brought to it."""
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -26,20 +27,34 @@ def join(model: Any) -> None:
 
     remove_hook_from_submodules(model)
     first = model.get_input_embeddings().weight.device
+    brings: dict[torch.device, _Bring] = {}
     for layer in model.base_model.layers:
         here = next(layer.parameters()).device
         if here != first:
-            layer.register_forward_pre_hook(_Bring(here), with_kwargs=True)
+            layer.register_forward_pre_hook(brings.setdefault(here, _Bring(here)), with_kwargs=True)
 
 
 class _Bring:
+    """To one device. What several layers get (rope's table) is copied for the first of them: each copy makes the two
+    devices wait for each other, and one a layer would make them work in turns."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.copies: deque[tuple[torch.Tensor, int, torch.Tensor]] = deque(maxlen=8)
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         return self._moved(args), {name: self._moved(value) for name, value in kwargs.items()}
 
     def _moved(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, tuple):
+            return tuple(map(self._moved, value))
+        if not isinstance(value, torch.Tensor) or value.device == self.device:
+            return value
+        if value.is_inference():  # has no version: it may have been written to since
             return value.to(self.device, non_blocking=True)
-        return tuple(map(self._moved, value)) if isinstance(value, tuple) else value
+        for original, version, copy in self.copies:
+            if original is value and version == value._version:
+                return copy
+        copy = value.to(self.device, non_blocking=True)
+        self.copies.append((value, value._version, copy))
+        return copy
