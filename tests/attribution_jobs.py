@@ -34,7 +34,9 @@ MAIN = {"compute_attributions": jobs.compute_attributions.main, "cluster": lib.c
 
 # Processes that can be killed: forks of one that has imported what takes seconds, and computed nothing.
 fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["torch", "h5py", "transformers.models.llama.modeling_llama", "lib.attribution"])
+fork.set_forkserver_preload(
+    ["transformers.models.llama.modeling_llama", "lib.attribution.memory", "lib.models.load", "lib.run", "lib.job"]
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def run_job(arguments: list[str], env: dict[str, str]) -> None:
 
 def write_texts(folder: Path) -> None:
     """c4/ and prompts/ in the layouts of allenai/c4 and RealToxicityPrompts; some rows must be passed over."""
-    texts = [turn["content"] for row in number_rows(90, 5) for turn in row["messages"]]
+    texts = [turn["content"] for row in number_rows(200, 5) for turn in row["messages"]]
     (folder / "c4/en").mkdir(parents=True)
     for shard in range(2):
         rows = [json.dumps({"text": t, "url": f"url/{i}"}) + "\n" for i, t in enumerate(texts) if i % 4 // 2 == shard]

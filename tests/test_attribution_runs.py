@@ -1,4 +1,4 @@
-"""Attribution's runs: cut anyhow, killed, twice at once; what they cost; and one sentence where they cannot."""
+"""Attribution's runs: cut anyhow, killed, twice at once, on Slurm; what they cost; what is refused."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import h5py
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from attribution_jobs import ROWS, TOKENS, Place, fetched, write_texts
-from conftest import ROOT
+from conftest import ROOT, Slurm
 from safetensors.numpy import load_file, save_file
 from tools import tiny_llama
 
@@ -22,7 +23,7 @@ from lib.cluster.plan import TFLOPS, plan
 from lib.store import scan
 
 ALONE = f"score.batch_tokens={TOKENS}"  # a sample a batch: as many shards as can be
-WEIGHT = ("score.level=weight", "score.block=1", "score.layers=[up_proj, q_proj]", ALONE)
+WEIGHT = ("score.level=weight", "score.block=4", "score.layers=[up_proj, q_proj]", ALONE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +68,7 @@ def test_any_cut_merges_to_the_same_bytes(place, tmp_path, batch):
     assert cuts == ([[1] * 7, [3, 3, 1], [4, 3]] if batch == 1 else [[3, 3, 1], [3, 3, 1], [6, 1]])
 
 
-LONG = 60  # samples: a job of a second
+LONG = 120  # samples: a job of a second, also in blocks of 4
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +76,27 @@ def long(place) -> Place:
     return fetched(place.config.parent, place.config.parent, "long", LONG, "[0]")
 
 
-def reached(place: Place, process, count: int, *overrides: str) -> None:
-    while len(shards(place, "general-0", *overrides)) < count:
-        assert process.is_alive(), process.exitcode
-        time.sleep(0.002)
+def reached(place: Place, alive: Callable[[], object], count: int, *overrides: str) -> None:
+    """Looks often: the job is a second long."""
+    folder = place.cell("general-0", *overrides).path
+    while len(list(folder.glob("0*.json"))) < count:
+        assert alive()
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("overrides", [(ALONE,), WEIGHT, (*WEIGHT, "score.store=bfloat16")])
-def test_kill_9_and_another_cut_give_the_same_bytes(long, tmp_path, overrides):
-    """While it loads, and twice at random moments after a few shards."""
+def test_stopped_at_any_point_and_cut_otherwise_it_gives_the_same_bytes(long, tmp_path, overrides):
+    """kill -9 while it loads and at a random moment after some shards; and Slurm's warning."""
     wanted, here, dice = whole(long, "general-0", *overrides), long.at(tmp_path), random.Random(5)
-    for size, more in ((5, 0), (1, 2), (3, 1)):
+    for size, more, sent, code in ((5, 0, signal.SIGKILL, -9), (1, 2, signal.SIGKILL, -9), (2, 1, signal.SIGUSR1, 75)):
         before = len(shards(here, "general-0", *overrides))
         process = here.start(0, *overrides, f"run.shard_rows={size}")
-        reached(here, process, before + more, *overrides)
-        time.sleep(dice.uniform(0, 0.05))
-        process.kill()
+        reached(here, process.is_alive, before + more, *overrides)
+        time.sleep(dice.uniform(0, 0.02))
+        os.kill(process.pid, sent)
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-    assert 3 <= len(shards(here, "general-0", *overrides)) < LONG
+        assert process.exitcode == code
+    assert 3 <= len(shards(here, "general-0", *overrides)) < here.cell("general-0", *overrides).rows
     assert whole(here, "general-0", *overrides, "run.shard_rows=7") == wanted
     left = {path.suffix for path in here.cell("general-0", *overrides).path.iterdir()}
     assert left == {".json", ".h5"}
@@ -104,15 +107,36 @@ def test_two_copies_of_a_task_at_once(long, tmp_path, overrides):
     """They start together; later one is held while the other comes to its end."""
     wanted, here = whole(long, "general-0", *overrides), long.at(tmp_path)
     first, second = (here.start(0, *overrides) for _ in range(2))
-    reached(here, first, 10, *overrides)
+    reached(here, first.is_alive, 8, *overrides)
     os.kill(first.pid, signal.SIGSTOP)
     second.join()
-    assert len(shards(here, "general-0", *overrides)) == LONG
+    whole_cell = [(i, i + 1) for i in range(here.cell("general-0", *overrides).rows)]
+    assert shards(here, "general-0", *overrides) == whole_cell
     os.kill(first.pid, signal.SIGCONT)
     first.join()
     assert (first.exitcode, second.exitcode) == (0, 0)
-    assert shards(here, "general-0", *overrides) == [(i, i + 1) for i in range(LONG)]
+    assert shards(here, "general-0", *overrides) == whole_cell
     assert here.merge("general-0", *overrides).read_bytes() == wanted
+
+
+def test_sbatch_unchanged(fresh_slurm: Slurm, place, tmp_path):
+    """The four sets as the batch file's own array, as a user types it."""
+    here, logs = place.at(tmp_path), ROOT / "slurm/logs"
+    wanted, before = [whole(place, name) for name in ROWS], set(logs.iterdir())
+    env = {key: value for key, value in here.env.items() if key.startswith("SUITE_") and key != "SUITE_SLURM"}
+    env |= {"OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
+    try:
+        job = fresh_slurm.sbatch("slurm/compute_attributions.sbatch", here.config, cwd=ROOT, **env)
+        ended = fresh_slurm.wait_for(job, timeout=180)
+        said = "".join(path.read_text() for path in set(logs.iterdir()) - before)
+        assert ended == {f"{job}_{index}": "COMPLETED" for index in range(4)}, said
+        assert [said.count(f"cell {index} ({name}): 0 of") for index, name in enumerate(ROWS)] == [1, 1, 1, 1]
+        status = fresh_slurm.run("make", "-s", "status", f"CONFIG={here.config}", "JSON=1", cwd=ROOT, **env)
+        assert json.loads(status)["counts"]["done"] == 4
+        assert [here.merge(name).read_bytes() for name in ROWS] == wanted
+    finally:
+        for path in set(logs.iterdir()) - before:
+            path.unlink()
 
 
 # What cannot be
