@@ -1,6 +1,6 @@
-"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals and the matrix of all
-prompts on all datasets, through the cluster's job code (a task a cell, by the local executor), merge, tables, plots,
-report. What is done is not done again."""
+"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals, the matrix of all prompts
+on all datasets, and the attribution of the teacher's neurons, through the cluster's job code (a task a cell, by the
+local executor), merge, tables, plots, report. What is done is not done again."""
 
 import json
 import os
@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-CONFIGS = {"configs/demo_lls.yaml": "jobs.export_lls", "configs/demo_cross.yaml": "jobs.lls_report"}
+CONFIGS = {
+    "configs/demo_lls.yaml": "jobs.export_lls",
+    "configs/demo_cross.yaml": "jobs.lls_report",
+    "configs/demo_attribution.yaml": "jobs.export_attributions",
+}
 
 
 def main() -> int:
@@ -26,7 +30,7 @@ def main() -> int:
         step("watch them", "lib.cluster", "status", "--watch", "--brief", "--config", config)
         step("merge, tables, plots", results, "--config", config)
     for title, root in (("scratch", site().scratch), ("outputs", site().output)):
-        print(f"\n{title} tree:\n{tree(root / 'demo_lls')}\n{tree(root / 'demo_cross')}")
+        print(f"\n{title} tree:\n" + "\n".join(tree(root / Path(config).stem) for config in CONFIGS))
     found = [json.loads(p.read_text()) for p in (site().output / "demo_lls").glob("*/*.provenance.json")]
     wrong = [f["cell"] for f in found if not f["summary"]["mean"] - f["summary"]["half"] > 0]
     good = f"{len(found) - len(wrong)} of {len(found)}"
