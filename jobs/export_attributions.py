@@ -7,7 +7,6 @@
 Level weight: the sums themselves stay in <cell>/merged.h5 on scratch, 28 GB for an 8B; the table has their totals."""
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from lib.attribution.summary import Layer, Summary, overview, table
 from lib.errors import UserError, exit_with
 from lib.experiments import Attribution
 from lib.experiments.attribution import Part
+from lib.headers import stored_tensors
 from lib.job import job
 from lib.layers import short
 from lib.store import Cell, Column, ModelInput, gaps, merge, model_input, read_array, scan
-from lib.store.atomic import read_json, write_bytes, write_json
+from lib.store.atomic import keep_others, read_json, write_bytes, write_json
 from lib.store.columns import to_hdf5
-from lib.store.inputs import check_model, tensor_shapes
+from lib.store.inputs import check_model
 from lib.store.merge import merged_is_current, rounding_of
 
 EXPLAINED = {
@@ -50,7 +50,9 @@ def main() -> int:
     if experiment.score.wanda and found:
         add_wanda(model, parts, merged, found)
     summaries = {c.name: found.get(c.name) for c in cells}
-    keep_others(folder, cells)
+    before = (read_json(folder / "provenance.json") or {}).get("sets") or {}
+    for cell in cells:
+        keep_others(cell.digest, (before.get(cell.name) or {}).get("digest"), folder / cell.name / "scores.h5")
     about = {c.name: write_scores(c, schema, merged[c.name], found[c.name], layers, folder) for c in done}
     words = table(summaries, layers, EXPLAINED[experiment.score.target]) + rounding_words(about)
     write_bytes(folder / "attribution_table.txt", (words + "\n").encode())
@@ -123,23 +125,12 @@ def weights_of(model: ModelInput, parts: list[Part]) -> Iterator[Any]:
     check_model(model)
     where = {}
     for path in sorted(Path(model.path).glob("*.safetensors")):
-        names = [name for name in tensor_shapes(path) or {} if "layers." in name]
+        names = [name for name in stored_tensors(path) or {} if "layers." in name]
         where |= {short(name).removesuffix(".weight"): (path, name) for name in names}
     for part in parts:
         path, name = where[part.name]
         with safe_open(path, "pt") as f:
             yield f.get_tensor(name)
-
-
-def keep_others(folder: Path, cells: list[Cell]) -> None:
-    """Results of other settings are not overwritten: they get their digest as a suffix."""
-    before = read_json(folder / "provenance.json") or {}
-    for cell in cells:
-        old = ((before.get("sets") or {}).get(cell.name) or {}).get("digest", cell.digest)
-        path = folder / cell.name / "scores.h5"
-        if old != cell.digest and path.exists():
-            print(f"{path} was written from other settings: kept as scores.h5.{old[:8]}", file=sys.stderr)
-            path.rename(path.with_name(f"scores.h5.{old[:8]}"))
 
 
 def write_scores(

@@ -6,7 +6,6 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lib.experiments import LLS
 from lib.job import Job, job
 from lib.scoring.lls_plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
 from lib.store import Cell, dataset_input, gaps, merge, scan
-from lib.store.atomic import read_json, write_bytes, write_json
+from lib.store.atomic import keep_others, read_json, write_bytes, write_json
 from lib.store.inputs import read_rows
 
 
@@ -59,21 +58,11 @@ def export(this: Job, experiment: LLS, cell: Cell, folder: Path) -> Scores:
     )
     path = folder / cell.name / f"{cell.name}_numbers.jsonl"
     record = path.with_suffix(".provenance.json")
-    before = read_json(record)
-    if before and before.get("digest") != cell.digest:
-        _keep(path, record, str(before.get("digest"))[:8])
+    keep_others(cell.digest, (read_json(record) or {}).get("digest"), path, record)
     lines = "".join(_line(row, value) for row, value in zip(rows, scores.lls, strict=True)).encode()
     write_bytes(path, lines)
     write_json(record, _provenance(experiment, cell, lines, scores))
     return scores
-
-
-def _keep(path: Path, record: Path, digest: str) -> None:
-    """Results of other settings are not overwritten: they get their digest as a suffix."""
-    print(f"{path} was written from other settings: kept as {path.name}.{digest}", file=sys.stderr)
-    for old in (path, record):
-        if old.exists():
-            old.rename(old.with_name(f"{old.name}.{digest}"))
 
 
 def _line(row: dict[str, Any], lls: float) -> str:

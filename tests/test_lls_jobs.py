@@ -203,8 +203,11 @@ def drop_tensor(path: Path) -> None:
     [
         (set_nan, "the weights hold NaN, or overflow in float32"),
         (drop_tensor, "the weights hold no tensor model.norm.weight"),
-        (lambda p: os.truncate(p, p.stat().st_size - 1000), "ends before its last tensor"),
-        (lambda p: p.write_bytes(b"\xff" * 100), "is not a readable safetensors file"),
+        (
+            lambda p: os.truncate(p, p.stat().st_size - 1000),
+            "is cut off or not a safetensors file; run `make fetch` again",
+        ),
+        (lambda p: p.write_bytes(b"\xff" * 100), "is cut off or not a safetensors file; run `make fetch` again"),
         (lambda p: p.unlink(), "the weights hold no tensor"),
     ],
     ids=["nan", "missing", "truncated", "garbage", "gone"],

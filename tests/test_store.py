@@ -13,7 +13,7 @@ from tools import ROOT
 
 from lib.errors import UserError
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
-from lib.store.atomic import HOST, write_bytes
+from lib.store.atomic import HOST, keep_others, whole_folder, write_bytes
 from lib.store.shards import set_aside, sweep, to_hdf5
 
 SCHEMA = {
@@ -162,10 +162,12 @@ def test_leftovers_of_dead_writers_are_swept_and_of_living_ones_kept(cell):
     dead.wait()
     gone, alive = (cell.path / f".tmp-{HOST}-{pid}-0a0b-x.h5" for pid in (dead.pid, os.getpid()))
     elsewhere = cell.path / ".tmp-otherhost-1-0a0b-x.h5"
-    for path in (gone, alive, elsewhere):
+    folder = cell.path / f".tmp-{HOST}-{dead.pid}-0a0b-converted"
+    folder.mkdir()
+    for path in (gone, alive, elsewhere, folder / "half"):
         path.write_text("x")
     sweep(cell.path)
-    assert not gone.exists() and alive.exists() and elsewhere.exists()
+    assert not gone.exists() and not folder.exists() and alive.exists() and elsewhere.exists()
     os.utime(elsewhere, (1, 1))
     sweep(cell.path)
     assert not elsewhere.exists()
@@ -225,3 +227,33 @@ def test_write_replaces_in_one_step(tmp_path):
     write_bytes(path, b"one")
     write_bytes(path, b"two")
     assert path.read_bytes() == b"two" and [p.name for p in path.parent.iterdir()] == ["b.bin"]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "folder"
+    for word in ("one", "two"):
+        with whole_folder(path) as new:
+            (new / word).touch(0o600)
+    with pytest.raises(ZeroDivisionError), whole_folder(path) as new:
+        (new / "three").write_text(str(1 / 0))
+    assert [p.name for p in path.iterdir()] == ["two"] and [p.name for p in path.parent.iterdir()] == ["folder"]
+    assert (path / "two").stat().st_mode & 0o777 == 0o644
+
+
+def test_two_that_make_a_folder_at_once(tmp_path):
+    path = tmp_path / "folder"
+    with whole_folder(path) as slow:
+        (slow / "x").write_text("the same")
+        with whole_folder(path) as quick:
+            (quick / "x").write_text("the same")
+    assert (path / "x").read_text() == "the same" and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_results_of_other_settings_are_kept_aside(tmp_path, capsys):
+    path, record, absent = (tmp_path / name for name in ("x.jsonl", "x.json", "y"))
+    for digest, before in ((DIGEST, None), (DIGEST, DIGEST), (DIGEST, "12345678" + "0" * 56)):
+        path.write_text("x"), record.write_text("y")
+        keep_others(digest, before, path, record, absent)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json.12345678", "x.jsonl.12345678"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{path} was written from other settings: kept as x.jsonl.12345678" and len(said) == 2

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from lib.experiments.base import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
 from lib.experiments.samples import DataSpec
+from lib.headers import stored_tensors
 from lib.layers import choose, shared_inputs, short
 from lib.store import Cell, Column, model_input
-from lib.store.inputs import tensor_shapes
 from lib.store.samples import SamplesInput, samples_input
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
@@ -79,15 +79,6 @@ class Attribution(Experiment):
     results: ClassVar[str] = "export-attributions"
     share: ClassVar[float] = 0.69  # 67 TFLOP in 0.122 s on an H200: Llama-3-8B shapes, neuron level (README, Speed)
 
-    @model_validator(mode="after")
-    def _names(self) -> "Attribution":
-        for name in self.data.prompts:
-            if not name or not all(c.isalnum() or c in "-_" for c in name) or name.startswith(("general", "text")):
-                raise ValueError(f"data.prompts: {name!r} must be letters, digits, - or _, and not general or text")
-        if len(set(self.data.general.seeds)) != len(self.data.general.seeds):
-            raise ValueError("data.general.seeds holds one twice")
-        return self
-
     def models(self) -> list[ModelSpec]:
         return [self.model]
 
@@ -124,9 +115,9 @@ class Attribution(Experiment):
         folder = Path(model_input(cache, self.model.id, self.model.revision).path)
         shapes = {}
         for path in sorted(folder.glob("*.safetensors")):
-            for name, shape in (tensor_shapes(path) or {}).items():
-                if "layers." in name and name.endswith(".weight") and len(shape) == 2:
-                    shapes[short(name).removesuffix(".weight")] = shape
+            for name, tensor in (stored_tensors(path) or {}).items():
+                if "layers." in name and name.endswith(".weight") and len(tensor.shape) == 2:
+                    shapes[short(name).removesuffix(".weight")] = tensor.shape
         chosen = choose(shapes, self.score.layers)
         inputs, parts = shared_inputs(chosen), []
         first, first_input, places = 0, 0, {}

@@ -1,7 +1,6 @@
 """Weights from safetensors straight to where they are used: read in pieces into pinned buffers by several threads,
 copied to the device, several source tensors into one merged one. Host memory holds the buffers, never the model."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lib.errors import UserError
+from lib.headers import stored_tensors
 from lib.models.decoder import Layer, Shape, Weights
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -21,7 +21,7 @@ THREADS = 8
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor in a file."""
+    """A tensor of a model's folder."""
 
     path: Path
     offset: int
@@ -41,16 +41,13 @@ def sources(folder: Path) -> dict[str, Source]:
     """Every tensor of a model's folder, from the headers of its files."""
     found: dict[str, Source] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            for name, t in header.items():
-                a, b = t["data_offsets"]
-                found[name] = Source(path, 8 + length + a, b - a, tuple(t["shape"]), DTYPES[t["dtype"]])
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as e:
-            raise UserError(f"{path} is not a readable safetensors file ({e}); run `make fetch` again") from None
+        tensors = stored_tensors(path)
+        if tensors is None:
+            raise UserError(f"{path} is cut off or not a safetensors file; run `make fetch` again")
+        for name, t in tensors.items():
+            if t.dtype not in DTYPES:
+                raise UserError(f"{path}: {name} is of type {t.dtype}, which is not computed with: {', '.join(DTYPES)}")
+            found[name] = Source(path, t.offset, t.bytes, t.shape, DTYPES[t.dtype])
     return found
 
 

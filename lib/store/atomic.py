@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,9 +53,49 @@ def temporary(path: Path) -> Iterator[Path]:
         try:
             yield tmp
         finally:
-            with suppress(OSError):
-                tmp.unlink(missing_ok=True)
+            remove(tmp)
         _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path` once it is filled, readable for all who share it."""
+    with temporary(path) as tmp:
+        tmp.mkdir()
+        yield tmp
+        for file in tmp.iterdir():
+            file.chmod(0o644)
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        _sync_folder(tmp)
+        with temporary(path) as old:
+            with suppress(FileNotFoundError):
+                path.rename(old)
+            try:
+                tmp.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another call was quicker with the same
+                    raise
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, as far as that can be done."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_others(digest: str, before: object, *paths: Path) -> None:
+    """Results that were written under another digest are not overwritten: they get its first letters as a suffix."""
+    if before is None or before == digest:
+        return
+    for path in paths:
+        kept = path.with_name(f"{path.name}.{str(before)[:8]}")
+        if path.exists():
+            print(f"{path} was written from other settings: kept as {kept.name}", file=sys.stderr)
+            path.rename(kept)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -2,23 +2,27 @@
 
     $SUITE_CACHE/inputs/datasets/<slug>/rows.jsonl, input.json
     $SUITE_CACHE/inputs/models/<slug>/input.json
+    $SUITE_CACHE/inputs/models/<slug>/converted-<commit>/   only where a model has no safetensors: made from its .bin
 
 Jobs, plans and status read these and nothing else, so they need neither a network nor the datasets library."""
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.errors import UserError
+from lib.headers import stored_tensors
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
 
 Record = TypeVar("Record", "DatasetInput", "ModelInput")
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
+TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
 WEIGHTLESS = re.compile(r"embed_tokens|embed_positions|lm_head|wte|wpe")  # not a matmul of every token
 
 
@@ -42,7 +46,7 @@ class ModelInput:
     revision: str
     commit: str
     path: str  # folder that from_pretrained reads
-    fingerprint: str  # commit, or sha256 over the files of a local folder
+    fingerprint: str  # commit, or sha256 over the files of a local folder; ends in -converted where its weights were
     parameters: int
     body_parameters: int  # without embedding and output head: what every token is multiplied by
     head_parameters: int  # vocabulary x hidden, once
@@ -144,31 +148,25 @@ def model_files(folder: Path) -> list[Path]:
 
 def broken_weights(folder: Path) -> list[Path]:
     """Safetensors files whose length is not the one that their own header states."""
-    return sorted(path for path in folder.glob("*.safetensors") if tensor_shapes(path) is None)
+    return sorted(path for path in folder.glob("*.safetensors") if stored_tensors(path) is None)
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]] | None:
-    """Names and shapes in a safetensors file, from its header; None when the file is cut off or something else."""
-    try:
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > path.stat().st_size:
-                return None
-            header = {k: v for k, v in json.loads(f.read(length)).items() if k != "__metadata__"}
-        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-        shapes = {name: [int(side) for side in t["shape"]] for name, t in header.items()}
-        return shapes if end == path.stat().st_size else None
-    except (ValueError, OSError, KeyError, TypeError, IndexError, AttributeError):
-        return None
+def torch_weights(names: Iterable[str]) -> list[str]:
+    """Of a model's files those to convert: torch's own weights where there are no safetensors. One whole file goes
+    before shards, as transformers has it."""
+    names = set(names)
+    if any("/" not in name and name.endswith(".safetensors") for name in names):
+        return []
+    return sorted({"pytorch_model.bin"} & names or filter(TORCH_SHARD.fullmatch, names))
 
 
 def parameters(folder: Path) -> tuple[int, int]:
     """(all parameters, those that every token is multiplied by) of whole safetensors files."""
     total = body = 0
     for path in folder.glob("*.safetensors"):
-        for name, shape in (tensor_shapes(path) or {}).items():
-            total += prod(shape)
-            body += 0 if WEIGHTLESS.search(name) else prod(shape)
+        for name, tensor in (stored_tensors(path) or {}).items():
+            total += prod(tensor.shape)
+            body += 0 if WEIGHTLESS.search(name) else prod(tensor.shape)
     return total, body
 
 

@@ -22,8 +22,7 @@ import h5py
 import numpy as np
 
 from lib.errors import UserError
-from lib.store.atomic import HOST, sha256_file, write_bytes, write_json
-from lib.store.columns import Column as Column
+from lib.store.atomic import HOST, remove, sha256_file, write_bytes, write_json
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.raw import Written, write_with_raw
 
@@ -153,13 +152,13 @@ def _check(path: Path, digest: str, deep: bool) -> Marker | str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files whose writer is gone: a dead process of this host, or anything a day old."""
+    """Remove temporary files and folders whose writer is gone: a dead process of this host, or anything a day old."""
     for path in folder.glob(".tmp-*"):
         with suppress(OSError, ValueError):
             mine = path.name.startswith(f".tmp-{HOST}-")
             pid = int(path.name.removeprefix(f".tmp-{HOST}-").partition("-")[0]) if mine else 0
             if (mine and not Path(f"/proc/{pid}").exists()) or time.time() - path.stat().st_mtime > 86400:
-                path.unlink()
+                remove(path)
 
 
 def set_aside(bad: list[tuple[Path, str]]) -> None:
