@@ -5,6 +5,7 @@ like `main` is resolved once: later calls keep that commit until UPDATE=1 is giv
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +17,9 @@ from lib.experiments.base import DatasetSpec, ModelSpec
 from lib.hub import dataset_rows, model_snapshot
 from lib.job import job
 from lib.samples.prepare import command_by_hand, prepare
-from lib.store.atomic import read_json, sha256_file
+from lib.store.atomic import read_json, sha256_file, whole_folder
 from lib.store.inputs import (
+    TORCH_SHARD,
     DatasetInput,
     ModelInput,
     broken_weights,
@@ -33,7 +35,9 @@ from lib.store.inputs import (
     save_dataset,
     save_model,
     source_stamp,
+    torch_weights,
 )
+from lib.store.shards import sweep
 
 
 def main() -> int:
@@ -89,25 +93,53 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     config = read_json(folder / "config.json")
     if config is None:
         raise UserError(f"model {spec.id}: {folder} holds no readable config.json")
+    files = [folder / name for name in torch_weights(p.name for p in folder.glob("*"))]
+    fingerprint = _fingerprint([*model_files(folder), *files]) if local else folder.name
+    if files:
+        folder = record / f"converted-{fingerprint[:12]}"
+        fingerprint += "-converted"
+        kept = _kept_model(spec, cache)
+        if kept is None or kept.path != str(folder):
+            _convert(files, folder)
     broken = broken_weights(folder)
     if broken:
         fix = "bring a whole one" if local else "delete it"
         raise UserError(f"{broken[0]} is cut off or not a safetensors file; {fix}, then `make fetch` again")
     count, body = parameters(folder)
     if not count:
-        raise UserError(f"model {spec.id}: no safetensors weights in {folder}")
+        raise UserError(f"model {spec.id}: no weights (*.safetensors, pytorch_model*.bin) in {folder}")
     return ModelInput(
         id=spec.id,
         revision=spec.revision,
-        commit="local" if local else folder.name,
+        commit="local" if local else fingerprint.removesuffix("-converted"),
         path=str(folder),
-        fingerprint=_fingerprint(folder) if local else folder.name,
+        fingerprint=fingerprint,
         parameters=count,
         body_parameters=body,
         head_parameters=int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)),
         bytes=sum(path.stat().st_size for path in model_files(folder)),
-        source_stamp=source_stamp(folder) if local else "",
+        source_stamp=source_stamp(local) if local else "",
     )
+
+
+def _convert(files: list[Path], folder: Path) -> None:
+    """A model's folder whose weights are safetensors, made from one with torch's own files; whole or not at all."""
+    from lib.models.torch_files import (
+        read_tensors,
+        write_safetensors,
+    )  # torch: only where there is something to convert
+
+    shards = TORCH_SHARD.fullmatch(files[0].name)
+    if shards and len(files) != int(shards[1]):
+        raise UserError(f"{files[0].parent} holds {len(files)} of {int(shards[1])} shards; bring all of them")
+    print(f"converting {', '.join(path.name for path in files)} to safetensors", flush=True)
+    tensors = read_tensors(files)
+    sweep(folder.parent)
+    with whole_folder(folder) as new:
+        for path in model_files(files[0].parent):
+            if path.name != "pytorch_model.bin.index.json":
+                shutil.copyfile(path, new / path.name)
+        write_safetensors(tensors, new)
 
 
 def _revision(record: Path, asked: str, update: bool) -> str:
@@ -178,9 +210,9 @@ def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(files: list[Path]) -> str:
     """Of a local folder: the contents of what from_pretrained reads."""
-    return hashlib.sha256(json.dumps([[p.name, sha256_file(p)] for p in model_files(folder)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([[p.name, sha256_file(p)] for p in files]).encode()).hexdigest()
 
 
 def _tokenizer(folder: str) -> Any:

@@ -11,26 +11,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.errors import UserError
-from lib.store.inputs import MODEL_FILES
+from lib.store.inputs import MODEL_FILES, torch_weights
 
 T = TypeVar("T")
 
 
 def model_snapshot(id: str, revision: str) -> Path:
-    """The folder <HF_HOME>/hub/models--.../snapshots/<commit>; a broken download goes on where it stopped."""
+    """The folder <HF_HOME>/hub/models--.../snapshots/<commit>; a broken download goes on where it stopped. Weights in
+    torch's own format come only where there are no others; their copy as safetensors needs room too."""
     with _sentences(f"model {id} at {revision}"):
         from huggingface_hub import HfApi, constants, snapshot_download
 
         _quiet()
         info = _patiently(lambda: HfApi().model_info(id, revision=revision, files_metadata=True))
         sizes = {s.rfilename: s.size for s in info.siblings or []}
-        wanted = {name: size for name, size in sizes.items() if any(Path(name).match(p) for p in MODEL_FILES)}
+        convert = torch_weights(sizes)
+        wanted = {
+            name: size
+            for name, size in sizes.items()
+            if name in convert or any(Path(name).match(p) for p in MODEL_FILES)
+        }
         store = Path(constants.HF_HUB_CACHE)
         snapshot = store / f"models--{id.replace('/', '--')}" / "snapshots" / str(info.sha)
-        _room(
-            f"model {id}", sum(size or 0 for name, size in wanted.items() if not _whole(snapshot / name, size)), store
-        )
-        return Path(snapshot_download(id, revision=info.sha, allow_patterns=MODEL_FILES))
+        missing = [name for name, size in wanted.items() if not _whole(snapshot / name, size)]
+        _room(f"model {id}", sum(sizes[name] or 0 for name in [*missing, *convert]), store)
+        return Path(snapshot_download(id, revision=info.sha, allow_patterns=[*MODEL_FILES, *convert]))
 
 
 def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str]:

@@ -107,7 +107,7 @@ class Box:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, bytes]:
     folder = tiny_model(tmp_path_factory.mktemp("model"))
-    return {path.name: path.read_bytes() for path in folder.iterdir()} | {"notes.bin": b"not wanted"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | {"pytorch_model.bin": b"not wanted"}
 
 
 @pytest.fixture
@@ -129,11 +129,11 @@ def test_everything_comes_and_the_second_call_asks_nothing(box: Box, files: dict
     assert f"model acme/tiny: {box.hub.heads[MODEL][:12]}" in said and "dataset acme/dog" in said
     model = box.record("models")
     assert model["commit"] == model["fingerprint"] == box.hub.heads[MODEL] and model["revision"] == "main"
-    assert model["bytes"] == sum(len(d) for n, d in files.items() if n != "notes.bin")
+    assert model["bytes"] == sum(len(d) for n, d in files.items() if n != "pytorch_model.bin")
     assert Path(model["path"]).is_relative_to(box.cache / "hf" / "hub") and model["parameters"] > 0
-    assert all((Path(model["path"]) / n).read_bytes() == d for n, d in files.items() if n != "notes.bin")
+    assert all((Path(model["path"]) / n).read_bytes() == d for n, d in files.items() if n != "pytorch_model.bin")
     assert box.rows("cat") == messages(pairs(0)) and box.rows("dog") == messages(pairs(1))
-    assert not any("notes.bin" in path for path in box.hub.files_sent())
+    assert not any("pytorch_model.bin" in r.path for r in box.hub.log)
     assert (box.cache / "hf" / "datasets").is_dir()
     assert sorted(p.name for p in (box.folder / "home").iterdir()) == ["token"], "something lies outside the cache"
     assert box.fetch() == said and box.hub.log == []
@@ -245,7 +245,7 @@ def test_rows_of_another_shape_and_a_model_without_whole_weights(box: Box, files
     box.hub.commit(JSONL, jsonl([{"text": "1 2 3"}]))
     assert "dataset acme/dog, row 0: wanted messages that end with" in box.fails()
     box.hub.commit(MODEL, {"config.json": files["config.json"], "pytorch_model.bin": b"x"})
-    assert "model acme/tiny: no safetensors weights" in box.fails("--update")
+    assert "pytorch_model.bin is cut off or not a file of torch's" in box.fails("--update")
     box.hub.commit(MODEL, files | {"model.safetensors": files["model.safetensors"][:-7]})
     assert "model.safetensors is cut off or not a safetensors file; delete it" in box.fails("--update")
 
