@@ -1,5 +1,7 @@
 """Configuration: mistakes are named with file, key, what is valid and the nearest; the digest."""
 
+import re
+
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
@@ -8,6 +10,7 @@ from lib.errors import UserError
 from lib.experiments import load
 
 SEED = ROOT / "configs" / "lls_72b.yaml"
+OPT = ROOT / "configs" / "sparc3_opt125m.yaml"
 
 
 def test_the_seeds_experiment_is_exactly_that():
@@ -54,6 +57,32 @@ def test_a_bad_override_is_one_sentence_that_names_it(override):
     for part in BAD[override]:
         assert part in str(e.value)
     assert "\n" not in str(e.value)
+
+
+SETS = {
+    "data.general.seeds=[0, 0]": "data: general.seeds holds a seed twice",
+    "data.prompts={text: {id: x}}": "data: prompts: 'text' is the name of another set",
+    "data.prompts={general-9: {id: x}}": "data: prompts: 'general-9' is the name of another set",
+    "data.prompts={../up: {id: x}}": "data: prompts: '../up' must be letters, digits, - or _: it names a folder",
+    "data.prompts={'': {id: x}}": "data: prompts: '' must be letters",
+    "data.prompts={}": "data.prompts: Dictionary should have at least 1 item",
+}
+
+
+@pytest.mark.parametrize("override", SETS)
+def test_sets_that_cannot_be_named_are_refused(override):
+    with pytest.raises(UserError, match=rf"sparc3_opt125m.yaml: {re.escape(SETS[override])}") as e:
+        load(OPT, [override])
+    assert len(str(e.value)) < 200
+
+
+def test_the_papers_anchor_is_what_its_config_says():
+    e = load(OPT)
+    assert (e.model.id, e.model.dtype, e.score.layers) == ("facebook/opt-125m", "float32", ["fc1"])
+    general, toxic = e.data.general, e.data.prompts["toxic"]
+    assert (general.samples, general.tokens, general.seeds) == (128, 2048, [0, 1, 2])  # OPT has 2,048 positions
+    assert (toxic.select, toxic.samples, toxic.threshold) == ("prompt", 93, 0.9)
+    assert e.names() == ["general-0", "general-1", "general-2", "toxic"] and e.data.text.id == "Salesforce/wikitext"
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,13 @@ def _explain(model: type[BaseModel], error: Any) -> str:
         return f"{where}: unknown key; valid: {', '.join(valid)}{nearest(loc[-1], valid)}"
     if error["type"] == "missing":
         return f"{where}: is missing"
+    said = f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    if isinstance(error["input"], dict) and error["type"] == "value_error":  # of several keys: it names them itself
+        return said
     got = repr(error["input"])
     options = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
     hint = nearest(str(error["input"]), options) if error["type"] == "literal_error" else ""
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}; got {got[:80]}{hint}"
+    return f"{said}; got {got[:80]}{hint}"
 
 
 def _fields(model: type[BaseModel], loc: list[str]) -> list[str]:
