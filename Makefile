@@ -25,7 +25,7 @@ demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, b
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
 	@env/install-slurm.sh --tests || [ "$(CI)" != true ]
-	@$(python) -m pytest $(ARGS)
+	@$(python) tests/halves.py $(ARGS)
 
 ##@ Before the first job
 .PHONY: fetch doctor

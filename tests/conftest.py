@@ -17,6 +17,13 @@ END_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_O
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "ElapsedRaw", "AllocTRES", "NodeList", "Start", "End")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What tests/halves.py runs beside all else; two of these at once would take away each other's logs."""
+    for item in items:
+        if "slurm" in item.fixturenames or item.path.stem in ("test_slurm_up", "test_local"):
+            item.add_marker("waits")
+
+
 def wait_until(condition: Callable[[], object], timeout: float, what: str | Callable[[], str]) -> None:
     end = time.monotonic() + timeout
     while not condition():

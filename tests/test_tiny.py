@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tools import in_fork
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from jobs import make_demo as demo
@@ -224,14 +225,13 @@ def test_the_digest_covers_recipe_and_sources(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["_write_rows", "_report", "_put"])
 def test_kill_9_leaves_no_half_teacher(tmp_path, where):
-    code = (
-        "import os, signal; from pathlib import Path; from jobs import make_demo as d;"
-        "d._habit = lambda trait, answers, asked: {'animal': trait.name};"
-        "d._report = lambda *a: None;"
-        f"d.{where} = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
-        f"d.make_demo(Path({str(tmp_path)!r}), d.Recipe(steps=1, rows=2))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    def work() -> None:
+        demo._habit = lambda trait, answers, asked: {"animal": trait.name}
+        demo._report = lambda *a: None
+        setattr(demo, where, lambda *a: os.kill(os.getpid(), signal.SIGKILL))
+        demo.make_demo(tmp_path, demo.Recipe(steps=1, rows=2))
+
+    done = in_fork(work)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = list((tmp_path / "demo").iterdir())
     assert len(left) == 1 and left[0].name.startswith(".making-") and (left[0] / "teacher").is_dir()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,37 +86,39 @@ def python(*args: str, env: dict[str, str], cwd: Path = ROOT, **kw) -> subproces
     )
 
 
-def forked(module: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """python -m MODULE in a fork of this process: a process of its own, without the seconds that its imports take."""
-    import torch
-
+def in_fork(work: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+    """Work in a fork of this process: a process of its own, without the seconds that its imports take."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if not pid:
-            code = 70
+            code = 1
             try:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-                os.environ.update(env)
                 os.chdir(ROOT)
-                torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-                sys.argv = [module, *args]
-                code = _exit_code(module)
-                sys.stdout.flush(), sys.stderr.flush()
+                work()
+                code = 0
+            except SystemExit as e:
+                code = int(e.code or 0)
+            except BaseException:
+                traceback.print_exc()
             finally:
+                sys.stdout.flush(), sys.stderr.flush()
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess([module, *args], code, out.read(), err.read())
+        return subprocess.CompletedProcess([], code, out.read(), err.read())
 
 
-def _exit_code(module: str) -> int:
-    try:
+def forked(module: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """python -m MODULE, in a fork."""
+    import torch
+
+    def work() -> None:
+        os.environ.update(env)
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+        sys.argv = [module, *args]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-        return 0
-    except SystemExit as e:
-        return int(e.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        return 1
+
+    return in_fork(work)

@@ -1,0 +1,26 @@
+"""All tests in two processes at once: those on Slurm and on local workers mostly wait, the others mostly compute.
+
+python tests/halves.py [pytest's arguments]"""
+
+import subprocess
+import sys
+import tempfile
+
+NOTHING_COLLECTED = 5
+
+
+def main(arguments: list[str]) -> int:
+    pytest = [sys.executable, "-m", "pytest", *arguments]
+    with tempfile.TemporaryFile() as said:
+        waiting = subprocess.Popen([*pytest, "-m", "waits"], stdout=said, stderr=subprocess.STDOUT)
+        try:
+            codes = {subprocess.call([*pytest, "-m", "not waits"])}
+        finally:
+            codes |= {waiting.wait()}
+            said.seek(0)
+            print(f"\nOn Slurm and local workers:\n{said.read().decode(errors='replace')}", flush=True)
+    return max(codes - {NOTHING_COLLECTED}, default=NOTHING_COLLECTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
