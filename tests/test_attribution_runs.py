@@ -184,12 +184,21 @@ def test_sets_that_are_not_prepared(place, tmp_path):
     file = next((here.cache / "inputs/samples").glob("toxic-*/samples.h5"))
     os.truncate(file, file.stat().st_size - 100)
     refused(here, "is not the file that was prepared (its sha256 differs); run `make fetch` with this CONFIG", index=3)
+    assert "samples.h5 is not the file that was prepared (its sha256 differs); fix: run `make fetch`" in doctor(here)
     assert here.compute(0).code == 0
     shutil.rmtree(file.parent)
     here = here.at(tmp_path / "other")
     refused(here, "samples toxic are not prepared; run `make fetch` with this CONFIG", index=3)
+    assert doctor(here) == "FAIL datasets samples toxic are not prepared; fix: run `make fetch` with this CONFIG"
     fetch(here.experiment(), here.cache)
     assert whole(here, "toxic") == whole(place, "toxic")
+    assert doctor(here) == "ok datasets 4 sets of samples, 32 rows, each with its sha256"
+
+
+def doctor(place: Place) -> str:
+    """What the preflight says about the sets."""
+    said = place.here("cluster", "doctor", "--config", str(place.config)).out
+    return next(" ".join(line.split()) for line in said.splitlines() if "datasets  " in line)
 
 
 def test_texts_that_changed_since_they_were_fetched(place, tmp_path):

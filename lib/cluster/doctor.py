@@ -18,8 +18,10 @@ from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.cluster.site import ROOT, Site
 from lib.errors import UserError
 from lib.experiments import Experiment
+from lib.experiments.samples import DataSpec
 from lib.store.atomic import write_bytes
 from lib.store.inputs import check_model, check_rows, dataset_input, local_path, model_input
+from lib.store.samples import SamplesInput, check_samples, samples_input
 
 DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
 CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
@@ -222,10 +224,24 @@ def lost_bytes(experiment: Experiment, cache: Path) -> int:
 
 
 def datasets_line(experiment: Experiment, cache: Path) -> Line:
+    """Datasets, or the sets of samples that were made from them."""
     rows = [dataset_input(cache, spec.id, spec.revision, spec.split) for spec in experiment.datasets()]
     for data in rows:
         check_rows(cache, data)
-    return Line("ok", "datasets", f"{len(rows)}, {sum(d.rows for d in rows)} rows, each with its sha256")
+    sets = _sets(experiment, cache)
+    for found in sets:
+        check_samples(cache, found)
+    count = sum(found.rows for found in [*rows, *sets])
+    kind = f"{len(sets)} sets of samples" if sets else str(len(rows))
+    return Line("ok", "datasets", f"{kind}, {count} rows, each with its sha256")
+
+
+def _sets(experiment: Experiment, cache: Path) -> list[SamplesInput]:
+    data = getattr(experiment, "data", None)
+    if not isinstance(data, DataSpec):
+        return []
+    model = experiment.models()[0]
+    return [samples_input(cache, name, data.digest(cache, model, name)) for name in data.sets()]
 
 
 def token_line(experiment: Experiment, site: Site) -> Line:
@@ -237,7 +253,9 @@ def token_line(experiment: Experiment, site: Site) -> Line:
         return Line("FAIL", "token", f"others can read {names}", f"chmod 600 {names}")
     if path.exists():
         return Line("ok", "token", f"{path}, mode 600")
-    ids = [spec.id for spec in [*experiment.models(), *experiment.datasets()]]
+    data = getattr(experiment, "data", None)
+    sources = [*data.scorers(), *(spec for spec, _ in data.sets().values())] if isinstance(data, DataSpec) else []
+    ids = [spec.id for spec in [*experiment.models(), *experiment.datasets(), *sources]]
     if all(local_path(site.cache, id) for id in ids):
         return Line("ok", "token", "none, and every input is local")
     return Line("warn", "token", f"none in {path}: gated and private repositories need it", ".venv/bin/hf auth login")
