@@ -17,7 +17,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from jobs.fetch import fetch
 from lib.errors import UserError
-from lib.experiments import Attribution
+from lib.experiments import Attribution, load
 from lib.experiments.base import DatasetSpec, Experiment, ModelSpec
 from lib.models import torch_files
 from lib.models.load import load_model, load_tokenizer
@@ -78,7 +78,9 @@ def is_the_model(folder: str, model: OPTForCausalLM) -> None:
     assert torch.equal(logits(loaded), logits(want.float()))
 
 
-def test_a_hubs_bin_becomes_a_folder_of_safetensors(opt: tuple[Path, OPTForCausalLM], tmp_path: Path) -> None:
+def test_a_hubs_bin_becomes_a_folder_of_safetensors(
+    opt: tuple[Path, OPTForCausalLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, model = opt
     with serve() as hub:
         files = {path.name: path.read_bytes() for path in source.iterdir()} | {"flax_model.msgpack": b"no"}
@@ -87,6 +89,7 @@ def test_a_hubs_bin_becomes_a_folder_of_safetensors(opt: tuple[Path, OPTForCausa
         hub.commit(JSONL, jsonl(pairs(1)))
         box = Box(tmp_path, hub)
         assert "converting pytorch_model.bin to safetensors" in box.fetch()
+        assert not any("/old/" in r.path or "flax" in r.path for r in hub.log)
         record = model_input(box.cache, "acme/tiny", "main")
         folder = box.cache / "inputs/models/acme--tiny--main" / f"converted-{commit[:12]}"
         assert (record.path, record.commit, record.fingerprint) == (str(folder), commit, f"{commit}-converted")
@@ -110,15 +113,26 @@ def test_a_hubs_bin_becomes_a_folder_of_safetensors(opt: tuple[Path, OPTForCausa
         assert [(p.name, p.outputs, p.inputs) for p in parts] == [(f"layers.{i}.fc1", 64, 32) for i in range(LAYERS)]
 
         before = (folder / "model.safetensors").stat()
-        assert "converting" not in box.fetch() and box.hub.log == []
-        assert "converting" not in box.fetch("--update"), "the same commit is converted already"
+        hub.log.clear()
+        fetch(load(box.config), box.cache)
+        assert not hub.log and "converting" not in capsys.readouterr().out, "what is whole is kept"
+        assert "converting" not in box.fetch("--update") and not hub.files_sent(), (
+            "the same commit is converted already"
+        )
         assert (folder / "model.safetensors").stat().st_ino == before.st_ino
         os.truncate(folder / "model.safetensors", before.st_size - 7)
         with pytest.raises(UserError, match=r"model.safetensors is cut off .* run `make fetch` again"):
             check_model(record)
-        assert "converting" in box.fetch() and not box.hub.files_sent()
+        os.truncate(next((box.cache / "hf/hub").glob(f"*/snapshots/{commit}/pytorch_model.bin")), 1000)
+        assert "converting" in box.fetch() and len(hub.files_sent()) == 1
         check_model(record)
         assert torch.equal(load_file(folder / "model.safetensors")[EMBEDDING], state[EMBEDDING])
+
+        newer = hub.commit(MODEL, files | {"generation_config.json": b"{}"})
+        assert "converting" in box.fetch("--update")
+        record = model_input(box.cache, "acme/tiny", "main")
+        assert record.path == str(folder.with_name(f"converted-{newer[:12]}")) and record.commit == newer
+        assert folder.is_dir(), "a job that runs may still read it"
 
 
 def test_shards_in_and_shards_out(
