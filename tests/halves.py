@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
             codes |= {waiting.wait()}
             said.seek(0)
             print(f"\nOn Slurm and local workers:\n{said.read().decode(errors='replace')}", flush=True)
-    return max(codes - {NOTHING_COLLECTED}, default=NOTHING_COLLECTED)
+    return max(map(abs, codes - {NOTHING_COLLECTED}), default=NOTHING_COLLECTED)  # below 0: ended by a signal
 
 
 if __name__ == "__main__":

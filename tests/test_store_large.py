@@ -19,7 +19,7 @@ from tools import ROOT, python
 
 from lib.cluster.plan import plan
 from lib.errors import UserError
-from lib.experiments.base import Cost, RunSpec
+from lib.experiments.base import Cost
 from lib.store import Cell, Column, commit, merge, read_array, scan
 from lib.store.atomic import HOST
 from lib.store.bf16 import from_bfloat16, to_bfloat16
@@ -332,7 +332,7 @@ def test_rows_that_are_arrays_come_back_and_merge(cell):
 def test_the_plan_counts_the_arrays(cell):
     schema = {**SCHEMA, "t": Column("float32", per="samples")}
     experiment = SimpleNamespace(
-        costs=lambda cache: [Cost(1.0, 10.0)], schema=lambda *_: schema, run=RunSpec(), share=1.0
+        costs=lambda cache: [Cost(1.0, 10.0)], schema=lambda *_: schema, shard_rows=lambda *_: 1, share=1.0
     )
     (found,) = plan(experiment, [cell], Path(), "h200")
     wide = WIDE[0] * WIDE[1]
