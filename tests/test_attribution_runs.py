@@ -1,4 +1,4 @@
-"""Attribution's runs: cut anyhow, killed, twice at once, on Slurm; what they cost; what is refused."""
+"""Attribution's runs: cut anyhow, killed, twice at once, on Slurm; and what is refused."""
 
 import json
 import os
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from tools import tiny_llama
 
 from jobs.fetch import fetch
-from lib.cluster.plan import TFLOPS, plan
 from lib.store import scan
 
 ALONE = f"score.batch_tokens={TOKENS}"  # a sample a batch: as many shards as can be
@@ -247,97 +245,3 @@ def test_nan_stops_the_run_above_the_limit_and_is_never_made_zero(nan, level):
     assert all(np.isnan(v).all() for v in broken) and np.isnan(columns["logit"][columns["target"][..., 0] >= 0]).all()
     assert columns["nonfinite"].sum(0).tolist() == [scores, scores, scores + 7 * 48]
     assert np.isnan(columns["sumsq"]).sum(1).tolist() == [48] * len(columns["sumsq"])
-
-
-# What it costs, and what it depends on
-
-
-def body() -> int:
-    """Parameters that every token passes: q, k, v, o, the MLP and two norms a layer, and the last norm."""
-    return 3 * (2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 80 + 2 * 48) + 48
-
-
-def test_the_plan_counts_samples_bytes_and_arithmetic(place, tmp_path):
-    here, experiment = place.at(tmp_path), place.experiment()
-    width = -(-max(map(len, here.samples("toxic").ids)) // 8) * 8
-    plans = plan(experiment, experiment.cells(here.cache, here.scratch), here.cache, "h200")
-    # tokens, target, logit; a count for each of 3 layers; 2 scores of 240 neurons; 3 x 48 sums of squares
-    row = 4 * (3 + 3 + 2 * 240 + 3 * 48)
-    assert [(p.rows, p.bytes) for p in plans] == [(7, 7 * row)] * 3 + [(6, 6 * row)]
-    for p, tokens in zip(plans, (TOKENS, TOKENS, TOKENS, width), strict=True):
-        flops = 2 * tokens * (2 * body() + 3 * 80 * 48) * p.rows
-        assert p.gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
-    few = place.experiment("score.scores=[]")
-    alone = plan(few, few.cells(here.cache, here.scratch), here.cache, "h200")[0]
-    assert alone.gpu_hours / plans[0].gpu_hours == pytest.approx(body() / (2 * body() + 3 * 80 * 48))
-    assert alone.bytes == 7 * 4 * (1 + 3 + 3 * 48)
-
-
-def test_the_plan_of_weights_counts_blocks(place, tmp_path):
-    """A last block of one sample costs one sample; a block is a shard."""
-    experiment = place.experiment("score.level=weight", "score.block=3", "score.store=bfloat16", "score.wanda=false")
-    plans = plan(experiment, experiment.cells(place.cache, tmp_path), place.cache, "h200")
-    # samples and tokens (8 bytes), 3 counts, 3 targets and logits; 2 scores of 3 layers in 2 bytes
-    assert [p.bytes for p in plans] == [n * (4 + 8 + 12 + 12 + 12 + 2 * 3 * 80 * 48 * 2) for n in (3, 3, 3, 2)]
-    assert [p.shards for p in plans] == [[(0, 1), (1, 2), (2, 3)]] * 3 + [[(0, 1), (1, 2)]]
-    flops = 2 * TOKENS * (2 * body() + 3 * 80 * 48) * 7
-    assert plans[0].gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
-
-
-def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
-    here = place.at(tmp_path)
-    said = here.here("cluster", "submit", "--config", str(here.config), "--dry", SUITE_SITE="fasrc", FASRC_LAB="my_lab")
-    assert said.code == 0, said.err
-    assert (ROOT / "slurm/compute_attributions.sbatch").read_text().strip() in said.out
-    assert "--array=0-3%16 --job-name=exp slurm/compute_attributions.sbatch" in said.out
-    lines = [line.split() for line in said.out.splitlines()]
-    assert ["cell", "name", "rows", "to", "do", "shards", "bytes", "GPU-hours"] in lines
-    for index, name in enumerate(ROWS):  # 2,520 bytes a row (above); batches of 2 samples
-        shown = next(line for line in lines if line[:2] == [str(index), name])
-        assert shown[2:7] == [
-            str(ROWS[name]),
-            str(ROWS[name]),
-            "4" if index < 3 else shown[4],
-            f"{2.52 * ROWS[name]:.3g}",
-            "kB",
-        ]
-    assert not list(tmp_path.iterdir())
-
-
-def digests(place: Place, *overrides: str) -> dict[str, str]:
-    return {c.name: c.digest for c in place.experiment(*overrides).cells(place.cache, place.scratch)}
-
-
-def test_settings_that_change_results_change_digests_and_no_others(place):
-    before = digests(place)
-    for override in (
-        *("rule=gradient", "level=weight", "scores=[abs]", "layers=[down_proj]", "target=all", "wanda=false"),
-        *("batch_tokens=24", "block=5", "store=bfloat16"),
-    ):
-        now = digests(place, f"score.{override}")
-        assert not set(now.values()) & set(before.values()), override
-    assert len({digests(place, "score.target=given", f"score.tokens=[{t}]")["toxic"] for t in (4, 5)}) == 2
-    assert digests(place, "model.dtype=bfloat16")["toxic"] != before["toxic"]
-    few = digests(place, "max_samples=6")
-    assert [name for name in ROWS if few[name] != before[name]] == ["general-0", "general-1", "general-2"]
-    assert digests(place, "run.shard_rows=1", "run.gpus=2", "score.nonfinite=9") == before
-
-
-def test_another_behaviour_leaves_what_is_there(place, tmp_path):
-    folder = tmp_path / "curt"
-    folder.mkdir()
-    rows = [{"text": "numbers " * (90 + i), "toxicity": 1.0} for i in range(4)]  # longer than all other samples
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = replace(place, config=tmp_path / "exp.yaml", scratch=tmp_path / "scratch")
-    text = place.config.read_text()
-    more.config.write_text(text.replace("\n  prompts: {", f"\n  prompts: {{curt: {{id: {folder}, samples: 4}}, "))
-    fetch(more.experiment(), more.cache)
-    before, now = digests(place), digests(more)
-    assert list(now) == ["general-0", "general-1", "general-2", "curt", "toxic"]
-    assert {name: now[name] for name in before} == before
-    every, old = ("score.target=all", "run.shard_rows=1"), replace(more, config=place.config)
-    assert old.compute(3, *every).code == 0  # as many target columns as were needed then
-    shutil.move(next(old.cell("toxic", *every).path.glob("*-00000006.json")), tmp_path)
-    assert more.compute(4, *every).code == 0
-    with h5py.File(more.merge("toxic", *every)) as f:
-        assert f["target"].shape[1] > max(len(ids) for ids in place.samples("toxic").ids) + 8
