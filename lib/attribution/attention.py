@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lib.attribution.fused import on, rotate
+from lib.attribution.fused import on, rotate, small
 from lib.attribution.rules import FACTORS
 
 LOG2E = 1.4426950408889634
@@ -152,6 +152,7 @@ def _backward_kv(
 # (queries, keys, warps, stages) of each kernel's tile: the fastest of a dozen on an H200, 32 and 8 heads of 128, 2,048
 # tokens: 124, 153 and 172 us.
 FORWARD, BACKWARD_Q, BACKWARD_KV = (128, 64, 4, 2), (128, 64, 8, 3), (64, 64, 4, 2)
+MOST_SMALL = 32  # of either side, where shared memory is small
 
 
 def supports(head: int) -> bool:
@@ -163,7 +164,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     samples, tokens, heads, width = q.shape
     out = torch.empty_like(q)
     lse = torch.empty(samples, heads, tokens, dtype=torch.float32, device=q.device)
-    bq, bk, warps, stages = _tile(FORWARD, tokens)
+    bq, bk, warps, stages = _tile(FORWARD, q)
     with on(q):
         _forward[(samples * heads, triton.cdiv(tokens, bq))](
             q, k, v, out, lse, tokens, scale * LOG2E, heads, k.shape[2], width, bq, bk, tokens % max(bq, bk) == 0,
@@ -187,12 +188,12 @@ def backward(
     dk, dv = (torch.empty(q.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     shape = heads, k.shape[2], width
     with on(q):
-        bq, bk, warps, stages = _tile(BACKWARD_Q, tokens)
+        bq, bk, warps, stages = _tile(BACKWARD_Q, q)
         _backward_q[(samples * heads, triton.cdiv(tokens, bq))](
             q, k, v, out, dout, lse, delta, dq, tokens, scale * LOG2E, scale, *shape, bq, bk,
             tokens % max(bq, bk) == 0, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        bq, bk, warps, stages = _tile(BACKWARD_KV, tokens)
+        bq, bk, warps, stages = _tile(BACKWARD_KV, q)
         _backward_kv[(samples * heads, triton.cdiv(tokens, bk))](
             q, k, v, dout, lse, delta, dk, dv, tokens, scale * LOG2E, scale, *shape, bq, bk,
             tokens % max(bq, bk) == 0, num_warps=warps, num_stages=stages,
@@ -200,10 +201,10 @@ def backward(
     return dq, dk, dv
 
 
-def _tile(tile: tuple[int, int, int, int], tokens: int) -> tuple[int, int, int, int]:
+def _tile(tile: tuple[int, int, int, int], q: torch.Tensor) -> tuple[int, int, int, int]:
     """Not larger than a short sample needs; both sides stay powers of two, so one divides the other."""
-    most = max(16, triton.next_power_of_2(tokens))
-    return min(tile[0], most), min(tile[1], most), tile[2] if most >= 64 else 4, tile[3]
+    most = MOST_SMALL if small(q.device) else max(16, triton.next_power_of_2(q.shape[1]))
+    return min(tile[0], most), min(tile[1], most), tile[2] if most >= 64 else 4, 2 if most < 64 else tile[3]
 
 
 class RopeAttention(torch.autograd.Function):

@@ -97,9 +97,9 @@ class Attributor:
             raise UserError("target 'given' needs the tokens to explain")
         if not len(samples) or not all(len(s) for s in samples):
             raise UserError("there is no sample, or one without a token")
-        batches = list(
-            cut(samples, self.width, self.batch, targets, self.target == "all", self.devices[0].type == "cuda")
-        )
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        pin = self.devices[0].type == "cuda"
+        batches = list(cut(samples, self.width, self.batch, targets, self.target == "all", most, pin))
         rows = sum(len(b.ids_BT) for b in batches)
         first = batches[0]
         explained = 1 if first.target_BK is None else first.target_BK.shape[1]

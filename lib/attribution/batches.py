@@ -33,13 +33,20 @@ class Batch:
 
 
 def cut(
-    samples: Sequence[Sequence[int]], width: int | None, size: int | None, targets: Any, every: bool, pin: bool
+    samples: Sequence[Sequence[int]],
+    width: int | None,
+    size: int | None,
+    targets: Any,
+    every: bool,
+    most: int | None,
+    pin: bool,
 ) -> Iterator[Batch]:
-    """`every`: targets are one a position. `pin`: for copies that do not make the host wait for the device."""
+    """`every`: targets are one a position. `most`: positions that the model has. `pin`: for copies that do not make the
+    host wait for the device."""
     longest = max(len(s) for s in samples)
-    width = width or -(-longest // 16) * 16
+    width = min(width or -(-longest // 16) * 16, most or 1 << 30)
     if longest > width:
-        raise UserError(f"a sample has {longest} tokens, more than the {width} of a batch's rows")
+        raise UserError(f"a sample has {longest} tokens; a batch's rows, or the model's positions, are {width}")
     size = size or max(1, min(SHORT_TOKENS // width, len(samples)))
     given = None if targets is None else _targets(targets, len(samples))
     for first in range(0, len(samples), size):

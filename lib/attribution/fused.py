@@ -3,6 +3,7 @@
 Suffixes: B samples, T tokens of a sample, J outputs of a layer, I its inputs, D hidden, C chunks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -277,18 +278,26 @@ def _launch(
         )  # fmt: skip
 
 
-def tile_for(tokens: int) -> tuple[int, int, int, int, int]:
+def tile_for(tokens: int, small: bool) -> tuple[int, int, int, int, int]:
     """(J, I, T) of a tile, warps, stages: the fastest of ten at 14336 x 4096 on an H200, for 64 samples of 32 tokens
     1.7 ms, for one of 2,048 tokens 0.38 ms (0.36 is the product alone by the vendor's library)."""
     if tokens <= 64:
         return 64, 128, max(16, triton.next_power_of_2(tokens)), 4, 2
-    return 128, 256, 64, 8, 3
+    return (128, 128, 32, 8, 3) if small else (128, 256, 64, 8, 3)
+
+
+@cache
+def small(device: torch.device) -> bool:
+    """Whether its shared memory is that of a workstation's card (99 KiB), not of a data centre's (163 KiB and more)."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 140_000
 
 
 def abs_neurons(x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor) -> torch.Tensor:
     """sum_i |W_ji G_ji| of each sample, float32 [B, J]."""
     samples, tokens, inputs = x_BTI.shape
-    tile = tile_for(tokens)
+    tile = tile_for(tokens, small(x_BTI.device))
     parts = triton.cdiv(inputs, tile[1])
     part_BCJ = torch.empty(samples, parts, dy_BTJ.shape[-1], dtype=torch.float32, device=x_BTI.device)
     _launch(x_BTI, dy_BTJ, weight_JI, part_BCJ, True, True, tile)
@@ -318,7 +327,7 @@ def add_weights(
     14336 x 4096 and 2,048 tokens on an H200, where 360 are the product; one kernel with all inside takes 490."""
     tokens = x_BTI.shape[1]
     if tokens <= 64:
-        _launch(x_BTI, dy_BTJ, weight_JI, total_JI, False, magnitude, tile_for(tokens))
+        _launch(x_BTI, dy_BTJ, weight_JI, total_JI, False, magnitude, tile_for(tokens, False))
         return
     count = weight_JI.numel()
     step = max(1, GRADIENT_VALUES // count)
