@@ -154,58 +154,33 @@ def rotate(
 
 
 @triton.jit
-def _dots(y, dy, out, T, J, ROWS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr):
-    """Sum over ROWS tokens of y * dy; a chunk of a sample's tokens a program."""
+def _dots(x, y, length, out, T, J, RAGGED: tl.constexpr, ROWS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr):
+    """Sum over ROWS tokens of x * y; a chunk of a sample's tokens a program. RAGGED: only its first `length` count."""
     b, chunk = tl.program_id(0), tl.program_id(1)
     j = tl.program_id(2) * BJ + tl.arange(0, BJ)
+    real = tl.load(length + b) if RAGGED else T
     total = tl.zeros([BT, BJ], tl.float32)
     for start in range(0, ROWS, BT):
         t = chunk * ROWS + start + tl.arange(0, BT)
-        inside = (t[:, None] < T) & (j[None, :] < J)
+        inside = (t[:, None] < real) & (j[None, :] < J)
         at = (b.to(tl.int64) * T + t[:, None]) * J + j[None, :]
-        v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        total += v * tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        total += v * tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
     chunks = tl.num_programs(1)
     tl.store(out + (b.to(tl.int64) * chunks + chunk) * J + j, tl.sum(total, 0), mask=j < J)
 
 
-def dots(y_BTJ: torch.Tensor, dy_BTJ: torch.Tensor) -> torch.Tensor:
-    """sum_t y * dy, float32 [B, J]."""
-    samples, tokens, width = y_BTJ.shape
+def dots(x_BTJ: torch.Tensor, y_BTJ: torch.Tensor, length_B: torch.Tensor | None = None) -> torch.Tensor:
+    """sum_t x * y over a sample's tokens, or its real ones, float32 [B, J]."""
+    samples, tokens, width = x_BTJ.shape
     rows = min(64, triton.next_power_of_2(tokens))
-    part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=y_BTJ.device)
-    with on(y_BTJ):
+    part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTJ.device)
+    with on(x_BTJ):
         _dots[(*part_BCJ.shape[:2], triton.cdiv(width, 256))](
-            y_BTJ, dy_BTJ, part_BCJ, tokens, width, ROWS=rows, BT=min(16, rows), BJ=256, num_warps=4
-        )
+            x_BTJ, y_BTJ, x_BTJ if length_B is None else length_B, part_BCJ, tokens, width,
+            RAGGED=length_B is not None, ROWS=rows, BT=min(16, rows), BJ=256, num_warps=4,
+        )  # fmt: skip
     return part_BCJ.sum(1)
-
-
-@triton.jit
-def _squares(x, length, out, T, I, ROWS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr):
-    b, chunk = tl.program_id(0), tl.program_id(1)
-    i = tl.program_id(2) * BI + tl.arange(0, BI)
-    real = tl.load(length + b)
-    total = tl.zeros([BT, BI], tl.float32)
-    for start in range(0, ROWS, BT):
-        t = chunk * ROWS + start + tl.arange(0, BT)
-        inside = (t[:, None] < real) & (i[None, :] < I)
-        v = tl.load(x + (b.to(tl.int64) * T + t[:, None]) * I + i[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += v * v
-    chunks = tl.num_programs(1)
-    tl.store(out + (b.to(tl.int64) * chunks + chunk) * I + i, tl.sum(total, 0), mask=i < I)
-
-
-def squares(x_BTI: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-    """sum over a sample's real tokens of x^2, float32 [B, I]."""
-    samples, tokens, width = x_BTI.shape
-    rows = min(64, triton.next_power_of_2(tokens))
-    part_BCI = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTI.device)
-    with on(x_BTI):
-        _squares[(*part_BCI.shape[:2], triton.cdiv(width, 256))](
-            x_BTI, length_B, part_BCI, tokens, width, ROWS=rows, BT=min(16, rows), BI=256, num_warps=4
-        )
-    return part_BCI.sum(1)
 
 
 @triton.jit
