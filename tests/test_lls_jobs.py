@@ -4,15 +4,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from tools import ROOT, forked, number_rows, tiny_model, write_rows
+from tools import Fork, forked, module_work, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
 from jobs.lls_report import cross as matrix_from
@@ -147,16 +145,16 @@ def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder
     dice = random.Random(5)
     for size in (1, 2, 3):
         before = len(scan(cell.path, cell.digest)[0])
-        job = subprocess.Popen(
-            [sys.executable, *command(folder, "diagonal", 0, f"run.shard_rows={size}")], cwd=ROOT, env=env
-        )
+        arguments = command(folder, "diagonal", 0, f"run.shard_rows={size}")[1:]
+        job = Fork(module_work(*arguments, env=env))
         deadline = time.monotonic() + 60
         while len(scan(cell.path, cell.digest)[0]) < before + 2 and job.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(dice.uniform(0, 0.05))
-        job.send_signal(signal.SIGKILL)
-        job.wait()
+        if job.poll() is None:
+            os.kill(job.pid, signal.SIGKILL)
+        job.finish()
     assert forked(*command(folder, "diagonal", 0)[1:], env=env).returncode == 0
     experiment = load(folder / "diagonal" / "exp.yaml")
     path = merge(cell, experiment.schema(Path()), experiment.science_json())

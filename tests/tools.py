@@ -86,33 +86,50 @@ def python(*args: str, env: dict[str, str], cwd: Path = ROOT, **kw) -> subproces
     )
 
 
-def in_fork(work: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+class Fork:
     """Work in a fork of this process: a process of its own, without the seconds that its imports take."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if not pid:
-            code = 1
-            try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-                os.chdir(ROOT)
-                work()
-                code = 0
-            except SystemExit as e:
-                code = int(e.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0), err.seek(0)
-        return subprocess.CompletedProcess([], code, out.read(), err.read())
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.out, self.err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+        self.pid, self.code = os.fork(), None
+        if not self.pid:
+            self._child(work)
+
+    def _child(self, work: Callable[[], object]) -> None:
+        code = 1
+        try:
+            os.dup2(self.out.fileno(), 1)
+            os.dup2(self.err.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            os.chdir(ROOT)
+            work()
+            code = 0
+        except SystemExit as e:
+            code = int(e.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
+        if self.code is None and (ended := os.waitpid(self.pid, flags)) != (0, 0):
+            self.code = os.waitstatus_to_exitcode(ended[1])
+        return self.code
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        code = self.poll(0)
+        with self.out, self.err:
+            self.out.seek(0), self.err.seek(0)
+            return subprocess.CompletedProcess([], code, self.out.read(), self.err.read())
 
 
-def forked(module: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """python -m MODULE, in a fork."""
+def in_fork(work: Callable[[], object]) -> subprocess.CompletedProcess[str]:
+    return Fork(work).finish()
+
+
+def module_work(module: str, *args: str, env: dict[str, str]) -> Callable[[], None]:
+    """What python -m MODULE does, for a fork."""
     import torch
 
     def work() -> None:
@@ -121,4 +138,8 @@ def forked(module: str, *args: str, env: dict[str, str]) -> subprocess.Completed
         sys.argv = [module, *args]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-    return in_fork(work)
+    return work
+
+
+def forked(module: str, *args: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return in_fork(module_work(module, *args, env=env))
