@@ -60,6 +60,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
             itemsize=kind.itemsize,
             devices=len(devices),
             free=free,
+            blocks=cell.rows if score.level == "weight" else 1,
         )
         print(memory, flush=True)
         atexit.register(say_peak, memory.need)
@@ -163,8 +164,17 @@ def _joined(values: dict[str, Any], names: list[str]) -> np.ndarray:
 
 
 def _later(values: dict[str, Any], name: str) -> Callable[[], np.ndarray]:
-    """A layer's sums, brought to the host when the writer asks: the device is then at the next block."""
-    return lambda: values.pop(name).float().cpu().numpy()[None]
+    """A layer's sums, brought to the host when the writer asks: the device is then at the next block, so the copy has a
+    stream of its own."""
+
+    def bring() -> np.ndarray:
+        import torch
+
+        sums = values.pop(name)
+        with torch.cuda.stream(torch.cuda.Stream(sums.device) if sums.is_cuda else None):
+            return sums.float().cpu().numpy()[None]
+
+    return bring
 
 
 if __name__ == "__main__":

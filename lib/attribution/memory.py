@@ -40,10 +40,11 @@ def plan_memory(
     itemsize: int,
     devices: int,
     free: int,
+    blocks: int = 1,
     recompute: bool | None = None,
 ) -> Memory:
     """`scored`: layer -> (outputs, inputs); `batch`: (samples, tokens). With `recompute` None it is chosen: only where
-    keeping everything does not fit."""
+    keeping everything does not fit. With more `blocks` than one the sums of two are held: one is being written."""
     tokens = batch[0] * batch[1]
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or config.ffn_dim
@@ -59,7 +60,7 @@ def plan_memory(
     if level == "weight":
         largest = max(j * i for j, i in scored.values())
         passing += itemsize * max(largest, min(batch[0] * largest, TRANSIENT_VALUES))
-        totals = 4 * len(scores) * sum(j * i for j, i in scored.values()) // devices
+        totals = 4 * len(scores) * min(blocks, 2) * sum(j * i for j, i in scored.values()) // devices
     else:
         passing += 4 * tokens // batch[1] * max((j * -(-i // 128) for j, i in scored.values()), default=0)
     keep = Memory(weight_bytes // devices, flying * mine * layer, passing, totals, False, free)
