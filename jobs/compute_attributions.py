@@ -154,7 +154,7 @@ class AttributionKernel:
         for name, weight in self.attributor.model.named_parameters():
             count = sum(int((~part.isfinite()).sum()) for part in weight.flatten().split(1 << 26))
             if count:
-                return f"{name} holds {count} values that are not finite; fetch the model again"
+                return f"{name} is not finite in {count} of {weight.numel()} places; fetch the model again"
         return f"all weights are finite, so {self.experiment.model.dtype} overflows; try a wider model.dtype"
 
 

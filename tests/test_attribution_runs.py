@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,22 +215,23 @@ def test_texts_that_changed_since_they_were_fetched(place, tmp_path):
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
 
-@pytest.fixture
-def nan(place, tmp_path) -> Place:
-    """A model of which one weight is NaN since it was fetched."""
+def changed(place: Place, tmp_path: Path, name: str, change: Callable[[np.ndarray], object]) -> Place:
+    """A model of which one tensor was changed since it was fetched."""
     shutil.copytree(place.cache, tmp_path / "cache")
     shutil.copytree(place.model, tmp_path / "model")
     record = next((tmp_path / "cache/inputs/models").glob("*/input.json"))
     raw = json.loads(record.read_text())
     record.write_text(json.dumps(raw | {"path": str(tmp_path / "model")}))
     weights = load_file(tmp_path / "model/model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"][3, 3] = np.nan
+    change(weights[name])
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
     return replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
 
 
 @pytest.mark.parametrize("level", ["neuron", "weight"])
-def test_nan_stops_the_run_above_the_limit_and_is_never_made_zero(nan, level):
+def test_nan_stops_the_run_above_the_limit_and_is_never_made_zero(place, tmp_path, level):
+    name = "model.layers.1.mlp.down_proj.weight"
+    nan = changed(place, tmp_path, name, lambda weight: weight.__setitem__((3, 3), np.nan))
     overrides = (f"score.level={level}", "score.scores=[signed]", "score.block=7", "run.shard_rows=7")
     # All relevance flows through layer 1, so all scores are NaN: 3 layers of 80 neurons (or 80 x 48 weights); and the
     # inputs of layer 2's 48: of 7 samples each.
@@ -238,12 +240,15 @@ def test_nan_stops_the_run_above_the_limit_and_is_never_made_zero(nan, level):
     refused(
         nan, f"{scores} scores of model.layers.0.mlp.up_proj are NaN or infinite, and {count} in 3 layers", *overrides
     )
-    refused(
-        nan, "model.layers.1.mlp.down_proj.weight holds 1 values that are not finite; fetch the model again", *overrides
-    )
+    refused(nan, f"{name} is not finite in 1 of {80 * 48} places; fetch the model again", *overrides)
     refused(nan, "NaN", *overrides, f"score.nonfinite={count - 1}")
     columns = nan.results("general-0", *overrides, f"score.nonfinite={count}")
     broken = [v for name, v in columns.items() if name.startswith("signed")]
     assert all(np.isnan(v).all() for v in broken) and np.isnan(columns["logit"][columns["target"][..., 0] >= 0]).all()
     assert columns["nonfinite"].sum(0).tolist() == [scores, scores, scores + 7 * 48]
     assert np.isnan(columns["sumsq"]).sum(1).tolist() == [48] * len(columns["sumsq"])
+
+
+def test_overflow_is_told_from_broken_weights(place, tmp_path):
+    large = changed(place, tmp_path, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.__imul__(2e38))
+    refused(large, "all weights are finite, so float32 overflows; try a wider model.dtype, or allow")
