@@ -12,6 +12,7 @@ import torch
 from lib.attribution import Attributor, patched
 from lib.attribution.memory import GIB, plan_memory
 from lib.attribution.patch import linear_layers
+from lib.bench.attribution_exact import exact
 from lib.bench.shapes import free, timed
 from lib.models.load import load_model
 from lib.models.spread import join, layer_map
@@ -320,6 +321,7 @@ RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "seed": seed_loop,
     "bits": bits,
     "memory": small_memory,
+    "exact": exact,
     "several": several,
     "job": job,
 }
