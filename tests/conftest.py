@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+WAITING = ("test_slurm_up", "test_local", "test_fetch", "test_fetch_bin", "test_prepare_hub")
 TMP = Path("/tmp")  # sockets live there, and their paths must be short
 CI = os.environ.get("CI") == "true"
 END_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
@@ -20,7 +21,7 @@ SACCT_FIELDS = ("JobID", "State", "ExitCode", "ElapsedRaw", "AllocTRES", "NodeLi
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What tests/halves.py runs beside all else; two of these at once would take away each other's logs."""
     for item in items:
-        if "slurm" in item.fixturenames or item.path.stem in ("test_slurm_up", "test_local"):
+        if "slurm" in item.fixturenames or item.path.stem in WAITING:
             item.add_marker("waits")
 
 

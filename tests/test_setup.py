@@ -153,7 +153,8 @@ def test_two_calls_at_once_make_one_venv(checkout: Checkout) -> None:
 
 def test_a_failing_install_leaves_no_stamp(checkout: Checkout) -> None:
     program(checkout.bin / "uv", "exit 1")
-    assert checkout.run().returncode != 0
+    (checkout.bin / "pip.py").write_text("raise SystemExit(1)")
+    assert checkout.run(PYTHONPATH=str(checkout.bin)).returncode != 0
     assert not (checkout.folder / ".venv/suite-stamp").exists()
 
 
