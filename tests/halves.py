@@ -2,6 +2,7 @@
 
 python tests/halves.py [pytest's arguments]"""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ NOTHING_COLLECTED = 5
 
 def main(arguments: list[str]) -> int:
     pytest = [sys.executable, "-m", "pytest", *arguments]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores wait by spinning
     with tempfile.TemporaryFile() as said:
         waiting = subprocess.Popen([*pytest, "-m", "waits"], stdout=said, stderr=subprocess.STDOUT)
         try:
