@@ -147,10 +147,12 @@ def conserved(model: PreTrainedModel, rule: str) -> tuple[float, np.ndarray]:
     return relevance.sum() / logit.item(), relevance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cp_lrp_conserves_relevance(all_float64: None, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "changes"), [*((f, {}) for f in FAMILIES), ("opt", {"activation_function": "gelu"})], ids=str
+)
+def test_cp_lrp_conserves_relevance(all_float64: None, family: str, changes: dict) -> None:
     """What goes in at the logit arrives at the embeddings, to the last digit, if no bias or position takes a share."""
-    model = make(family).double()
+    model = make(family, **changes).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "embed_positions" in name:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.attribution.rules import FACTORS, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
+from lib.attribution.rules import FACTORS, Identity, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
 from lib.errors import UserError, nearest
 from lib.layers import choose
 
@@ -99,6 +99,8 @@ def _rules(undo: ExitStack, module: Any, scope: Scope) -> None:
         _set(undo, module, "forward", partial(_layer_norm_forward, module))
     elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         _set(undo, module, "forward", partial(_mlp_forward, module, scope))
+    elif isinstance(act := getattr(module, "activation_fn", None), nn.Module) and not isinstance(act, nn.ReLU):
+        _set(undo, act, "forward", partial(_identity, act.forward))  # OPT's relatives without ReLU
 
 
 def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
@@ -135,6 +137,10 @@ def _layer_norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 def _mlp_forward(mlp: Any, scope: Scope, x: torch.Tensor) -> torch.Tensor:
     gate, up = _project((mlp.gate_proj, mlp.up_proj), scope, x)
     return mlp.down_proj(gated(gate, up, mlp.act_fn) if scope.rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)
+
+
+def _identity(act: Any, x: torch.Tensor) -> torch.Tensor:
+    return Identity.apply(x, act)
 
 
 def _scaled_attention(attn: Any, original: Any, rule: str, *args: Any, **kwargs: Any) -> Any:

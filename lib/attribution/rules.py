@@ -132,11 +132,27 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, dm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         gate, up = ctx.saved_tensors
         wide, half = gate.to(accurate(gate.dtype)), dm.to(accurate(dm.dtype)) / 2
-        value = ctx.act(wide)
-        if ctx.silu:
-            ratio = torch.sigmoid(wide)  # silu(x)/x, without a division: 0.5 at 0, where a pruned neuron's gate stands
-        else:
-            zero = wide == 0  # act(0) = 0 for those in use (GELU, ReLU): the limit is the slope, read beside 0
-            near = torch.where(zero, torch.full_like(wide, 1e-4), wide)
-            ratio = torch.where(zero, ctx.act(near), value) / near
-        return (half * up * ratio).to(dm.dtype), (half * value).to(dm.dtype), None, None
+        # silu(x)/x without a division: 0.5 at 0, where a pruned neuron's gate stands
+        ratio = torch.sigmoid(wide) if ctx.silu else _ratio(ctx.act, wide)
+        return (half * up * ratio).to(dm.dtype), (half * ctx.act(wide)).to(dm.dtype), None, None
+
+
+class Identity(torch.autograd.Function):
+    """An activation that passes act(x)/x. ReLU's gradient is that already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.act = act
+        return act(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        wide = ctx.saved_tensors[0].to(accurate(dy.dtype))
+        return (dy.to(wide.dtype) * _ratio(ctx.act, wide)).to(dy.dtype), None
+
+
+def _ratio(act: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """act(x)/x; act(0) is 0 for those in use (GELU, ReLU), so the limit at 0 is the slope, read beside it."""
+    near = torch.where(x == 0, torch.full_like(x, 1e-4), x)
+    return act(near) / near
