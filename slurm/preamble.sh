@@ -30,6 +30,7 @@ run_job() {
     [ "$status" -eq 127 ] || rc=$status
     [ -n "$woken" ] || break
   done
+  [ "$rc" -ne 138 ] || rc=75  # ended by USR1: the warning came before the job could hear it
   if [ "$rc" -ne 75 ] || [ -z "${SLURM_JOB_ID:-}" ]; then exit "$rc"; fi  # without Slurm the local worker runs it again
   if [ "${SLURM_RESTART_COUNT:-0}" -ge "${SUITE_MAX_REQUEUES:-50}" ]; then
     echo "error: stopped for the ${SLURM_RESTART_COUNT}th time with work left; ask for a longer --time, then \`make resume\`" >&2

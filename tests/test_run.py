@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from numpy_job import ROWS, SCHEMA, cell_in, columns
 from test_store import in_small_mount
 from tools import ROOT
@@ -156,3 +157,15 @@ def test_a_disk_that_fills_up_ends_the_job_in_one_sentence_and_keeps_its_shards(
     assert "No space left on device" in done.stderr and "`make resume` goes on" in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "rc 2\n" in done.stdout and 3 < int(re.search(r"^(\d+) files$", done.stdout, re.M)[1]) < 40
+
+
+def test_a_warning_that_comes_before_the_job_can_hear_it_is_work_left(tmp_path):
+    """USR1 ends a Python that has no handler yet, with 138: for the batch script that is a job to run again."""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/nap.py").write_text("import pathlib, time\npathlib.Path('up').touch()\ntime.sleep(60)\n")
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"SUITE_SITE": "local"}
+    script = f". slurm/preamble.sh; cd {tmp_path}; run_job nap"
+    batch = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=env | {"SUITE_GPU": "cpu"})
+    wait_until(lambda: (tmp_path / "up").exists())
+    batch.send_signal(signal.SIGUSR1)
+    assert batch.wait() == 75
