@@ -166,6 +166,6 @@ def test_a_warning_that_comes_before_the_job_can_hear_it_is_work_left(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"SUITE_SITE": "local"}
     script = f". slurm/preamble.sh; cd {tmp_path}; run_job nap"
     batch = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=env | {"SUITE_GPU": "cpu"})
-    wait_until(lambda: (tmp_path / "up").exists())
+    wait_until((tmp_path / "up").exists, 60, "the job did not start")
     batch.send_signal(signal.SIGUSR1)
     assert batch.wait() == 75
