@@ -2,7 +2,7 @@
 random weights of the real shapes, which run at the speed of real ones and say nothing about quality.
 
     python -m jobs.bench --models 0.5b 7b --rungs floor naive ours bits [--batch-tokens 8192] [--out FILE.json]
-    python -m jobs.bench --models llama3-8b --rungs floor plain seed ours bits memory --batch-tokens 4096"""
+    python -m jobs.bench --models llama3-8b --rungs floor plain seed ours bits memory --batch-tokens 2048"""
 
 import argparse
 import json

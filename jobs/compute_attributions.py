@@ -1,6 +1,5 @@
 """Attribution of one cell's samples: relevance of neurons or weights by LRP, and Wanda's statistics, in one pass."""
 
-import atexit
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +37,8 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
     import torch
 
     from lib.attribution import Attributor
-    from lib.attribution.memory import GIB, plan_memory
-    from lib.models.load import device_name, load_config, load_model, say_peak, visible_devices
+    from lib.attribution.memory import plan_memory
+    from lib.models.load import announce, device_name, free_memory, load_config, load_model, visible_devices
 
     found = model_input(cache, experiment.model.id, experiment.model.revision)
     config, devices, kind = load_config(found.path), visible_devices(), getattr(torch, experiment.model.dtype)
@@ -49,7 +48,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
         )
     recompute = False
     if devices[0].type == "cuda":
-        free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
+        free = free_memory(devices)
         memory = plan_memory(
             config,
             found.parameters * kind.itemsize,
@@ -62,13 +61,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
             free=free,
             blocks=cell.rows if score.level == "weight" else 1,
         )
-        print(memory, flush=True)
-        atexit.register(say_peak, memory.need)
-        if memory.need > free:
-            raise UserError(
-                f"attribution needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; ask for "
-                "more GPUs a task (run.gpus, --gpus-per-node), or lower score.batch_tokens"
-            )
+        announce("attribution", memory, free)
         recompute = memory.recompute
     model = load_model(found.path, experiment.model.dtype, "sdpa", devices)
     attributor = Attributor(
@@ -106,7 +99,7 @@ class AttributionKernel:
         score = self.experiment.score
         targets = [score.tokens] * len(prepared) if score.target == "given" else None
         found = self.attributor.run(prepared, targets)
-        broken = found.nonfinite()
+        counts, broken = self._broken(found)
         self._finite(broken)
         columns: dict[str, Any] = {}
         if self.weight_level:
@@ -115,12 +108,10 @@ class AttributionKernel:
             if score.scores:
                 columns["target"] = np.pad(self._target(found), (spare, (0, 0)), constant_values=-1)[None]
                 columns["logit"] = np.pad(found.logit.numpy(), spare, constant_values=np.nan)[None]
-            counts = np.array([[broken.get(name, 0) for name in found.layers]])
         else:
             columns["tokens"] = found.tokens.numpy()
             if score.scores:
                 columns |= {"target": self._target(found), "logit": found.logit.numpy()}
-            counts = found.nonfinite_rows().numpy()
         columns["nonfinite"] = counts
         for kind in score.scores:
             values = getattr(found, kind)
@@ -140,6 +131,14 @@ class AttributionKernel:
         """Explained tokens; every cell has as many columns as the longest one's samples need."""
         target = found.target.numpy().astype(np.int32)
         return np.pad(target, ((0, 0), (0, self.explained - target.shape[1])), constant_values=-1)
+
+    def _broken(self, found: Any) -> tuple[np.ndarray, dict[str, int]]:
+        """NaN and infinite values of each row and layer, and of the layers that have any."""
+        if self.weight_level:
+            broken = found.nonfinite()
+            return np.array([[broken.get(name, 0) for name in found.layers]]), broken
+        counts = found.nonfinite_rows().numpy()
+        return counts, {name: int(n) for name, n in zip(found.layers, counts.sum(0), strict=True) if n}
 
     def _finite(self, broken: dict[str, int]) -> None:
         if sum(broken.values()) > self.experiment.score.nonfinite:

@@ -18,6 +18,11 @@ def nearest(word: str, valid: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def one_line(e: BaseException) -> str:
+    """What an exception says, as part of a sentence."""
+    return " ".join(str(e).split())[:200]
+
+
 def exit_with(main: Callable[[], int | None]) -> None:
     """Run a job's main; a UserError becomes one line on stderr and exit code 2."""
     try:

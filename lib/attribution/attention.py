@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lib.attribution.fused import on, rotate, small
+from lib.attribution.fused import rotate, small
 from lib.attribution.rules import FACTORS
+from lib.models.decoder import on
 
 LOG2E = 1.4426950408889634
 
@@ -165,7 +166,7 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> 
     out = torch.empty_like(q)
     lse = torch.empty(samples, heads, tokens, dtype=torch.float32, device=q.device)
     bq, bk, warps, stages = _tile(FORWARD, q)
-    with on(q):
+    with on(q.device):
         _forward[(samples * heads, triton.cdiv(tokens, bq))](
             q, k, v, out, lse, tokens, scale * LOG2E, heads, k.shape[2], width, bq, bk, tokens % max(bq, bk) == 0,
             num_warps=warps, num_stages=stages,
@@ -187,7 +188,7 @@ def backward(
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     dk, dv = (torch.empty(q.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     shape = heads, k.shape[2], width
-    with on(q):
+    with on(q.device):
         bq, bk, warps, stages = _tile(BACKWARD_Q, q)
         _backward_q[(samples * heads, triton.cdiv(tokens, bq))](
             q, k, v, out, dout, lse, delta, dq, tokens, scale * LOG2E, scale, *shape, bq, bk,

@@ -7,7 +7,7 @@ Suffixes: S samples, B samples of a batch, T tokens, D hidden, K explained token
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.attribution.batches import Batch, cut
 from lib.attribution.patch import linear_layers, patched
-from lib.attribution.rules import Tap, accurate
+from lib.attribution.rules import Tap
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
 from lib.errors import UserError
 from lib.layers import choose, shared_inputs
+from lib.models.plain_ops import accurate
 
 LEVELS = ("neuron", "weight")
 SCORES = ("signed", "abs")
@@ -177,20 +178,19 @@ class Attributor:
 
     def _forward_all(self, batches: list[Batch], found: Scores) -> None:
         """Wanda's statistics alone: no gradient, no head."""
-        for batch in batches:
-            rows = slice(batch.first, batch.first + len(batch.ids_BT))
+        now: list[Batch] = []  # the batch that passes
 
-            def keep(name: str, module: nn.Module, args: Any, batch: Batch = batch, rows: slice = rows) -> None:
-                x_BTI = args[0] if args[0].dim() == 3 else args[0].unflatten(0, (len(batch.ids_BT), -1))
-                found.sumsq[name][rows] = squares(x_BTI, batch.length_on(x_BTI.device))
+        def keep(name: str, module: nn.Module, args: Any) -> None:
+            batch, x = now[0], args[0]
+            x_BTI = x if x.dim() == 3 else x.unflatten(0, (len(batch.ids_BT), -1))
+            found.sumsq[name][batch.first : batch.first + len(x_BTI)] = squares(x_BTI, batch.length_on(x.device))
 
-            hooks = [self.linears[n].register_forward_pre_hook(partial(keep, n)) for n in found.sumsq]
-            try:
-                with patched(self.model, "gradient"), torch.no_grad():
-                    self._hidden(batch)
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with ExitStack() as hooks, patched(self.model, "gradient"), torch.no_grad():
+            for name in found.sumsq:
+                hooks.callback(self.linears[name].register_forward_pre_hook(partial(keep, name)).remove)
+            for batch in batches:
+                now[:] = [batch]
+                self._hidden(batch)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         ids = batch.ids_BT.to(self.devices[0], non_blocking=True)

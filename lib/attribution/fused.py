@@ -2,7 +2,6 @@
 
 Suffixes: B samples, T tokens of a sample, J outputs of a layer, I its inputs, D hidden, C chunks."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-GRADIENT_VALUES = 1 << 28  # of a layer's weight gradients, made at once
+from lib.attribution.memory import GRADIENT_VALUES
+from lib.models.decoder import on
 
 
 @triton.jit
@@ -42,7 +42,7 @@ class RmsNorm(torch.autograd.Function):
         width = x.shape[-1]
         rows, block = x.numel() // width, triton.next_power_of_2(width)
         out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        with on(x):
+        with on(x.device):
             _norm_forward[(rows,)](x, weight_D, out, scale, width, eps, BLOCK=block, num_warps=8)
         ctx.save_for_backward(weight_D, scale)
         return out
@@ -53,7 +53,7 @@ class RmsNorm(torch.autograd.Function):
         dy = dy.contiguous()
         width = dy.shape[-1]
         dx, block = torch.empty_like(dy), triton.next_power_of_2(width)
-        with on(dy):
+        with on(dy.device):
             _norm_backward[(len(scale),)](dy, weight_D, scale, dx, width, BLOCK=block, num_warps=8)
         return dx, None, None
 
@@ -86,7 +86,7 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        with on(gate):
+        with on(gate.device):
             _gated_forward[(triton.cdiv(gate.numel(), 4096),)](gate, up, out, gate.numel(), BLOCK=4096, num_warps=8)
         ctx.save_for_backward(gate, up)
         return out
@@ -95,7 +95,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, dm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         dm, dgate, dup = dm.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        with on(gate):
+        with on(gate.device):
             _gated_backward[(triton.cdiv(gate.numel(), 4096),)](
                 gate, up, dm, dgate, dup, gate.numel(), BLOCK=4096, num_warps=8
             )
@@ -145,7 +145,7 @@ def rotate(
     heads = heads or given
     out = torch.empty(samples, tokens, heads, width, dtype=dtype or x_BTHd.dtype, device=x_BTHd.device)
     step = 0 if len(cos) == 1 else cos.stride(0)
-    with on(x_BTHd):
+    with on(x_BTHd.device):
         _rotate[(samples * tokens,)](
             x_BTHd, cos, sin, out, tokens, factor, *x_BTHd.stride()[:3], step,
             heads, width // 2, triton.next_power_of_2(heads), given // heads, way, num_warps=4,
@@ -175,7 +175,7 @@ def dots(x_BTJ: torch.Tensor, y_BTJ: torch.Tensor, length_B: torch.Tensor | None
     samples, tokens, width = x_BTJ.shape
     rows = min(64, triton.next_power_of_2(tokens))
     part_BCJ = torch.empty(samples, triton.cdiv(tokens, rows), width, dtype=torch.float32, device=x_BTJ.device)
-    with on(x_BTJ):
+    with on(x_BTJ.device):
         _dots[(*part_BCJ.shape[:2], triton.cdiv(width, 256))](
             x_BTJ, y_BTJ, x_BTJ if length_B is None else length_B, part_BCJ, tokens, width,
             RAGGED=length_B is not None, ROWS=rows, BT=min(16, rows), BJ=256, num_warps=4,
@@ -245,7 +245,7 @@ def _launch(
     outputs = dy_BTJ.shape[-1]
     bj, bi, bt, warps, stages = tile
     grid = (triton.cdiv(outputs, bj) * triton.cdiv(inputs, bi),)
-    with on(x_BTI):
+    with on(x_BTI.device):
         _score[grid](
             x_BTI, dy_BTJ, weight_JI, out, samples, tokens, outputs, inputs,
             NEURON=neuron, ABS=magnitude, EVEN=tokens % bt == 0, BJ=bj, BI=bi, BT=bt, GROUP=8,
@@ -308,12 +308,7 @@ def add_weights(
     step = max(1, GRADIENT_VALUES // count)
     for x, dy in zip(x_BTI.split(step), dy_BTJ.split(step), strict=True):
         g_BJI = torch.bmm(dy.transpose(1, 2), x)
-        with on(x):
+        with on(x.device):
             _grow[(triton.cdiv(count, 2048),)](
                 total_JI, g_BJI, weight_JI, len(x), count, ABS=magnitude, BLOCK=2048, num_warps=8
             )
-
-
-def on(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """A kernel of ours is launched on the current device, not on its arguments'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 GIB = 2**30
-TRANSIENT_VALUES = 1 << 28  # weight gradients of a layer, made at once at weight level
+GRADIENT_VALUES = 1 << 28  # of a layer's weight gradients, made at once at weight level
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def plan_memory(
     totals = 0
     if level == "weight":
         largest = max(j * i for j, i in scored.values())
-        passing += itemsize * max(largest, min(batch[0] * largest, TRANSIENT_VALUES))
+        passing += itemsize * max(largest, min(batch[0] * largest, GRADIENT_VALUES))
         totals = 4 * len(scores) * min(blocks, 2) * sum(j * i for j, i in scored.values()) // devices
     else:
         passing += 4 * tokens // batch[1] * max((j * -(-i // 128) for j, i in scored.values()), default=0)

@@ -19,7 +19,7 @@ from lib.attribution.rules import FACTORS, Identity, Linears, Scale, Tap, gated,
 from lib.errors import UserError, nearest
 from lib.layers import choose
 
-RULES = ("attnlrp", "cp_lrp", "gradient")
+RULES = tuple(FACTORS)
 FAMILIES = ("llama", "qwen2", "opt")
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
 

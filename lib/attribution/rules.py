@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from lib.models.plain_ops import accurate
+
 # Of the gradients at q and k, and at v.
 FACTORS = {"attnlrp": (0.25, 0.5), "cp_lrp": (0.0, 1.0), "gradient": (1.0, 1.0)}
 
@@ -20,10 +22,6 @@ class Tap:
 
     call: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], None]
     output: bool = True  # keep the output for it; else it gets None
-
-
-def accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def kernels(x: torch.Tensor) -> Any | None:

@@ -5,7 +5,8 @@ gradient, so only sums of squares have to leave it out."""
 
 import torch
 
-from lib.attribution.rules import accurate, kernels
+from lib.attribution.rules import kernels
+from lib.models.plain_ops import accurate
 
 
 def signed_neurons(y_BTJ: torch.Tensor, dy_BTJ: torch.Tensor) -> torch.Tensor:

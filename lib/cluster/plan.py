@@ -22,11 +22,11 @@ class CellPlan:
 
 def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> list[CellPlan]:
     rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * experiment.share
-    plans = []
+    plans, schema = [], experiment.schema(cache)
     for cell, cost in zip(cells, experiment.costs(cache), strict=True):
         missing = gaps(scan(cell.path, cell.digest)[0], cell.rows)
         rows = sum(b - a for a, b in missing)
-        width = sum(c.value_bytes * (cost.values if c.per else 1) for c in experiment.schema(cache).values())
+        width = sum(c.value_bytes * (cost.values if c.per else 1) for c in schema.values())
         hours = rows * cost.flops / rate / 3600
         shards = plan_shards(missing, experiment.shard_rows(cache, cell.name))
         plans.append(CellPlan(cell, rows, shards, round(width * cell.rows), hours))

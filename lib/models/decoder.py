@@ -169,7 +169,7 @@ class Decoder:
         where = _to(batch.where, x_MD.device)
         picked_PD = x_MD[where]
         out_PD = torch.empty_like(picked_PD)
-        with _on(x_MD.device):
+        with on(x_MD.device):
             self.ops.rms_norm(picked_PD, self.weights.norm, self.shape.eps, out_PD)
         return out_PD
 
@@ -183,7 +183,7 @@ class Decoder:
         parts, logits_PV = [], hidden_PD.new_empty(block, self.shape.vocabulary)
         for i in range(0, count, block):
             matmul(hidden_PD[i : i + block], self.weights.head, logits_PV)
-            with _on(logits_PV.device):
+            with on(logits_PV.device):
                 parts.append(self.ops.log_prob(logits_PV, target_P[i : i + block]))
         return torch.cat(parts)[:count]
 
@@ -197,7 +197,7 @@ class Decoder:
                 space, plan = self._space(device, m), _Plan(batch, device, self)
                 space.x.copy_(before, non_blocking=True)
             cached = prefix.cache[number] if prefix and prefix.length else None
-            with _on(device):
+            with on(device):
                 kv = self._layer(layer, space, plan, cached)
             if keep is not None:
                 keep.append(kv)
@@ -268,7 +268,7 @@ class _Plan:
             self.parts = batch.segments.tolist()
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on(device: torch.device) -> AbstractContextManager[Any]:
     """A kernel of ours is launched on the current device, not on its arguments'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -5,13 +5,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
 from lib.models.spread import join, layer_map
 from lib.models.weights import load_weights
@@ -39,19 +39,19 @@ def device_name(where: torch.device) -> str:
 
 
 def load_tokenizer(folder: str) -> Any:
-    _must_exist(folder)
+    must_exist(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"the tokenizer in {folder} cannot be read ({_line(e)}); run `make fetch` again") from None
+        raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
 
 
 def load_config(folder: str) -> Any:
-    _must_exist(folder)
+    must_exist(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder}/config.json cannot be read ({_line(e)}); run `make fetch` again") from None
+        raise UserError(f"{folder}/config.json cannot be read ({one_line(e)}); run `make fetch` again") from None
 
 
 def load_model(folder: str, dtype: str, attention: str, devices: list[torch.device]) -> Any:
@@ -59,7 +59,7 @@ def load_model(folder: str, dtype: str, attention: str, devices: list[torch.devi
     places: dict[str, torch.device] = {"": devices[0]}
     if len(devices) > 1:
         places = layer_map(load_config(folder), devices)
-    _must_exist(folder)
+    must_exist(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -69,7 +69,7 @@ def load_model(folder: str, dtype: str, attention: str, devices: list[torch.devi
             local_files_only=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise UserError(f"the model in {folder} cannot be loaded ({_line(e)}); run `make fetch` again") from None
+        raise UserError(f"the model in {folder} cannot be loaded ({one_line(e)}); run `make fetch` again") from None
     if len(devices) > 1:
         join(model)
     return model.eval().requires_grad_(False)
@@ -118,6 +118,27 @@ def plan_memory(
     return Memory(weights + second, activations, on_host, total)
 
 
+def free_memory(devices: list[torch.device]) -> int:
+    """Of the fullest device, in bytes."""
+    return min(torch.cuda.mem_get_info(d)[0] for d in devices)
+
+
+class Plan(Protocol):
+    @property
+    def need(self) -> int: ...
+
+
+def announce(what: str, memory: Plan, free: int) -> None:
+    """Say what will be held before it is, and at the end what was; a UserError where it does not fit."""
+    print(memory, flush=True)
+    atexit.register(say_peak, memory.need)
+    if memory.need > free:
+        raise UserError(
+            f"{what} needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; ask for more GPUs "
+            "a task (run.gpus, --gpus-per-node), or lower score.batch_tokens"
+        )
+
+
 def say_peak(planned: int) -> None:
     """What the fullest device really held, beside the plan."""
     real = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
@@ -130,16 +151,10 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, che
     config = load_config(folder)
     shape, on_host = Shape.of(config), False
     if devices[0].type == "cuda":
-        free = min(torch.cuda.mem_get_info(d)[0] for d in devices)
+        free = free_memory(devices)
         memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
-        print(memory, flush=True)
+        announce("the model", memory, free)
         on_host = memory.embed_on_host
-        atexit.register(say_peak, memory.need)
-        if memory.need > free:
-            raise UserError(
-                f"the model needs {memory.need / GIB:.1f} GiB on a GPU that has {free / GIB:.1f} GiB free; "
-                "ask for more GPUs a task (run.gpus, --gpus-per-node), or lower score.batch_tokens"
-            )
     loaded = load_weights(Path(folder), shape, kind, devices, on_host)
     gib = loaded.bytes / GIB
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
@@ -158,10 +173,6 @@ def rope_table(config: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return cos[0].to(wide), sin[0].to(wide)
 
 
-def _must_exist(folder: str) -> None:
+def must_exist(folder: str) -> None:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no model (config.json is missing); run `make fetch`")
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200]

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 
 OTHER = "choose a revision with safetensors"
 HEADS = ["lm_head.weight"]  # of two names for one tensor, transformers drops the output's and keeps the embedding's
@@ -35,7 +35,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], folder: Path, shard: int
         save_torch_state_dict(tensors, folder, max_shard_size=shard, shared_tensors_to_discard=HEADS)
     except (SafetensorError, RuntimeError, ValueError) as e:
         raise UserError(
-            f"the weights cannot be written as safetensors to {folder.parent} ({_line(e)}); "
+            f"the weights cannot be written as safetensors to {folder.parent} ({one_line(e)}); "
             f"free some space there, or {OTHER}"
         ) from None
 
@@ -60,7 +60,3 @@ def _load(path: Path) -> object:
 
 def _no_tensors(path: Path, what: str) -> str:
     return f"{path} holds more than tensors ({what}) and is not read; {OTHER}"
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200]
