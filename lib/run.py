@@ -60,10 +60,12 @@ class Notice:
 
 @contextlib.contextmanager
 def heed_signals() -> Iterator[Notice]:
-    """From here on USR1 asks for a tidy stop and TERM for one at once."""
+    """From here on USR1 asks for a tidy stop and TERM for one at once. A warning that comes after the work has nothing
+    left to stop and is passed over: USR1's default would end the process with another exit code."""
     notice = Notice()
     wanted = {signal.SIGUSR1: notice.on_usr1, signal.SIGTERM: notice.on_term, signal.SIGINT: notice.on_term}
     before = {signum: signal.signal(signum, handler) for signum, handler in wanted.items()}
+    before[signal.SIGUSR1] = lambda *_: None  # not SIG_IGN, which children would inherit
     try:
         yield notice
     finally:

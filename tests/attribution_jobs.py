@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,10 @@ class Place:
         arguments = ("--config", str(self.config), "--index", str(index), *overrides)
         return self.here("compute_attributions", *arguments)
 
-    def start(self, index: int, *overrides: str) -> Any:
-        """The same in a process of its own."""
+    def start(self, index: int, *overrides: str, pause: float = 0.0) -> Any:
+        """The same in a process of its own, with seconds of rest before each shard."""
         arguments = ["--config", str(self.config), "--index", str(index), *overrides]
-        process = fork.Process(target=run_job, args=(arguments, self.env))
+        process = fork.Process(target=run_job, args=(arguments, self.env, pause))
         process.start()
         return process
 
@@ -123,9 +124,14 @@ def columns_of(f: h5py.File) -> dict[str, h5py.Dataset]:
     return found
 
 
-def run_job(arguments: list[str], env: dict[str, str]) -> None:
+def run_job(arguments: list[str], env: dict[str, str], pause: float) -> None:
     """In the fork; what it says goes into a file beside its results."""
     import torch
+
+    import lib.run
+
+    beat = lib.run.Heartbeat.beat
+    lib.run.Heartbeat.beat = lambda *args, **more: (time.sleep(pause), beat(*args, **more))
 
     os.environ.update(env)
     os.chdir(ROOT)

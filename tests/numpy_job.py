@@ -1,6 +1,7 @@
 """A job with the suite's loop and a kernel of plain numpy, slow enough to be killed in the middle.
 
-python numpy_job.py FOLDER"""
+python numpy_job.py FOLDER
+SHARD_ROWS, SHARD_SECONDS: of a shard. LATE_SIGNAL: sent to itself between the work's end and the exit."""
 
 import os
 import sys
@@ -44,7 +45,13 @@ class Kernel:
         return columns(*prepared), {"rows_computed": prepared[1] - prepared[0]}
 
 
+def main() -> int:
+    one, shard_rows = cell_in(Path(sys.argv[1])), int(os.environ.get("SHARD_ROWS", "10"))
+    code = run_cell(one, SCHEMA, lambda: (Kernel(), {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0)
+    if late := os.environ.get("LATE_SIGNAL"):
+        os.kill(os.getpid(), int(late))
+    return code
+
+
 if __name__ == "__main__":
-    shard_rows = int(os.environ.get("SHARD_ROWS", "10"))
-    one = cell_in(Path(sys.argv[1]))
-    exit_with(lambda: run_cell(one, SCHEMA, lambda: (Kernel(), {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0))
+    exit_with(main)

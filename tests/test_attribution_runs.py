@@ -67,7 +67,7 @@ def test_any_cut_merges_to_the_same_bytes(place, tmp_path, batch):
     assert cuts == ([[1] * 7, [3, 3, 1], [4, 3]] if batch == 1 else [[3, 3, 1], [3, 3, 1], [6, 1]])
 
 
-LONG = 120  # samples: a job of a second, also in blocks of 4
+LONG = 120  # samples: time enough to be killed in, also in blocks of 4
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def long(place) -> Place:
 
 
 def reached(place: Place, alive: Callable[[], object], count: int, *overrides: str) -> None:
-    """Looks often: the job is a second long."""
+    """Looks often: the job is a few seconds long."""
     folder = place.cell("general-0", *overrides).path
     while len(list(folder.glob("0*.json"))) < count:
         assert alive()
@@ -89,9 +89,9 @@ def test_stopped_at_any_point_and_cut_otherwise_it_gives_the_same_bytes(long, tm
     wanted, here, dice = whole(long, "general-0", *overrides), long.at(tmp_path), random.Random(5)
     for size, more, sent, code in ((5, 0, signal.SIGKILL, -9), (1, 2, signal.SIGKILL, -9), (2, 1, signal.SIGUSR1, 75)):
         before = len(shards(here, "general-0", *overrides))
-        process = here.start(0, *overrides, f"run.shard_rows={size}")
+        process = here.start(0, *overrides, f"run.shard_rows={size}", pause=0.05)
         reached(here, process.is_alive, before + more, *overrides)
-        time.sleep(dice.uniform(0, 0.02))
+        time.sleep(dice.uniform(0, 0.1))
         os.kill(process.pid, sent)
         process.join()
         assert process.exitcode == code
@@ -105,7 +105,7 @@ def test_stopped_at_any_point_and_cut_otherwise_it_gives_the_same_bytes(long, tm
 def test_two_copies_of_a_task_at_once(long, tmp_path, overrides):
     """They start together; later one is held while the other comes to its end."""
     wanted, here = whole(long, "general-0", *overrides), long.at(tmp_path)
-    first, second = (here.start(0, *overrides) for _ in range(2))
+    first, second = (here.start(0, *overrides, pause=0.02) for _ in range(2))
     reached(here, first.is_alive, 8, *overrides)
     os.kill(first.pid, signal.SIGSTOP)
     second.join()
