@@ -1,0 +1,94 @@
+"""Every Triton kernel compiles to machine code for the GPUs we name, and its shared memory is there. No GPU is needed:
+Triton is told which one to build for, and nothing is launched."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lib.attribution import attention, fused
+from lib.models import triton_ops
+
+# Compute capability -> bytes of shared memory a block may ask for (CUDA C++ programming guide, compute capabilities)
+SHARED = {"A100": (80, 163 << 10), "H200": (90, 227 << 10), "B200": (100, 227 << 10), "RTX 4090": (89, 99 << 10)}
+HEADS = {"Llama-3-8B": (32, 8, 128), "Qwen2.5-0.5B": (14, 2, 64)}
+
+
+@pytest.fixture(params=SHARED)
+def built(request, monkeypatch, tmp_path):
+    """(kernel, shared memory it asks for) of whatever is called meanwhile, built for one GPU."""
+    capability, limit = SHARED[request.param]
+    found, run = [], JITFunction.run
+
+    def build(kernel, *args, grid, warmup, **options):
+        made = run(kernel, *args, grid=grid, warmup=True, **options)
+        assert made.asm["cubin"]
+        found.append((kernel.__name__, made.metadata.shared))
+
+    target = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active", target)
+    monkeypatch.setattr(JITFunction, "run", build)
+    for module in (fused, attention):
+        monkeypatch.setattr(module, "small", lambda device: limit < 140_000)
+    return SimpleNamespace(kernels=found, limit=limit)
+
+
+def half(*size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.bfloat16)
+
+
+def attribution(tokens: int) -> None:
+    samples, hidden, inner = 2, 4096, 14336
+    x, y, weight = half(samples, tokens, hidden), half(samples, tokens, inner), half(inner, hidden)
+    fused.RmsNorm.apply(x.requires_grad_(), half(hidden), 1e-5).backward(x)
+    gate = half(samples, tokens, inner).requires_grad_()
+    fused.Gated.apply(gate, y).backward(y)
+    x = x.detach()
+    fused.dots(y, y)
+    fused.dots(x, x, torch.ones(samples, dtype=torch.long))
+    fused.abs_neurons(x, y, weight)
+    for heads, keys, width in HEADS.values():
+        q, k, v = (half(samples, tokens, n, width).requires_grad_() for n in (heads, keys, keys))
+        cos, sin = half(1, tokens, width), half(1, tokens, width)
+        attention.RopeAttention.apply(q, k, v, cos, sin, width**-0.5, "attnlrp").backward(half(*q.shape))
+
+
+def sums(tokens: int) -> None:
+    """Of weights; small ones: the long samples' products are computed here."""
+    total, x, y = torch.empty(256, 128), half(2, tokens, 128), half(2, tokens, 256)
+    for magnitude in (False, True):
+        fused.add_weights(total, x, y, half(256, 128), magnitude)
+
+
+def scoring() -> None:
+    tokens, hidden, inner, vocabulary, prefix = 512, 3584, 18944, 152064, 40
+    triton_ops.rms_norm(half(tokens, hidden), half(hidden), 1e-6, half(tokens, hidden))
+    triton_ops.swiglu(half(tokens, 2 * inner), half(tokens, inner))
+    triton_ops.log_prob(half(8, vocabulary), torch.zeros(8, dtype=torch.long))
+    segments = np.array([[0, tokens, 0, 0]])
+    for heads, keys, width in HEADS.values():
+        q, k, v = (half(tokens, n, width) for n in (heads, keys, keys))
+        cos, sin = torch.empty(tokens, width), torch.empty(tokens, width)
+        triton_ops.split_qkv(half(tokens, (heads + 2 * keys) * width), q, k, v, cos, sin)
+        tiles = torch.from_numpy(triton_ops.tiles(segments, heads // keys))
+        triton_ops.attend(q, half(2, tokens, keys, width), half(2, prefix, keys, width), tiles, half(*q.shape))
+
+
+def test_kernels_compile_and_fit(built):
+    for tokens in (2048, 24):  # full tiles of long samples, ragged ones of short
+        attribution(tokens)
+    sums(128), sums(32)
+    scoring()
+    every = {k for m in (fused, attention, triton_ops) for k, f in vars(m).items() if isinstance(f, JITFunction)}
+    inner = {"_load", "_dq_part", "_dkv_part"}  # called by kernels
+    assert {name for name, _ in built.kernels} == every - inner
+    assert not [(name, shared) for name, shared in built.kernels if shared > built.limit]
