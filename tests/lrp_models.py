@@ -55,6 +55,14 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: object)
     return model
 
 
+def prune(model: PreTrainedModel) -> None:
+    """Every third neuron of each MLP becomes exactly 0."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate_proj" in name or "fc1" in name:
+                parameter[::3] = 0
+
+
 def sequences(*lengths: int, seed: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(3, VOCAB, length).tolist() for length in lengths]
