@@ -71,6 +71,9 @@ def same_bits(a: dict, b: dict) -> bool:
 CASES = {f"{family}-{attention}": {"family": family} for family in FAMILIES for attention in ("sdpa", "eager")}
 CASES["llama-gelu-sdpa"] = {"family": "llama", "changes": {"hidden_act": "gelu_pytorch_tanh"}}
 CASES["llama-biased-sdpa"] = {"family": "llama", "changes": {"attention_bias": True, "mlp_bias": True}}
+CASES["llama-wide-heads-sdpa"] = {"family": "llama", "changes": {"head_dim": 16}}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+CASES["qwen2-window-sdpa"] = {"family": "qwen2", "changes": WINDOW}
 CASES["opt-norm-after-sdpa"] = {"family": "opt", "changes": {"do_layer_norm_before": False, "word_embed_proj_dim": 16}}
 
 
