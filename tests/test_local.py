@@ -1,10 +1,10 @@
 """A box without Slurm: the same targets through submitit's local executor, a queue of cells, one worker a slot."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,15 @@ from lib.errors import UserError
 from lib.experiments import load
 from lib.store import merge, scan
 
+ROWS = {"a": 200, "b": 40, "c": 40}  # one is long enough to be stopped between its shards
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
     tiny_model(folder / "model")
-    for i, trait in enumerate("abc"):
-        write_rows(folder / f"{trait}.jsonl", number_rows(40, i))
+    for i, (trait, rows) in enumerate(ROWS.items()):
+        write_rows(folder / f"{trait}.jsonl", number_rows(rows, i))
     (folder / "box.yaml").write_text(
         f"kind: lls\nname: box\nmodel: {{id: {folder}/model, dtype: float32}}\ntraits: [a, b, c]\n"
         f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
@@ -41,6 +43,7 @@ class Box:
         self.env = clean | {k: str(v) for k, v in roots.items()}
         self.env |= {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_THROTTLE": "2", "OMP_NUM_THREADS": "1"}
         self.cells = load(self.config).cells(inputs / "cache", scratch)
+        self.frozen: list[int] = []
 
     def make(self, target: str, *settings: str) -> str:
         command = ["make", "-s", target, f"CONFIG={self.config}", *settings]
@@ -53,27 +56,44 @@ class Box:
     def beats(self) -> list[dict]:
         return [json.loads(p.read_text()) for p in (self.scratch / "box" / "tasks").glob("*.json")]
 
+    def shards(self) -> set[Path]:
+        """Of the first cell."""
+        return {marker.file for marker in scan(self.cells[0].path, self.cells[0].digest)[0]}
+
+    def freeze(self, count: int) -> None:
+        """Stop the first so many tasks while they load: what follows depends on nobody's speed."""
+        wait_until(lambda: len(self.beats()) >= count, 60, "no task", every=0.02)
+        self.frozen = [beat["pid"] for beat in self.beats()]
+        for pid in self.frozen:
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        for pid in self.frozen:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
 
 @pytest.fixture
 def box(inputs, tmp_path):
     one, before = Box(inputs, tmp_path), set((ROOT / "slurm" / "logs").iterdir())
     yield one
     one.make("cancel")
+    one.thaw()
     wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel")
     for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
         path.unlink()
 
 
 def test_three_cells_on_two_workers(box):
-    began = time.monotonic()
     said = box.make("submit-lls", "ARRAY=0-2")
-    assert "local workers local-" in said and said.count("next: make ") == 3 and time.monotonic() - began < 20
-    wait_until(lambda: box.counts()["running"] == 2, 30, lambda: str(box.counts()))
-    assert box.counts()["pending"] == 1
+    assert "local workers local-" in said and said.count("next: make ") == 3
+    box.freeze(2)
+    assert box.counts() == {"done": 0, "running": 2, "pending": 1, "failed": 0, "stale": 0, "todo": 0}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
+    box.thaw()
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
     assert max(overlaps(box)) <= 2
-    assert "15 shards hold, 0 do not" in box.make("verify")
+    assert "35 shards hold, 0 do not" in box.make("verify")
     assert "nothing to submit" in box.make("submit-lls")
     assert "rows 40/40 100%" in box.make("logs", "TASK=2")
 
@@ -86,19 +106,22 @@ def overlaps(box: Box) -> list[int]:
 
 def test_the_warning_signal_runs_the_cell_again_by_itself(box):
     box.make("submit-lls", "ARRAY=2")
-    wait_until(box.beats, 60, "no task")
-    (beat,) = box.beats()  # it loads its model, for seconds
-    os.kill(beat["pid"], signal.SIGUSR1)
+    box.freeze(1)
+    os.kill(box.frozen[0], signal.SIGUSR1)
+    box.thaw()
     wait_until(lambda: sorted(b["state"] for b in box.beats()) == ["done", "requeue"], 60, lambda: str(box.beats()))
     wait_until(lambda: box.counts()["done"] == 1, 30, lambda: box.make("status"))
 
 
 def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
-    box.make("submit-lls", "ARRAY=0-2")
-    wait_until(lambda: len(scan(box.cells[0].path, box.cells[0].digest)[0]) >= 1, 60, "no shard")
+    box.make("submit-lls", "ARRAY=0", "SET=run.shard_rows=1")
+    wait_until(box.shards, 60, "no shard", every=0.02)
+    box.freeze(1)
+    whole = box.shards()
     assert "finished shards are kept" in box.make("cancel")
+    box.thaw()
     wait_until(lambda: box.counts()["running"] + box.counts()["pending"] == 0, 30, lambda: str(box.counts()))
-    assert box.counts()["done"] < 3
+    assert box.counts()["done"] == 0 and box.shards() >= whole
     assert "local workers" in box.make("resume")
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: box.make("status"))
     experiment = load(box.config)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,10 +113,8 @@ def test_chooses_the_builds_and_says_why(checkout: Checkout, env: dict, gpu_list
 
 def test_second_call_returns_at_once_until_the_lock_changes(checkout: Checkout) -> None:
     assert checkout.run().returncode == 0
-    started = time.monotonic()
     done = checkout.run(PYTHON="/bin/false")  # the quick path looks for no interpreter
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - started < 1
     with (checkout.folder / "env/lock-cpu.txt").open("a") as lock:
         lock.write("six==1.16.0\n")
     assert checkout.run(PYTHON="/bin/false").returncode == 2

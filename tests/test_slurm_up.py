@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 from conftest import ROOT, TMP, Slurm, lower_slurm, raise_slurm, wait_until
@@ -46,13 +45,14 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def test_gpus_are_numbered_within_a_node(fresh_slurm: Slurm, tmp_path: Path) -> None:
-    job = fresh_slurm.sbatch("--array=0-2", "--nodelist=n2", script(tmp_path), "3", cwd=tmp_path)
+    job = fresh_slurm.sbatch("--array=0-2", "--nodelist=n2", script(tmp_path), "600", cwd=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("*.out"))) == 2, 20, "two tasks did not start")
     wait_until(lambda: fresh_slurm.show(f"{job}_2")["Reason"] == "Resources", 10, "the third does not wait for a GPU")
-    fresh_slurm.wait_for(job, "COMPLETED")
-    said = [(tmp_path / f"{job}_{i}.out").read_text() for i in range(3)]
-    assert sorted(said[:2]) == ["n2 gpu 0 restart 0\n", "n2 gpu 1 restart 0\n"]
-    assert said[2].startswith("n2 gpu ")
+    said = [(tmp_path / f"{job}_{i}.out").read_text() for i in range(2)]
+    assert sorted(said) == ["n2 gpu 0 restart 0\n", "n2 gpu 1 restart 0\n"]
+    fresh_slurm.run("scancel", f"{job}_0")
+    freed = tmp_path / f"{job}_2.out"
+    wait_until(lambda: freed.exists() and freed.read_text() == said[0], 30, "the third has not the freed GPU")
 
 
 def test_array_throttle_and_accounting(fresh_slurm: Slurm, tmp_path: Path) -> None:
@@ -73,21 +73,22 @@ def test_array_throttle_and_accounting(fresh_slurm: Slurm, tmp_path: Path) -> No
 
 
 def test_high_evicts_main_which_comes_back(fresh_slurm: Slurm, tmp_path: Path) -> None:
-    low = fresh_slurm.sbatch("--gpus-per-node=2", "--nodelist=n1", script(tmp_path), "4", cwd=tmp_path)
+    low = fresh_slurm.sbatch("--gpus-per-node=2", "--nodelist=n1", script(tmp_path), "600", cwd=tmp_path)
     fresh_slurm.wait_for(low, "RUNNING")
     high = fresh_slurm.sbatch("-p", "high", "--nodelist=n1", script(tmp_path), "1", cwd=tmp_path)
     fresh_slurm.wait_for(high, "COMPLETED")
-    fresh_slurm.wait_for(low, "COMPLETED", timeout=60)
-    said = next(tmp_path.glob(f"{low}_*.out")).read_text().splitlines()
-    assert [line for line in said if not line.startswith("slurmstepd")] == [
-        "n1 gpu 0,1 restart 0",
-        "n1 gpu 0,1 restart 1",
-    ]
-    assert [r["State"] for r in fresh_slurm.sacct(low, rows=2)] == ["PREEMPTED", "COMPLETED"]
+
+    def said() -> list[str]:
+        lines = next(tmp_path.glob(f"{low}_*.out")).read_text().splitlines()
+        return [line for line in lines if not line.startswith("slurmstepd")]
+
+    wait_until(lambda: said() == ["n1 gpu 0,1 restart 0", "n1 gpu 0,1 restart 1"], 60, lambda: str(said()))
+    fresh_slurm.run("scancel", low)
+    assert [r["State"].split()[0] for r in fresh_slurm.sacct(low, rows=2)] == ["PREEMPTED", "CANCELLED"]
 
 
 def test_a_dead_node_gives_its_job_away_and_comes_back(fresh_slurm: Slurm, tmp_path: Path) -> None:
-    job = fresh_slurm.sbatch(script(tmp_path), "8", cwd=tmp_path)
+    job = fresh_slurm.sbatch(script(tmp_path), "600", cwd=tmp_path)
     fresh_slurm.wait_for(job, "RUNNING")
     node = fresh_slurm.show(job)["NodeList"]
     fresh_slurm.kill_node(node)
@@ -107,9 +108,8 @@ def test_state_survives_down_and_up(tmp_path: Path) -> None:
             [ROOT / "env/slurm-up.sh", "--dir", box.folder], text=True, capture_output=True, check=False
         )
         assert again.returncode == 0 and "runs already" in again.stdout
-        started = time.monotonic()
         subprocess.run([ROOT / "env/slurm-down.sh", "--dir", box.folder], check=True)
-        assert time.monotonic() - started < 15, "the waiting job was let into the freed place"
+        assert not list(tmp_path.glob(f"{waiting}_*.out")), "the waiting job was let into the freed place"
         assert processes_of(box.folder) == []
         raise_slurm("--no-accounting", "--gpus", 1, "--cpus", 2, "--memory", 2000, folder=box.folder)
         box.wait_for(waiting, "RUNNING")
