@@ -149,7 +149,8 @@ def _work(
     beat: Heartbeat,
     notice: Notice,
 ) -> int:
-    sweep(cell.path)
+    for folder in (cell.path, beat.path.parent):
+        sweep(folder)
     done, bad = scan(cell.path, cell.digest, deep=True)
     for path, reason in bad:
         print(f"shard {path.stem} does not hold: {reason}; it is done again", flush=True)

@@ -54,7 +54,7 @@ class Box:
         return json.loads(self.make("status", "JSON=1"))["counts"]
 
     def beats(self) -> list[dict]:
-        return [json.loads(p.read_text()) for p in (self.scratch / "box" / "tasks").glob("*.json")]
+        return [json.loads(p.read_text()) for p in (self.scratch / "box" / "tasks").glob("[!.]*.json")]
 
     def shards(self) -> set[Path]:
         """Of the first cell."""

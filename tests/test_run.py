@@ -19,6 +19,7 @@ from test_store import in_small_mount
 from tools import ROOT
 
 from lib.store import merge, scan
+from lib.store.atomic import HOST
 from lib.store.shards import to_hdf5
 
 
@@ -39,13 +40,13 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
 
 def wait_for_shards(folder: Path, n: int) -> None:
     deadline = time.monotonic() + 30
-    while len(list(cell_in(folder).path.glob("*.json"))) < n:
+    while len(list(cell_in(folder).path.glob("[!.]*.json"))) < n:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def states(folder: Path) -> list[str]:
-    return [json.loads(p.read_text())["state"] for p in sorted((folder / "run" / "tasks").glob("*.json"))]
+    return [json.loads(p.read_text())["state"] for p in sorted((folder / "run" / "tasks").glob("[!.]*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +59,26 @@ def uninterrupted() -> bytes:
 def test_killed_at_random_points_and_cut_anew_each_time_gives_the_same_bytes(tmp_path, uninterrupted):
     dice, kills = random.Random(7), 0
     while kills < 8:
-        before = len(list(cell_in(tmp_path).path.glob("*.json")))
+        before = len(list(cell_in(tmp_path).path.glob("[!.]*.json")))
         job = start(tmp_path, SHARD_ROWS=dice.choice([3, 7, 10, 16]), SHARD_SECONDS=0.1)
         wait_for_shards(tmp_path, before + dice.randint(0, 3))
         time.sleep(dice.uniform(0, 0.2))
         assert job.poll() is None, "the job was too quick to be killed"
         job.kill()
         finish(job)
+        (tmp_path / "run" / "tasks" / f".tmp-{HOST}-{job.pid}-0a-x.json").touch()  # killed while it wrote its state
         kills += 1
     code, out = finish(start(tmp_path))
     assert code == 0, out
     assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
-    assert not list(cell_in(tmp_path).path.glob(".tmp-*"))
+    assert not [*cell_in(tmp_path).path.glob(".tmp-*"), *(tmp_path / "run" / "tasks").glob(".tmp-*")]
 
 
 def test_the_warning_signal_finishes_the_shard_and_asks_for_a_requeue(tmp_path, uninterrupted):
     job = start(tmp_path, SHARD_SECONDS=0.4)
     wait_for_shards(tmp_path, 1)
     job.send_signal(signal.SIGSTOP)
-    before = len(list(cell_in(tmp_path).path.glob("*.json")))
+    before = len(list(cell_in(tmp_path).path.glob("[!.]*.json")))
     job.send_signal(signal.SIGUSR1)
     job.send_signal(signal.SIGCONT)
     code, out = finish(job)

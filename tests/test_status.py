@@ -130,11 +130,17 @@ def test_every_state_of_a_task_without_slurm(many, monkeypatch):
         ({"state": "failed", "error": "no GPU"}, "failed", "no GPU"),
         ({"state": "terminated", "error": "SIGTERM"}, "failed", "stopped by SIGTERM"),
         ({"state": "failed", "digest": "of before"}, "todo", ""),
+        ({"state": "failed", "error": "no memory"}, "failed", "no memory"),
     ]:
         beat(folder, last, **given)
         state = status("many", [last]).cells[0]
         assert (state.state, state.note) == (want, note), given
-    (folder / "scratch" / "many" / "tasks" / f"{last.name}-x.json").unlink()
+    tasks = folder / "scratch" / "many" / "tasks"
+    whole = (tasks / f"{last.name}-x.json").rename(tasks / f".tmp-{HOST}-1-0a-{last.name}-x.json")
+    beat(folder, last, state="requeue", started=0.5)
+    assert status("many", [last]).cells[0].note == "was not requeued"  # one that was killed while it was written
+    for path in (whole, tasks / f"{last.name}-x.json"):
+        path.unlink()
 
 
 def test_the_table_is_legible_with_many_cells(many):

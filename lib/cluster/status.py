@@ -15,6 +15,7 @@ from lib.run import pid_started
 from lib.store import Cell, Marker, gaps, scan
 from lib.store.atomic import HOST, read_json
 
+WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
 
 
@@ -65,7 +66,7 @@ def run_folder(cells: list[Cell]) -> Path:
 def heartbeats(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Attempts by cell name, oldest first."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((folder / "tasks").glob("*.json")):
+    for path in sorted((folder / "tasks").glob(WHOLE)):
         beat = read_json(path)
         if beat and {"cell", "started", "state", "digest"} <= set(beat):
             found.setdefault(beat["cell"], []).append({**beat, "attempt": path.stem})
@@ -75,7 +76,7 @@ def heartbeats(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def submissions(folder: Path) -> list[dict[str, Any]]:
-    found = [read_json(p) for p in sorted((folder / "submissions").glob("*.json"))]
+    found = [read_json(p) for p in sorted((folder / "submissions").glob(WHOLE))]
     return sorted((s for s in found if s and "job" in s), key=lambda s: s.get("time", 0))
 
 
