@@ -124,10 +124,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
 
 def _convert(files: list[Path], folder: Path) -> None:
     """A model's folder whose weights are safetensors, made from one with torch's own files; whole or not at all."""
-    from lib.models.torch_files import (
-        read_tensors,
-        write_safetensors,
-    )  # torch: only where there is something to convert
+    from lib.models.torch_files import read_tensors, write_safetensors  # torch: only to convert
 
     shards = TORCH_SHARD.fullmatch(files[0].name)
     if shards and len(files) != int(shards[1]):
