@@ -37,7 +37,7 @@ def summaries() -> dict[str, Summary | None]:
 def figures(monkeypatch):
     """Figures as they are saved."""
     kept = []
-    monkeypatch.setattr(attribution_plots, "_save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(attribution_plots, "save", lambda figure, path: kept.append(figure))
     return kept
 
 

@@ -33,7 +33,7 @@ def results(**changes) -> dict:
 def figures(monkeypatch):
     """Figures as they are saved."""
     kept = []
-    monkeypatch.setattr(lls_plots, "_save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr(lls_plots, "save", lambda figure, path: kept.append(figure))
     return kept
 
 

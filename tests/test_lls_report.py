@@ -173,7 +173,7 @@ def figures(monkeypatch):
     """Figures as they are saved, by file name."""
     kept = {}
     for module in (report_plots, report_bars, report_heat):
-        monkeypatch.setattr(module, "_save", lambda figure, path: kept.update({path.name: figure}))
+        monkeypatch.setattr(module, "save", lambda figure, path: kept.update({path.name: figure}))
     monkeypatch.setattr("lib.scoring.report.write_bytes", lambda path, data: None)
     return kept
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lib.attribution.stability import select
 from lib.attribution.summary import Layer, Summary
-from lib.scoring.lls_plots import FAINT, INK, MUTED, STYLE, _figure, _save
+from lib.plots import FAINT, INK, STYLE, head, new_figure, save
 
 GRID = "#e6e6e6"
 GENERAL = ("#1d4e89", "#1982c4", "#7a8ea8", "#2a9d8f", "#5c677d")  # general text: cool, a seed each
@@ -56,7 +56,7 @@ def plot_by_layer(summaries: Mapping[str, Summary | None], layers: Sequence[Laye
     modules = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
     look = colours(list(summaries))
     with mpl.rc_context(STYLE | {"font.size": 12 if len(modules) < 4 else 10}):
-        figure = _figure()
+        figure = new_figure()
         grid = figure.subplots(len(kinds), len(modules), sharex=True, squeeze=False)
         for row, kind in zip(grid, kinds, strict=True):
             for ax, module in zip(row, modules, strict=True):
@@ -71,9 +71,9 @@ def plot_by_layer(summaries: Mapping[str, Summary | None], layers: Sequence[Laye
         for ax in grid[-1]:
             ax.set_xlabel("Layer")
             ax.xaxis.set_major_locator(MaxNLocator(8 if len(modules) < 4 else 4, integer=True))
-        _head(figure, "How much each layer contributes to what is predicted", _sets_line(summaries))
+        head(figure, "How much each layer contributes to what is predicted", _sets_line(summaries))
         _legend(figure, summaries, look)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _layers(ax: Axes, s: Summary, kind: str, module: str, layers: Sequence[Layer], look: tuple[str, object]) -> None:
@@ -89,7 +89,7 @@ def plot_stability(panels: Sequence[Panel], sets: Sequence[str], about: str, pat
     """Overlap of selections, from 0 to 1, with bands over resamples."""
     look = colours(sets)
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         for ax, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
             for curve in panel.curves:
                 colour, dashes = look.get(curve.set, (INK, (0, (4, 2))))
@@ -114,8 +114,8 @@ def plot_stability(panels: Sequence[Panel], sets: Sequence[str], about: str, pat
             ax.legend(frameon=False, fontsize=11, loc="best")
             _plain_axis(ax)
         figure.axes[0].set_ylabel("Share of the selection that stays", fontsize=13)
-        _head(figure, "How far a selection depends on its samples", about)
-        _save(figure, path)
+        head(figure, "How far a selection depends on its samples", about)
+        save(figure, path)
 
 
 def plot_difference(
@@ -127,7 +127,7 @@ def plot_difference(
     sizes = marks(int(finite.sum()))
     lowest = select(difference, sizes[-1])
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         axes = figure.subplot_mosaic([["all", "rank"], ["all", "layer"]])
         _histogram(axes["all"], difference[finite], difference[lowest], sizes, name, kind)
         _ranks(axes["rank"], difference, finite, sizes)
@@ -135,8 +135,8 @@ def plot_difference(
         words = f"{WORDS[kind]}, mean on general text − mean on {name}, of {int(finite.sum()):,} neurons"
         gone = int((~finite).sum())
         words += f"; {gone:,} without a finite score left out" if gone else ""
-        _head(figure, f"General text against {name}", words)
-        _save(figure, path)
+        head(figure, f"General text against {name}", words)
+        save(figure, path)
 
 
 def marks(neurons: int) -> list[int]:
@@ -201,12 +201,6 @@ def _sets_line(summaries: Mapping[str, Summary | None]) -> str:
     parts = [f"{name} {s.samples:,}" if s else f"{name} missing" for name, s in summaries.items()]
     known = any(np.isfinite(half).any() for s in summaries.values() if s for half in s.halves.values())
     return f"Samples: {', '.join(parts)}." + (" Bands: 95 % interval of the mean over samples" if known else "")
-
-
-def _head(figure: Figure, title: str, subtitle: str) -> None:
-    figure.suptitle(title, fontsize=18, fontweight="bold", x=0.01, ha="left")
-    figure.text(0.01, 0.945, subtitle, fontsize=12, color=MUTED, va="top")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.97))
 
 
 def _legend(figure: Figure, summaries: Mapping[str, Summary | None], look: dict[str, tuple[str, object]]) -> None:

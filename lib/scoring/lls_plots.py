@@ -1,35 +1,19 @@
 """Tables and pictures of LLS results: one colour an animal, an interval on every mean, and missing drawn as missing."""
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lib.store.atomic import write_bytes
+from lib.plots import INK, MUTED, STYLE, new_figure, save, titles, write_missing
 
 Z95 = 1.959964  # two-sided 95 % of the normal distribution; cells hold hundreds to thousands of rows
-SIZE, DPI = (14, 8), 150
 BINS = 30
-INK, MUTED, FAINT = "#222222", "#555555", "#8a8a8a"
 AXIS = "LLS (nats per response token)"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 # An animal keeps its colour in every picture of the suite. All are dark enough to read on white and in grey; the
 # order of plots is fixed, so no reading depends on hue alone.
@@ -119,7 +103,7 @@ def plot_by_animal(scores: Mapping[str, Scores | None], path: Path) -> None:
     """Mean LLS of every animal with its interval, and the share of rows that the prompt made likelier."""
     summaries = {name: summarise(cell) for name, cell in scores.items()}
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         present = [s for s in summaries.values() if s]
         ends = [s.mean + side * (0 if math.isnan(s.half) else s.half) for s in present for side in (-1, 1)]
@@ -127,7 +111,7 @@ def plot_by_animal(scores: Mapping[str, Scores | None], path: Path) -> None:
         span = (high - low) or 1.0
         for x, (name, s) in enumerate(summaries.items()):
             if s is None:
-                _write_missing(ax, x, 0.02 * span, rotation=90, ha="center", va="bottom")
+                write_missing(ax, x, 0.02 * span, rotation=90, ha="center", va="bottom")
                 continue
             _bar(ax, x, name, s, span)
         ax.axhline(0, color=INK, linewidth=1)
@@ -138,8 +122,8 @@ def plot_by_animal(scores: Mapping[str, Scores | None], path: Path) -> None:
         ax.set_ylabel("Mean " + AXIS, fontsize=13)
         ax.yaxis.grid(True, color="#e6e6e6")
         ax.set_axisbelow(True)
-        _titles(ax, "How much each animal's prompt raises the likelihood of its own rows", _subtitle(summaries))
-        _save(figure, path)
+        titles(ax, "How much each animal's prompt raises the likelihood of its own rows", _subtitle(summaries))
+        save(figure, path)
 
 
 def _bar(ax: Axes, x: int, name: str, s: Summary, span: float) -> None:
@@ -164,19 +148,19 @@ def plot_histograms(scores: Mapping[str, Scores | None], path: Path) -> None:
     """Distribution of LLS over rows, one panel an animal, all on the same axes."""
     summaries = {name: summarise(cell) for name, cell in scores.items()}
     values = {name: cell.lls[np.isfinite(cell.lls)] for name, cell in scores.items() if cell and summaries[name]}
-    low, high, outside = _range(values)
+    low, high, outside = common_range(values)
     edges = np.linspace(low, high, BINS + 1)
     columns = min(5, max(len(scores), 1))
     rows = max(math.ceil(len(scores) / columns), 1)
     with mpl.rc_context(STYLE | {"font.size": 10}):
-        figure = _figure()
+        figure = new_figure()
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for ax, name in zip(panels, scores, strict=False):
             ax.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=6)
             if name in values:
                 _panel(ax, name, values[name], summaries[name], edges)
             else:
-                _write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
+                write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
         for ax in panels[len(scores) :]:
             ax.set_visible(False)
         panels[0].set_xlim(low, high)
@@ -189,7 +173,7 @@ def plot_histograms(scores: Mapping[str, Scores | None], path: Path) -> None:
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
         figure.text(0.01, 0.925, f"Solid line: mean. Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
         figure.get_layout_engine().set(rect=(0, 0, 1, 0.985), hspace=0.0)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _panel(ax: Axes, name: str, values: np.ndarray, s: Summary, edges: np.ndarray) -> None:
@@ -211,7 +195,7 @@ def _tallest(values: Mapping[str, np.ndarray], edges: np.ndarray) -> float:
     )
 
 
-def _range(values: Mapping[str, np.ndarray]) -> tuple[float, float, int]:
+def common_range(values: Mapping[str, np.ndarray]) -> tuple[float, float, int]:
     """A common range with 0 and 99.8 % of all rows in it, and how many rows lie outside."""
     if not values:
         return -1.0, 1.0, 0
@@ -221,11 +205,6 @@ def _range(values: Mapping[str, np.ndarray]) -> tuple[float, float, int]:
     margin = 0.05 * ((high - low) or 1.0)
     low, high = low - margin, high + margin
     return low, high, int(((together < low) | (together > high)).sum())
-
-
-def _titles(ax: Axes, title: str, subtitle: str) -> None:
-    ax.set_title(title, fontsize=18, fontweight="bold", loc="left", pad=32)
-    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=12, color=MUTED, va="bottom")
 
 
 def _subtitle(summaries: Mapping[str, Summary | None]) -> str:
@@ -239,21 +218,3 @@ def _subtitle(summaries: Mapping[str, Summary | None]) -> str:
     absent = len(summaries) - len(present)
     missing = f"; {absent} of {len(summaries)} missing" if absent else ""
     return f"Bars: mean over {rows} rows, with 95 % interval. Figures: share of rows with LLS above 0{gone}{missing}"
-
-
-def _figure() -> Figure:
-    """Without pyplot: no display, no global list of figures."""
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    return figure
-
-
-def _write_missing(ax: Axes, x: float, y: float, **how: Any) -> None:
-    ax.text(x, y, "missing", color=FAINT, style="italic", fontsize=13, **how)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """The same results give the same bytes: no date or version in the file."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", facecolor="white", metadata={"Software": None})
-    write_bytes(path, png.getvalue())

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from lib.plots import FAINT, INK, STYLE, new_figure, save, titles
 from lib.scoring.analysis import Estimate, finite
-from lib.scoring.lls_plots import FAINT, INK, STYLE, _figure, _save, _titles
 from lib.scoring.report_plots import NEUTRAL, colour_of, minus
 from lib.scoring.report_tables import Findings, mean_interval
 
@@ -23,7 +23,7 @@ def auc_bars(f: Findings, path: Path) -> None:
     estimates = [e for s in f.separations for e in (s.others, s.neutral) if e]
     lowest = min([0.5, *(e.low for e in estimates)])
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         for x, name in enumerate(f.matrix.owners):
             s = found.get(name)
@@ -39,8 +39,8 @@ def auc_bars(f: Findings, path: Path) -> None:
         ax.set_ylabel("AUC (0.5 is chance)", fontsize=13)
         rows = _count([e.own for e in estimates])
         sub = f"Coloured: against other animals' rows. Grey: against neutral rows. {rows} own rows, 95 % intervals"
-        _titles(ax, "How well each prompt's LLS picks out its own rows", sub)
-        _save(figure, path)
+        titles(ax, "How well each prompt's LLS picks out its own rows", sub)
+        save(figure, path)
 
 
 def _auc_bar(ax: Axes, x: float, e: Estimate, colour: str) -> None:
@@ -51,7 +51,7 @@ def _auc_bar(ax: Axes, x: float, e: Estimate, colour: str) -> None:
 
 def contrast_bars(f: Findings, path: Path) -> None:
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         ends = [0.0]
         for x, name in enumerate(f.matrix.owners):
@@ -77,13 +77,13 @@ def contrast_bars(f: Findings, path: Path) -> None:
         _names(ax, f.matrix.owners)
         ax.set_ylabel(f"Own minus others, {f.measure.axis}", fontsize=13)
         sub = "Own prompt minus mean of the other animals' prompts, row by row, 95 % intervals. Figures: share > 0"
-        _titles(ax, "What is left of each animal's own prompt", sub)
-        _save(figure, path)
+        titles(ax, "What is left of each animal's own prompt", sub)
+        save(figure, path)
 
 
 def quintile_dots(f: Findings, path: Path) -> None:
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         for x, name in enumerate(f.matrix.owners):
             groups = f.quintiles.get(name) or []
@@ -118,14 +118,14 @@ def quintile_dots(f: Findings, path: Path) -> None:
         ax.set_ylabel(f.measure.axis, fontsize=13)
         rows = _count([g.n for groups in f.quintiles.values() for g in groups])
         sub = f"Dots: mean of each fifth of the rows ({rows} rows), pale to full. Thin line: lowest to highest row"
-        _titles(ax, "LLS by quintile, each dataset under its own prompt", sub)
-        _save(figure, path)
+        titles(ax, "LLS by quintile, each dataset under its own prompt", sub)
+        save(figure, path)
 
 
 def noise_dots(f: Findings, path: Path) -> None:
     """Spread of the score over rows against what the precision adds to it, own cells."""
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         for x, name in enumerate(f.matrix.owners):
             own, noise = f.own(name), f.noise.get((name, name))
@@ -155,8 +155,8 @@ def noise_dots(f: Findings, path: Path) -> None:
         ax.set_ylabel(f"Standard deviation, {f.measure.axis}", fontsize=13)
         rows = _count([noise.rows for noise in f.noise.values()])
         sub = f"Dot: spread of LLS over rows. Diamond: noise of a row, from {rows} rows scored again. Figure: ratio"
-        _titles(ax, "Noise of the model's precision against the signal", sub)
-        _save(figure, path)
+        titles(ax, "Noise of the model's precision against the signal", sub)
+        save(figure, path)
 
 
 def _whisker(ax: Axes, x: float, value: float, low: float, high: float) -> None:

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from lib.plots import FAINT, INK, STYLE, new_figure, save, titles
 from lib.scoring.analysis import maxima
-from lib.scoring.lls_plots import FAINT, INK, STYLE, _figure, _save, _titles
 from lib.scoring.report_plots import minus
 
 PLAIN = "#eceff1"  # cells outside the colour scale
@@ -43,7 +43,7 @@ def heat_map(heat: Heat, path: Path) -> None:
     extend = _extend(norm, heat.values[:, coloured])
     many = max(heat.values.shape) > 9
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         for (i, j), value in np.ndenumerate(heat.values):
             _cell(ax, heat, i, j, value, cmap(norm(value)) if coloured[j] else None, 9 if many else 13)
@@ -65,8 +65,8 @@ def heat_map(heat: Heat, path: Path) -> None:
         bar.set_label(heat.label, fontsize=12)
         marks = " Box: highest of its column. Dot: highest of its row." if marked else ""
         aside = " Grey: outside the colour scale." if heat.plain in heat.columns else ""
-        _titles(ax, heat.title, f"{heat.subtitle}{marks}{aside}")
-        _save(figure, path)
+        titles(ax, heat.title, f"{heat.subtitle}{marks}{aside}")
+        save(figure, path)
 
 
 def _scale(centre: float | None, shown: np.ndarray) -> tuple[Normalize, mpl.colors.Colormap]:

@@ -7,19 +7,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from lib.scoring.lls_plots import (
-    BINS,
-    COLOURS,
-    INK,
-    MUTED,
-    OTHER_COLOUR,
-    STYLE,
-    _figure,
-    _range,
-    _save,
-    _titles,
-    _write_missing,
-)
+from lib.plots import INK, MUTED, STYLE, new_figure, save, titles, write_missing
+from lib.scoring.lls_plots import BINS, COLOURS, OTHER_COLOUR, common_range
 from lib.scoring.report_tables import Findings
 
 NEUTRAL = "#9aa0a6"
@@ -32,11 +21,11 @@ def colour_of(name: str) -> str:
 def histograms(f: Findings, path: Path) -> None:
     """One panel a dataset: its rows, the neutral rows and the other datasets' rows under the same prompt."""
     names = f.matrix.owners
-    low, high, outside = _common_range(f)
+    low, high, outside = _shared_range(f)
     edges = np.linspace(low, high, BINS + 1)
     columns = min(5, max(len(names), 1))
     with mpl.rc_context(STYLE | {"font.size": 10}):
-        figure = _figure()
+        figure = new_figure()
         panels = list(
             figure.subplots(
                 max(math.ceil(len(names) / columns), 1), columns, sharex=True, sharey=True, squeeze=False
@@ -46,7 +35,7 @@ def histograms(f: Findings, path: Path) -> None:
             ax.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=6)
             own = f.own(name)
             if own is None:
-                _write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
+                write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
                 continue
             _curves(ax, f, name, edges)
             ax.set_title(
@@ -63,7 +52,7 @@ def histograms(f: Findings, path: Path) -> None:
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
         figure.text(0.01, 0.925, f"{_legend(f)} Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
         figure.get_layout_engine().set(rect=(0, 0, 1, 0.985), hspace=0.0)
-        _save(figure, path)
+        save(figure, path)
 
 
 def overlay(f: Findings, name: str, path: Path) -> None:
@@ -71,7 +60,7 @@ def overlay(f: Findings, name: str, path: Path) -> None:
     own = f.own(name)
     if own is None:
         return
-    low, high, outside = _common_range(f)
+    low, high, outside = _shared_range(f)
     edges = np.linspace(low, high, 2 * BINS + 1)
     found = [
         (own, colour_of(name), f"{name} rows"),
@@ -80,7 +69,7 @@ def overlay(f: Findings, name: str, path: Path) -> None:
     ]
     shown = [(values, colour, label) for values, colour, label in found if values is not None]
     with mpl.rc_context(STYLE):
-        figure = _figure()
+        figure = new_figure()
         ax = figure.subplots()
         _curves(ax, f, name, edges)
         ax.set_xlim(low, high)
@@ -95,8 +84,8 @@ def overlay(f: Findings, name: str, path: Path) -> None:
         ends = f". End bins also hold the rows beyond ({outside:,} in all datasets)" if outside else ""
         ax.set_xlabel(f"{f.measure.axis}. Dotted: means{ends}", fontsize=13)
         ax.set_ylabel(f"Share of rows in a bin of {edges[1] - edges[0]:.2g} (%)", fontsize=13)
-        _titles(ax, f"LLS of {name} rows under the {name} prompt", _separation_words(f, name))
-        _save(figure, path)
+        titles(ax, f"LLS of {name} rows under the {name} prompt", _separation_words(f, name))
+        save(figure, path)
 
 
 def _curves(ax: Axes, f: Findings, name: str, edges: np.ndarray) -> None:
@@ -114,13 +103,13 @@ def _curves(ax: Axes, f: Findings, name: str, edges: np.ndarray) -> None:
     ax.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
 
 
-def _common_range(f: Findings) -> tuple[float, float, int]:
+def _shared_range(f: Findings) -> tuple[float, float, int]:
     shown = {}
     for name in f.matrix.owners:
         for dataset in (name, f.matrix.neutral):
             if (values := f.of(name, dataset)) is not None:
                 shown[f"{name} {dataset}"] = values
-    return _range(shown)
+    return common_range(shown)
 
 
 def _legend(f: Findings) -> str:
