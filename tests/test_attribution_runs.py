@@ -184,8 +184,10 @@ def test_sets_that_are_not_prepared(place, tmp_path):
     here = replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
     file = next((here.cache / "inputs/samples").glob("toxic-*/samples.h5"))
     os.truncate(file, file.stat().st_size - 100)
-    refused(here, "is not the file that was prepared (its sha256 differs); run `make fetch` with this CONFIG", index=3)
-    assert "samples.h5 is not the file that was prepared (its sha256 differs); fix: run `make fetch`" in doctor(here)
+    refused(
+        here, "is not the file that was fetched (its sha256 differs); run `make fetch` again with this CONFIG", index=3
+    )
+    assert "samples.h5 is not the file that was fetched (its sha256 differs); fix: run `make fetch`" in doctor(here)
     assert here.compute(0).code == 0
     shutil.rmtree(file.parent)
     here = here.at(tmp_path / "other")

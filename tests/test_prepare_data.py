@@ -219,7 +219,7 @@ def test_what_is_whole_is_kept_and_the_rest_made_again(place, tmp_path):
     assert written() == before
     cut = samples_folder(cache, "general-1", record.digest) / "samples.h5"
     cut.write_bytes(cut.read_bytes()[:-1])
-    with pytest.raises(UserError, match="is not the file that was prepared"):
+    with pytest.raises(UserError, match="is not the file that was fetched"):
         made(experiment, cache, "general-1")
     fetch(experiment, cache)
     assert made(experiment, cache, "general-1")[0] == record

@@ -121,13 +121,19 @@ def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list
 
 def check_rows(cache: Path, spec: DatasetInput) -> Path:
     """Where the rows lie; a UserError when they are not what was recorded."""
-    path = dataset_folder(cache, spec.id, spec.revision, spec.split) / "rows.jsonl"
+    return same_file(dataset_folder(cache, spec.id, spec.revision, spec.split) / "rows.jsonl", spec.sha256)
+
+
+def same_file(path: Path, sha256: str) -> Path:
+    """The path, if its file is the one that was recorded."""
     try:
-        if sha256_file(path) == spec.sha256:
+        if sha256_file(path) == sha256:
             return path
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); run `make fetch`") from None
-    raise UserError(f"{path} is not the file that was fetched (its sha256 differs); run `make fetch` again")
+        raise UserError(f"{path} cannot be read ({e.strerror}); run `make fetch` again with this CONFIG") from None
+    raise UserError(
+        f"{path} is not the file that was fetched (its sha256 differs); run `make fetch` again with this CONFIG"
+    )
 
 
 def check_model(spec: ModelInput) -> None:

@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 
 from lib.errors import UserError
-from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
+from lib.store.atomic import read_json, write_bytes, write_json
 from lib.store.columns import Column, to_hdf5
-from lib.store.inputs import local_path
+from lib.store.inputs import local_path, same_file
 
 Values = list[str] | np.ndarray
 ALWAYS = ("ids", "lengths", "held_out")
@@ -139,13 +139,7 @@ def save_samples(
 
 def check_samples(cache: Path, record: SamplesInput) -> Path:
     """Where the file lies; a UserError when it is not the one that was recorded."""
-    path = samples_folder(cache, record.name, record.digest) / "samples.h5"
-    try:
-        if sha256_file(path) == record.sha256:
-            return path
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror}); run `make fetch` with this CONFIG") from None
-    raise UserError(f"{path} is not the file that was prepared (its sha256 differs); run `make fetch` with this CONFIG")
+    return same_file(samples_folder(cache, record.name, record.digest) / "samples.h5", record.sha256)
 
 
 def read_samples(cache: Path, record: SamplesInput) -> Samples:
