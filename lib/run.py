@@ -149,8 +149,7 @@ def _work(
     beat: Heartbeat,
     notice: Notice,
 ) -> int:
-    for folder in (cell.path, beat.path.parent):
-        sweep(folder)
+    sweep(cell.path)
     done, bad = scan(cell.path, cell.digest, deep=True)
     for path, reason in bad:
         print(f"shard {path.stem} does not hold: {reason}; it is done again", flush=True)
