@@ -14,6 +14,7 @@ from typing import Any
 from lib.errors import UserError, exit_with
 from lib.experiments import Experiment
 from lib.experiments.base import DatasetSpec, ModelSpec
+from lib.experiments.samples import data_of
 from lib.hub import dataset_rows, model_snapshot
 from lib.job import job
 from lib.samples.prepare import command_by_hand, prepare
@@ -49,7 +50,7 @@ def main() -> int:
 
 def fetch(experiment: Experiment, cache: Path, update: bool = False, by_hand: str = "") -> None:
     """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here."""
-    tokenizer, sets = None, getattr(experiment, "data", None)
+    tokenizer, sets = None, data_of(experiment)
     models = [*(sets.scorers() if sets else []), *experiment.models()]
     for spec in {(spec.id, spec.revision): spec for spec in models}.values():
         model = None if update else _kept_model(spec, cache)

@@ -4,15 +4,15 @@ By hand it is needed only where a set is chosen by the model's own responses, wh
 whole are kept; --update looks again what a branch like `main` is."""
 
 from lib.errors import UserError, exit_with
-from lib.experiments.samples import DataSpec
+from lib.experiments.samples import data_of
 from lib.job import job
 from lib.samples.prepare import command_by_hand, prepare
 
 
 def main() -> int:
     this = job("prepare_data", __doc__, indexed=False)
-    data = getattr(this.experiment, "data", None)
-    if not isinstance(data, DataSpec):
+    data = data_of(this.experiment)
+    if data is None:
         raise UserError(
             f"{this.config} is of kind {this.experiment.kind}, which has no sets of samples; run `make fetch`"
         )

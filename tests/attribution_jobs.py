@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import h5py
 import numpy as np
-from tools import ROOT, number_rows
+from tools import ROOT, number_rows, tiny_llama
 
 import jobs.compute_attributions
 import lib.cluster.__main__
@@ -188,6 +188,13 @@ def fetched(folder: Path, texts: Path, name: str = "exp", samples: int = SAMPLES
     )
     fetch(place.experiment(), place.cache)
     return place
+
+
+def small_place(folder: Path) -> Place:
+    """Texts, a tiny Llama, and the experiment, in one folder."""
+    write_texts(folder)
+    tiny_llama(folder / "model")
+    return fetched(folder, folder)
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Fixtures for all tests: a real Slurm on this machine, with accounting and pretended GPUs."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -36,6 +38,23 @@ def wait_until(
         if time.monotonic() > end:
             raise AssertionError(f"after {PATIENCE * timeout} s: {what if isinstance(what, str) else what()}")
         time.sleep(every)
+
+
+def thaw(*pids: int, after: signal.Signals | None = None) -> None:
+    """Let frozen processes go on, once a signal waits for them or Slurm has already let them go on itself."""
+
+    def told(pid: int) -> bool:
+        try:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        except OSError:
+            return True  # killed already
+        return not status["State"].startswith("T") or bool(int(status["ShdPnd"], 16) >> (after - 1) & 1)
+
+    for pid in pids:
+        if after:
+            wait_until(lambda pid=pid: told(pid), 60, f"{after.name} did not reach process {pid}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 class Slurm:

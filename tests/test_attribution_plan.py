@@ -6,9 +6,9 @@ from pathlib import Path
 
 import h5py
 import pytest
-from attribution_jobs import ROWS, TOKENS, Place, fetched, write_texts
+from attribution_jobs import ROWS, TOKENS, Place, small_place
 from conftest import ROOT
-from tools import tiny_llama, write_rows
+from tools import write_rows
 
 from jobs.fetch import fetch
 from lib.cluster.plan import TFLOPS, plan
@@ -16,10 +16,7 @@ from lib.cluster.plan import TFLOPS, plan
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("plan")
-    write_texts(folder)
-    tiny_llama(folder / "model")
-    return fetched(folder, folder)
+    return small_place(tmp_path_factory.mktemp("plan"))
 
 
 def body() -> int:

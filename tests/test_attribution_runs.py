@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from attribution_jobs import ROWS, TOKENS, Place, fetched, write_texts
+from attribution_jobs import ROWS, TOKENS, Place, fetched, small_place
 from conftest import ROOT, Slurm
 from safetensors.numpy import load_file, save_file
-from tools import tiny_llama
 
 from jobs.fetch import fetch
 from lib.store import scan
@@ -35,10 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("runs")
-    write_texts(folder)
-    tiny_llama(folder / "model")
-    return fetched(folder, folder)
+    return small_place(tmp_path_factory.mktemp("runs"))
 
 
 def shards(place: Place, name: str, *overrides: str) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import wait_until
 from tools import Fork, forked, module_work, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
@@ -147,10 +148,12 @@ def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder
         before = len(scan(cell.path, cell.digest)[0])
         arguments = command(folder, "diagonal", 0, f"run.shard_rows={size}")[1:]
         job = Fork(module_work(*arguments, env=env))
-        deadline = time.monotonic() + 60
-        while len(scan(cell.path, cell.digest)[0]) < before + 2 and job.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(
+            lambda job=job, enough=before + 2: len(scan(cell.path, cell.digest)[0]) >= enough or job.poll() is not None,
+            15,
+            "no shard",
+            every=0.01,
+        )
         time.sleep(dice.uniform(0, 0.05))
         if job.poll() is None:
             os.kill(job.pid, signal.SIGKILL)

@@ -1,6 +1,5 @@
 """A box without Slurm: the same targets through submitit's local executor, a queue of cells, one worker a slot."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
@@ -67,18 +66,13 @@ class Box:
         for pid in self.frozen:
             os.kill(pid, signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        for pid in self.frozen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-
 
 @pytest.fixture
 def box(inputs, tmp_path):
     one, before = Box(inputs, tmp_path), set((ROOT / "slurm" / "logs").iterdir())
     yield one
     one.make("cancel")
-    one.thaw()
+    thaw(*one.frozen)
     wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel")
     for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
         path.unlink()
@@ -90,7 +84,7 @@ def test_three_cells_on_two_workers(box):
     box.freeze(2)
     assert box.counts() == {"done": 0, "running": 2, "pending": 1, "failed": 0, "stale": 0, "todo": 0}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
-    box.thaw()
+    thaw(*box.frozen)
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
     assert max(overlaps(box)) <= 2
     assert "35 shards hold, 0 do not" in box.make("verify")
@@ -108,7 +102,7 @@ def test_the_warning_signal_runs_the_cell_again_by_itself(box):
     box.make("submit-lls", "ARRAY=2")
     box.freeze(1)
     os.kill(box.frozen[0], signal.SIGUSR1)
-    box.thaw()
+    thaw(*box.frozen)
     wait_until(lambda: sorted(b["state"] for b in box.beats()) == ["done", "requeue"], 60, lambda: str(box.beats()))
     wait_until(lambda: box.counts()["done"] == 1, 30, lambda: box.make("status"))
 
@@ -119,7 +113,7 @@ def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
     box.freeze(1)
     whole = box.shards()
     assert "finished shards are kept" in box.make("cancel")
-    box.thaw()
+    thaw(*box.frozen)
     wait_until(lambda: box.counts()["running"] + box.counts()["pending"] == 0, 30, lambda: str(box.counts()))
     assert box.counts()["done"] == 0 and box.shards() >= whole
     assert "local workers" in box.make("resume")

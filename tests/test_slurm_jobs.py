@@ -1,6 +1,5 @@
 """The batch scripts on a real Slurm: arrays, warnings, preemption, limits, requeues, a dead node; status over it."""
 
-import contextlib
 import json
 import os
 import signal
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Slurm, wait_until
+from conftest import ROOT, Slurm, thaw, wait_until
 from tools import forked, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
@@ -115,23 +114,6 @@ def undisturbed(slurm, inputs, tmp_path_factory):
         done = forked("jobs.compute_lls", *arguments, env=one.env | {"SUITE_SITE": "local", "SUITE_SLURM": "no"})
         assert done.returncode == 0, done.stderr
     return [one.merged(i) for i in range(len(TRAITS))]
-
-
-def thaw(*pids: int, after: signal.Signals | None = None) -> None:
-    """Let frozen processes go on, once a signal waits for them or Slurm has already let them go on itself."""
-
-    def told(pid: int) -> bool:
-        try:
-            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        except OSError:
-            return True  # killed already
-        return not status["State"].startswith("T") or bool(int(status["ShdPnd"], 16) >> (after - 1) & 1)
-
-    for pid in pids:
-        if after:
-            wait_until(lambda pid=pid: told(pid), 60, f"{after.name} did not reach process {pid}")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_an_array_from_submission_to_export(run, undisturbed):

@@ -18,10 +18,10 @@ from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.cluster.site import ROOT, Site
 from lib.errors import UserError
 from lib.experiments import Experiment
-from lib.experiments.samples import DataSpec
+from lib.experiments.samples import data_of
 from lib.store.atomic import write_bytes
 from lib.store.inputs import check_model, check_rows, dataset_input, local_path, model_input
-from lib.store.samples import SamplesInput, check_samples, samples_input
+from lib.store.samples import SamplesInput, check_samples
 
 DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
 CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
@@ -237,11 +237,8 @@ def datasets_line(experiment: Experiment, cache: Path) -> Line:
 
 
 def _sets(experiment: Experiment, cache: Path) -> list[SamplesInput]:
-    data = getattr(experiment, "data", None)
-    if not isinstance(data, DataSpec):
-        return []
-    model = experiment.models()[0]
-    return [samples_input(cache, name, data.digest(cache, model, name)) for name in data.sets()]
+    data = data_of(experiment)
+    return [data.prepared(cache, experiment.models()[0], name) for name in data.sets()] if data else []
 
 
 def token_line(experiment: Experiment, site: Site) -> Line:
@@ -253,8 +250,8 @@ def token_line(experiment: Experiment, site: Site) -> Line:
         return Line("FAIL", "token", f"others can read {names}", f"chmod 600 {names}")
     if path.exists():
         return Line("ok", "token", f"{path}, mode 600")
-    data = getattr(experiment, "data", None)
-    sources = [*data.scorers(), *(spec for spec, _ in data.sets().values())] if isinstance(data, DataSpec) else []
+    data = data_of(experiment)
+    sources = [*data.scorers(), *(spec for spec, _ in data.sets().values())] if data else []
     ids = [spec.id for spec in [*experiment.models(), *experiment.datasets(), *sources]]
     if all(local_path(site.cache, id) for id in ids):
         return Line("ok", "token", "none, and every input is local")

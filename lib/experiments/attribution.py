@@ -15,7 +15,7 @@ from lib.experiments.samples import DataSpec
 from lib.headers import stored_tensors
 from lib.layers import choose, shared_inputs, short
 from lib.store import Cell, Column, model_input
-from lib.store.samples import SamplesInput, samples_input
+from lib.store.samples import SamplesInput
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
 KERNEL = "attribution/1"
@@ -89,7 +89,7 @@ class Attribution(Experiment):
         return [name for name in self.data.sets() if name != "text"]
 
     def input_of(self, cache: Path, cell: str) -> SamplesInput:
-        return samples_input(cache, cell, self.data.digest(cache, self.model, cell))
+        return self.data.prepared(cache, self.model, cell)
 
     def samples(self, cache: Path, cell: str) -> int:
         found = self.input_of(cache, cell).attributed

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lib.experiments.base import Frozen, ModelSpec, digest_of
+from lib.experiments.base import Experiment, Frozen, ModelSpec, digest_of
 from lib.store import model_input
+from lib.store.samples import SamplesInput, samples_input
 
 # Raise it with any change of code that can change a token of any set: it is part of every set's digest.
 RECIPE = "samples/1"
@@ -93,3 +94,13 @@ class DataSpec(Frozen):
 
     def digest(self, cache: Path, model: ModelSpec, name: str) -> str:
         return digest_of(self.identity(cache, model, name))
+
+    def prepared(self, cache: Path, model: ModelSpec, name: str) -> SamplesInput:
+        """The record of a set; a UserError when it is not prepared."""
+        return samples_input(cache, name, self.digest(cache, model, name))
+
+
+def data_of(experiment: Experiment) -> DataSpec | None:
+    """What an experiment's sets are made from, where it has any."""
+    data = getattr(experiment, "data", None)
+    return data if isinstance(data, DataSpec) else None
