@@ -73,7 +73,7 @@ def main() -> int:
 
 def merged_file(cell: Cell, schema: dict[str, Column], experiment: Attribution) -> Path:
     """Made again only where it is not there: it may hold tens of GB."""
-    if merged_is_current(cell):
+    if merged_is_current(cell, schema):
         return cell.path / "merged.h5"
     return merge(cell, schema, experiment.science_json())
 

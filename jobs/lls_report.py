@@ -103,9 +103,9 @@ def take(columns: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
 
 
 def merged_columns(this: Job, cell: Cell) -> dict[str, np.ndarray]:
-    path = cell.path / "merged.h5"
-    if not merged_is_current(cell):
-        path = merge(cell, this.experiment.schema(this.site.cache), this.experiment.science_json())
+    path, schema = cell.path / "merged.h5", this.experiment.schema(this.site.cache)
+    if not merged_is_current(cell, schema):
+        path = merge(cell, schema, this.experiment.science_json())
     with h5py.File(path, "r", locking=False) as f:
         return {name: f[name][:] for name in f}
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ from lib.errors import DONE, REQUEUE, UserError
 from lib.progress import Progress
 from lib.store.atomic import HOST, write_json
 from lib.store.shards import Cell, Schema, commit, gaps, plan_shards, scan, set_aside, sweep
+from lib.watch import ending_with_its_starters
 
 
 class Kernel(Protocol):
@@ -73,6 +75,24 @@ def heed_signals() -> Iterator[Notice]:
             signal.signal(signum, handler)
 
 
+@dataclass(frozen=True)
+class Beat:
+    """What a heartbeat says, as far as anything relies on it."""
+
+    cell: str
+    digest: str
+    state: str
+    started: float
+    updated: float = 0.0
+    job: str = ""
+    host: str = ""
+    node: str = ""
+    pid: int = 0
+    pid_started: str = ""
+    log: str = ""
+    error: str = ""
+
+
 class Heartbeat:
     """A small file on scratch that tells `make status` which attempt works on a cell, and how the last one ended."""
 
@@ -123,7 +143,7 @@ def run_cell(
 ) -> int:
     """Bring one cell to its end, or to the signal that stops it. Returns the exit code."""
     beat = Heartbeat(cell.path.parent.parent / "tasks", cell, gpus)
-    with heed_signals() as notice:
+    with heed_signals() as notice, ending_with_its_starters():
         try:
             beat.beat("starting")
             code = _work(cell, schema, make_kernel, shard_rows, log_seconds, beat, notice)
@@ -150,7 +170,7 @@ def _work(
     notice: Notice,
 ) -> int:
     sweep(cell.path)
-    done, bad = scan(cell.path, cell.digest, deep=True)
+    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
     for path, reason in bad:
         print(f"shard {path.stem} does not hold: {reason}; it is done again", flush=True)
     set_aside(bad)
@@ -217,7 +237,7 @@ def _shards(
 
 
 def _still_missing(cell: Cell, start: int, stop: int) -> bool:
-    done, _ = scan(cell.path, cell.digest)
+    done, _ = scan(cell.path, cell.digest, rows=cell.rows)
     return any(a < stop and start < b for a, b in gaps(done, cell.rows))
 
 

@@ -163,18 +163,6 @@ def test_a_disk_that_fills_up_ends_the_job_in_one_sentence_and_keeps_its_shards(
     assert "rc 2\n" in done.stdout and 3 < int(re.search(r"^(\d+) files$", done.stdout, re.M)[1]) < 40
 
 
-def test_a_warning_that_comes_before_the_job_can_hear_it_is_work_left(tmp_path):
-    """USR1 ends a Python that has no handler yet, with 138: for the batch script that is a job to run again."""
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/nap.py").write_text("import pathlib, time\npathlib.Path('up').touch()\ntime.sleep(60)\n")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"SUITE_SITE": "local"}
-    script = f". slurm/preamble.sh; cd {tmp_path}; run_job nap"
-    batch = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=env | {"SUITE_GPU": "cpu"})
-    wait_until((tmp_path / "up").exists, 60, "the job did not start")
-    batch.send_signal(signal.SIGUSR1)
-    assert batch.wait() == 75
-
-
 def test_a_warning_that_comes_after_the_work_changes_nothing(tmp_path):
     code, out = finish(start(tmp_path, LATE_SIGNAL=int(signal.SIGUSR1)))
     assert code == 0 and states(tmp_path) == ["done"], out

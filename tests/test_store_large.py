@@ -110,7 +110,7 @@ def test_the_sha256_is_the_files_whatever_lies_where(cell, last, sizes):
     assert marker.sha256 == hashlib.sha256(marker.file.read_bytes()).hexdigest()
     one = Cell(0, "x", 1, DIGEST, cell.path)
     merge(one, schema, "{}")
-    assert merged_is_current(one)
+    assert merged_is_current(one, schema)
 
 
 @pytest.mark.parametrize("wrong", ["shape", "error"])

@@ -45,7 +45,7 @@ def main() -> int:
     elif args.command == "logs":
         logs.show(request, args.task)
     elif args.command == "verify":
-        return logs.verify(cells)
+        return logs.verify(cells, experiment.schema(here.cache))
     else:
         return _status(request, args.json, args.watch, args.brief)
     return 0

@@ -9,21 +9,51 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lib.cluster.site import ROOT
-from lib.errors import REQUEUE, UserError
+from lib.errors import REQUEUE, UserError, exit_with
 from lib.run import pid_started
-from lib.store.atomic import HOST, read_json, write_json
+from lib.store.atomic import HOST, own_folder, read_json, write_json
+from lib.store.typed import Mistyped, parse
 
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed
 BUSY_MIB = 2000  # a GPU with more than this in use belongs to somebody
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a queue's workers do."""
+
+    command: list[str]  # the batch script and what it is called with
+    cells: list[int]
+    label: str
+    gpus: int  # a task
+    workers: int
+
+
+@dataclass(frozen=True)
+class Dispatcher:
+    """Who waits for the workers of a queue."""
+
+    pid: int
+    pid_started: str
+    host: str
+
+
+def read_plan(queue: Path) -> Plan:
+    """Of a queue that nobody else can have written."""
+    try:
+        return parse(Plan, read_json(own_folder(queue) / "plan.json"))
+    except Mistyped as e:
+        raise UserError(f"{queue / 'plan.json'} cannot be read ({e}); submit again") from None
+
+
 def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> None:
     """Leave a dispatcher behind that outlives this shell, and return."""
-    queue = folder / "queue" / job
+    queue = own_folder(folder / "queue" / job)  # what lies there is executed: the plan's command, submitit's pickles
     write_json(queue / "plan.json", plan)
     with (queue / "dispatcher.log").open("ab") as log:
         subprocess.Popen(
@@ -46,12 +76,12 @@ def dispatch(queue: Path) -> None:
     """Start one worker a free GPU (the site's throttle where a task needs none) and wait for them."""
     from submitit.local.local import LocalExecutor
 
-    write_json(queue / "dispatcher.json", {"pid": os.getpid(), "pid_started": pid_started(os.getpid()), "host": HOST})
-    plan = read_json(queue / "plan.json") or {}
-    gpus = free_gpus(int(plan["gpus"])) if plan["gpus"] else [""] * int(plan["workers"])
+    plan = read_plan(queue)
+    write_json(queue / "dispatcher.json", asdict(Dispatcher(os.getpid(), pid_started(os.getpid()), HOST)))
+    gpus = free_gpus(plan.gpus) if plan.gpus else [""] * plan.workers
     executor = LocalExecutor(queue / "submitit")
     executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
-    jobs = [executor.submit(work, str(queue), gpu) for gpu in gpus[: len(plan["cells"])]]
+    jobs = [executor.submit(work, str(queue), gpu) for gpu in gpus[: len(plan.cells)]]
     failed = [cell for job in jobs for cell in job.result()]
     print(f"all workers have ended; cells that failed: {failed or 'none'}", flush=True)
 
@@ -59,23 +89,23 @@ def dispatch(queue: Path) -> None:
 def work(queue_path: str, gpu: str) -> list[int]:
     """Take cells until none is left; returns those that failed."""
     queue = Path(queue_path)
-    plan = read_json(queue / "plan.json") or {}
+    plan = read_plan(queue)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a worker must be able to end
     failed = []
-    for index in plan["cells"]:
+    for index in plan.cells:
         if (queue / "cancelled").exists():
             break
         try:
             (queue / f"cell-{index}").mkdir()  # exactly one worker succeeds
         except FileExistsError:
             continue
-        log = ROOT / "slurm" / "logs" / f"{plan['label']}-{queue.name}_{index}.out"
+        log = ROOT / "slurm" / "logs" / f"{plan.label}-{queue.name}_{index}.out"
         env = {**os.environ, "SUITE_LOG": str(log), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_SUBMIT_DIR": str(ROOT)}
         env["CUDA_VISIBLE_DEVICES"] = gpu
         code = REQUEUE
         with log.open("ab") as out:
             while code == REQUEUE and not (queue / "cancelled").exists():
-                code = subprocess.call(["bash", *plan["command"]], cwd=ROOT, env=env, stdout=out, stderr=out)
+                code = subprocess.call(["bash", *plan.command], cwd=ROOT, env=env, stdout=out, stderr=out)
         (queue / f"cell-{index}" / "exit").write_text(f"{code}\n")
         if code:
             failed.append(index)
@@ -110,9 +140,13 @@ def tasks(folder: Path) -> dict[int, tuple[str, str]]:
     """Cells in the hands of a living dispatcher: PENDING in its queue, or RUNNING, with the queue's name."""
     found: dict[int, tuple[str, str]] = {}
     for queue in sorted((folder / "queue").glob("local-*")):
-        who, plan = read_json(queue / "dispatcher.json"), read_json(queue / "plan.json")
-        alive = who and who["host"] == HOST and pid_started(int(who["pid"])) == who["pid_started"] != ""
-        for index in plan["cells"] if alive and plan else []:
+        try:
+            who = parse(Dispatcher, read_json(queue / "dispatcher.json"))
+            plan = parse(Plan, read_json(queue / "plan.json"))
+        except Mistyped:
+            continue
+        alive = who.host == HOST and pid_started(who.pid) == who.pid_started != ""
+        for index in plan.cells if alive else []:
             claim = queue / f"cell-{index}"
             if claim.exists() and not (claim / "exit").exists():
                 found[index] = ("RUNNING", queue.name)
@@ -131,4 +165,4 @@ def cancel(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    dispatch(Path(sys.argv[1]))
+    exit_with(lambda: dispatch(Path(sys.argv[1])))

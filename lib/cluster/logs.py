@@ -4,7 +4,7 @@ from lib.cluster.status import heartbeats, run_folder, status
 from lib.cluster.submit import Request
 from lib.errors import UserError
 from lib.store import Cell, gaps, scan
-from lib.store.shards import sweep
+from lib.store.shards import Schema, sweep
 
 TAIL = 40
 
@@ -38,12 +38,12 @@ def _tail(cell: Cell, beats: list[dict], lines: int) -> None:
         print(f"cannot be read: {e.strerror}")
 
 
-def verify(cells: list[Cell]) -> int:
+def verify(cells: list[Cell], schema: Schema) -> int:
     """Read every byte of every shard; 1 when something does not hold or is missing."""
     wrong = missing = shards = 0
     for cell in cells:
         sweep(cell.path)
-        done, bad = scan(cell.path, cell.digest, deep=True)
+        done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
         left = sum(b - a for a, b in gaps(done, cell.rows))
         shards, wrong, missing = shards + len(done), wrong + len(bad), missing + left
         for path, reason in bad:

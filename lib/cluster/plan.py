@@ -24,7 +24,7 @@ def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> li
     rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * experiment.share
     plans, schema = [], experiment.schema(cache)
     for cell, cost in zip(cells, experiment.costs(cache), strict=True):
-        missing = gaps(scan(cell.path, cell.digest)[0], cell.rows)
+        missing = gaps(scan(cell.path, cell.digest, rows=cell.rows)[0], cell.rows)
         rows = sum(b - a for a, b in missing)
         width = sum(c.value_bytes * (cost.values if c.per else 1) for c in schema.values())
         hours = rows * cost.flops / rate / 3600

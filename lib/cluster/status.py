@@ -5,15 +5,17 @@ Markers and squeue are the truth; sacct explains."""
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib.cluster import local, slurm
 from lib.errors import UserError
-from lib.run import pid_started
+from lib.run import Beat, pid_started
 from lib.store import Cell, Marker, gaps, scan
 from lib.store.atomic import HOST, read_json
+from lib.store.typed import Mistyped, parse
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
@@ -59,6 +61,14 @@ class Status:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Submission:
+    """What a record of a submission says, as far as anything relies on it."""
+
+    job: str
+    time: float = 0.0
+
+
 def run_folder(cells: list[Cell]) -> Path:
     return cells[0].path.parent.parent
 
@@ -67,17 +77,20 @@ def heartbeats(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Attempts by cell name, oldest first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((folder / "tasks").glob(WHOLE)):
-        beat = read_json(path)
-        if beat and {"cell", "started", "state", "digest"} <= set(beat):
-            found.setdefault(beat["cell"], []).append({**beat, "attempt": path.stem})
+        with suppress(Mistyped):
+            beat = parse(Beat, read_json(path))
+            found.setdefault(beat.cell, []).append({**vars(beat), "attempt": path.stem})
     for beats in found.values():
         beats.sort(key=lambda b: b["started"])
     return found
 
 
 def submissions(folder: Path) -> list[dict[str, Any]]:
-    found = [read_json(p) for p in sorted((folder / "submissions").glob(WHOLE))]
-    return sorted((s for s in found if s and "job" in s), key=lambda s: s.get("time", 0))
+    found = []
+    for path in sorted((folder / "submissions").glob(WHOLE)):
+        with suppress(Mistyped):
+            found.append(vars(parse(Submission, read_json(path))))
+    return sorted(found, key=lambda s: s["time"])
 
 
 def arrays_of(label: str, folder: Path, queue: Iterable[slurm.Queued]) -> set[str]:
@@ -137,7 +150,7 @@ def status(label: str, cells: list[Cell], gpus: int = 1) -> Status:
 
 
 def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]], gpus: int) -> CellState:
-    done, bad = scan(cell.path, cell.digest)
+    done, bad = scan(cell.path, cell.digest, rows=cell.rows)
     left = sum(b - a for a, b in gaps(done, cell.rows))
     beats = [b for b in beats if b["digest"] == cell.digest]
     last = beats[-1] if beats else None

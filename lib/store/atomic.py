@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
             except OSError:
                 if not path.is_dir():  # else another call was quicker with the same
                     raise
+
+
+def own_folder(path: Path) -> Path:
+    """A folder for what is executed or taken on trust: made with mode 700 whatever the umask, and refused when it is
+    somebody else's or others can write to it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise UserError(f"{path} is not a folder of yours that nobody else can write to; remove it and try again")
+    return path
 
 
 def remove(path: Path) -> None:

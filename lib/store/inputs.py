@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from lib.errors import UserError
 from lib.headers import stored_tensors
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
+from lib.store.typed import Mistyped, parse
 
 Record = TypeVar("Record", "DatasetInput", "ModelInput")
 
@@ -185,12 +187,12 @@ def source_stamp(path: Path) -> str:
 
 
 def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
-    raw = read_json(folder / "input.json")
-    names = {f.name for f in fields(kind)}
-    if raw is None or set(raw) != names or not (local or raw["revision"] == revision):
-        at = "" if local else f" at revision {revision}"
-        raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
-    return kind(**raw)
+    with suppress(Mistyped):
+        found = parse(kind, read_json(folder / "input.json"), exact=True)
+        if local or found.revision == revision:
+            return found
+    at = "" if local else f" at revision {revision}"
+    raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
 
 
 def _unchanged(record: DatasetInput | ModelInput, source: Path | None) -> None:

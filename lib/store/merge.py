@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,26 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
-from lib.store.columns import Schema, Values, read_columns, to_hdf5
+from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
+from lib.store.contents import why_wrong
 from lib.store.raw import read_array, write_with_raw
 from lib.store.shards import Cell, Marker, gaps, scan
+from lib.store.typed import Mistyped, parse
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merged.json says of merged.h5."""
+
+    digest: str
+    rows: int
+    sha256: str
+    bytes: int
 
 
 def merge(cell: Cell, schema: Schema, config: str) -> Path:
     """Write <cell>/merged.h5 from verified shards; a missing or broken one is an error that names it."""
-    done, bad = scan(cell.path, cell.digest, deep=True)
+    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
     missing = gaps(done, cell.rows)
     if missing:
         why = f"; {bad[0][0].name}: {bad[0][1]}" if bad else ""
@@ -31,6 +43,7 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
     taken = _cover(done, cell.rows)
     parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in taken]
     columns = {name: np.concatenate([p[name] for p in parts]) for name, column in schema.items() if not column.raw}
+    check_columns({name: column for name, column in schema.items() if not column.raw}, columns, cell.rows)
     about = {"digest": cell.digest, "cell": cell.name, "rows": cell.rows, "config": config}
     path = cell.path / "merged.h5"
     if any(column.raw for column in schema.values()):
@@ -39,8 +52,7 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
         data = to_hdf5(schema, columns, about)
         write_bytes(path, data)
         sha, size = hashlib.sha256(data).hexdigest(), len(data)
-    record = {"digest": cell.digest, "rows": cell.rows, "sha256": sha, "bytes": size}
-    write_json(cell.path / "merged.json", record)
+    write_json(cell.path / "merged.json", asdict(Merged(cell.digest, cell.rows, sha, size)))
     return path
 
 
@@ -101,7 +113,7 @@ def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str,
 def _reading(marker: Marker) -> Iterator[None]:
     try:
         yield
-    except (OSError, KeyError) as e:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as e:
         fix = f"delete {marker.path.name} beside it and run `make resume`"
         raise UserError(f"{marker.file} cannot be read ({e}); {fix}") from None
 
@@ -118,10 +130,11 @@ def rounding_of(cell: Cell, schema: Schema) -> tuple[float, float] | None:
     return (float(max(a for a, _ in found)), float(max(b for _, b in found))) if found else None
 
 
-def merged_is_current(cell: Cell) -> bool:
-    """Whether merged.h5 is there, for this digest, with the sha256 that was recorded."""
-    record = read_json(cell.path / "merged.json")
-    path = cell.path / "merged.h5"
-    return bool(
-        record and record.get("digest") == cell.digest and path.exists() and sha256_file(path) == record["sha256"]
-    )
+def merged_is_current(cell: Cell, schema: Schema) -> bool:
+    """Whether merged.h5 is there, for this digest, with the sha256 that was recorded and the cell's rows in it."""
+    path, about = cell.path / "merged.h5", {"digest": cell.digest, "cell": cell.name, "rows": cell.rows}
+    with suppress(OSError, Mistyped):
+        said = parse(Merged, read_json(cell.path / "merged.json"), exact=True)
+        if (said.digest, said.rows, said.bytes) == (cell.digest, cell.rows, path.stat().st_size):
+            return sha256_file(path) == said.sha256 and not why_wrong(path, about, schema, cell.rows, summed=True)
+    return False

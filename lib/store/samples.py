@@ -9,7 +9,7 @@ import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.store.atomic import read_json, write_bytes, write_json
 from lib.store.columns import Column, to_hdf5
+from lib.store.contents import Wrong, datasets
 from lib.store.inputs import local_path, same_file
+from lib.store.typed import Mistyped, parse
 
 Values = list[str] | np.ndarray
 ALWAYS = ("ids", "lengths", "held_out")
@@ -84,10 +86,12 @@ def samples_folder(cache: Path, name: str, digest: str) -> Path:
 
 def samples_input(cache: Path, name: str, digest: str) -> SamplesInput:
     """The record of a set; a UserError when it is not prepared, or its local source has changed since."""
-    raw = read_json(samples_folder(cache, name, digest) / "input.json")
-    if raw is None or set(raw) != {f.name for f in fields(SamplesInput)} or raw["digest"] != digest:
+    try:
+        found = parse(SamplesInput, read_json(samples_folder(cache, name, digest) / "input.json"), exact=True)
+    except Mistyped:
+        found = None
+    if found is None or (found.name, found.digest) != (name, digest):
         raise UserError(f"samples {name} are not prepared; run `make fetch` with this CONFIG")
-    found = SamplesInput(**raw)
     where = local_path(cache, found.source)
     stamp = tree_stamp(where) if where else ""
     if stamp and stamp != found.source_stamp:
@@ -143,13 +147,26 @@ def check_samples(cache: Path, record: SamplesInput) -> Path:
 
 
 def read_samples(cache: Path, record: SamplesInput) -> Samples:
-    with h5py.File(io.BytesIO(check_samples(cache, record).read_bytes()), "r") as f:
-        columns = {key: _texts(f[key][:]) for key in f}
-        attributes = {key: json.loads(value) for key, value in f.attrs.items()}
-    ends = np.cumsum(columns["lengths"])
+    path = check_samples(cache, record)
+    try:
+        with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
+            columns = {key: _texts(dataset[:]) for key, dataset in datasets(f)}
+            attributes = {key: json.loads(value) for key, value in f.attrs.items()}
+        lengths, held = columns["lengths"], np.asarray(columns["held_out"]).astype(bool)
+        ends = np.cumsum(lengths)
+        odd = [key for key, values in columns.items() if key != "ids" and len(values) != record.rows]
+        if (
+            odd
+            or lengths.min(initial=0) < 0
+            or len(columns["ids"]) != lengths.sum()
+            or (~held).sum() != record.attributed
+        ):
+            raise Wrong(f"its columns do not fit its {record.rows} rows")
+    except (Wrong, KeyError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{path} is no set of samples ({one_line(e)}); delete it, then `make fetch` again") from None
     return Samples(
         every=np.split(columns["ids"], ends[:-1]),
-        held=columns["held_out"].astype(bool),
+        held=held,
         columns={key: values for key, values in columns.items() if key not in ALWAYS},
         attributes=attributes,
     )

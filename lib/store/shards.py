@@ -3,18 +3,21 @@
     <cell>/00000000-00001024-1f3a5c7e9b.h5     the data; the last part of the name is from its sha256
     <cell>/00000000-00001024.json              the marker: digest, sha256, size, and how it came about
 
-"Done" means: the marker is there, it carries the cell's digest, and its file has the size and sha256 that it says.
+"Done" means: the marker is there, it carries the cell's digest, and its file has the size and sha256 that it says, and,
+wherever bytes are read, holds the rows that the marker vouches for.
 The data file depends on the rows alone, not on who wrote it or when: two copies of a task that run at once write the
 same file, and should they differ (two kinds of GPU), the marker still points at one whole file."""
 
 import hashlib
 import json
 import re
+import stat
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,13 @@ import numpy as np
 from lib.errors import UserError
 from lib.store.atomic import HOST, remove, sha256_file, write_bytes, write_json
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
+from lib.store.contents import why_wrong
 from lib.store.raw import Written, write_with_raw
+from lib.store.typed import parse
 
 MARKER_NAME = re.compile(r"(\d{8})-(\d{8})\.json")
+MOST_ROWS = 10**8  # that a marker's name has room for
+FILE_NAME = re.compile(r"(\d{8}-\d{8})-[0-9a-f]+\.h5")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,26 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Vouched:
+    """What a marker says, as far as anything relies on it."""
+
+    digest: str
+    start: int
+    stop: int
+    file: str
+    sha256: str
+    bytes: int
+    seconds: float
+    unscored: int = 0
+    attempt: str = ""
+    gpus: int = 0
+    device: str = ""
+    tokens_computed: int = 0
+    tokens_needed: int = 0
+    tokens_pair_by_pair: int = 0
+
+
+@dataclass(frozen=True)
 class Marker:
     start: int
     stop: int
@@ -48,7 +75,7 @@ class Marker:
     file: Path
     sha256: str
     seconds: float  # the kernel's time, for rows/s
-    info: dict[str, Any]
+    info: dict[str, Any]  # all that stands in the marker; the fields of Vouched have their types
 
     @property
     def rows(self) -> int:
@@ -100,55 +127,59 @@ def _write(folder: Path, name: str, schema: Schema, columns: Mapping[str, Values
     return Written(folder / named(sha), sha, len(data))
 
 
-def scan(folder: Path, digest: str, deep: bool = False) -> tuple[list[Marker], list[tuple[Path, str]]]:
-    """The done shards of a cell, and the markers that do not hold with the reason. `deep` reads every byte."""
+def scan(
+    folder: Path, digest: str, deep: bool = False, schema: Schema | None = None, rows: int = MOST_ROWS
+) -> tuple[list[Marker], list[tuple[Path, str]]]:
+    """The done shards of a cell of so many rows, and the markers that do not hold with the reason. `deep` reads every
+    byte and looks at what the file holds: with its schema at every column, else at links and what it says of itself."""
     try:
         paths = sorted(p for p in folder.iterdir() if MARKER_NAME.fullmatch(p.name))
     except FileNotFoundError:
         return [], []
     except OSError as e:
         raise UserError(f"cannot list {folder}: {e.strerror}; check that scratch is mounted and readable") from None
+    check = partial(_check, digest=digest, deep=deep, schema=schema, rows=rows)
     if deep or len(paths) > 64:  # a network file system answers each stat in a millisecond: ask for many at once
         with ThreadPoolExecutor(16) as pool:
-            results = list(pool.map(lambda p: _check(p, digest, deep), paths))
+            results = list(pool.map(check, paths))
     else:
-        results = [_check(p, digest, deep) for p in paths]
+        results = list(map(check, paths))
     done = [r for r in results if isinstance(r, Marker)]
     bad = [(p, r) for p, r in zip(paths, results, strict=True) if isinstance(r, str)]
     return sorted(done, key=lambda m: (m.start, m.stop)), bad
 
 
-def _check(path: Path, digest: str, deep: bool) -> Marker | str:
+def _check(path: Path, digest: str, deep: bool, schema: Schema | None, rows: int) -> Marker | str:
     """A marker that holds, or why it does not."""
     try:
         raw = json.loads(path.read_bytes())
-        marker = Marker(
-            int(raw["start"]),
-            int(raw["stop"]),
-            path,
-            path.parent / raw["file"],
-            raw["sha256"],
-            float(raw["seconds"]),
-            raw,
-        )
-        size = int(raw["bytes"])
-        if path.name != f"{marker.start:08d}-{marker.stop:08d}.json" or marker.start >= marker.stop:
-            return "its name and its rows differ"
-        if raw["digest"] != digest:
-            return f"digest {str(raw['digest'])[:8]} is another experiment's (wanted {digest[:8]})"
-        if Path(raw["file"]).name != raw["file"]:
-            return "it points outside its folder"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        said = parse(Vouched, raw)
+    except (OSError, ValueError, RecursionError):
         return "the marker cannot be read"
+    if path.stem != f"{said.start:08d}-{said.stop:08d}" or said.start >= said.stop:
+        return "its name and its rows differ"
+    if said.digest != digest:
+        return f"digest {said.digest[:8]} is another experiment's (wanted {digest[:8]})"
+    if said.stop > rows:
+        return f"the cell has {rows} rows"
+    named = FILE_NAME.fullmatch(said.file)
+    if not named or named[1] != path.stem:
+        return "it points outside its folder, or to another shard's file"
+    if said.unscored > said.stop - said.start:
+        return "it counts more rows without a score than it has"
+    marker = Marker(said.start, said.stop, path, path.parent / said.file, said.sha256, said.seconds, raw)
     try:
-        found = marker.file.stat().st_size
-        if found != size:
-            return f"{marker.file.name} has {found} bytes, the marker says {size}"
+        found = marker.file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{said.file} is not a file"
+        if found.st_size != said.bytes:
+            return f"{said.file} has {found.st_size} bytes, the marker says {said.bytes}"
         if deep and sha256_file(marker.file) != marker.sha256:
-            return f"{marker.file.name} has another sha256 than the marker says"
+            return f"{said.file} has another sha256 than the marker says"
     except OSError as e:
-        return f"{raw['file']}: {e.strerror}"
-    return marker
+        return f"{said.file}: {e.strerror}"
+    about = {"digest": digest, "start": said.start, "stop": said.stop}
+    return (deep and why_wrong(marker.file, about, schema, marker.rows)) or marker
 
 
 def sweep(folder: Path) -> None:

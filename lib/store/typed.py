@@ -1,0 +1,58 @@
+"""What stands in a JSON file, as a dataclass whose fields have the types that it declares, or an error.
+
+A field is a str, a number that is finite and not negative, or a list or a dictionary of these. JSON as Python reads it
+holds more: true is a number there, 1e999 is infinite, and numbers have any length."""
+
+from contextlib import suppress
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+LARGEST = 1e15  # of a number: exact as a float, and beyond all bytes, rows and seconds that anything here counts
+
+
+class Mistyped(ValueError):
+    """A record that is not of its type."""
+
+
+def parse(kind: type[T], raw: object, exact: bool = False) -> T:
+    """`raw` as a `kind`. Further keys are passed over; `exact`: there are none, and none is missing."""
+    if not isinstance(raw, dict):
+        raise Mistyped("it is not an object")
+    found = {}
+    for name, wanted, optional in _fields(kind):
+        if name in raw:
+            if not fits(raw[name], wanted):
+                raise Mistyped(f"{name} is no {getattr(wanted, '__name__', wanted)}")
+            found[name] = raw[name]
+        elif exact or not optional:
+            raise Mistyped(f"{name} is missing")
+    if exact and len(found) != len(raw):
+        raise Mistyped("it has other fields")
+    return kind(**found)
+
+
+def fits(value: object, wanted: Any) -> bool:
+    if wanted is Any:
+        return True
+    if wanted in (int, float):
+        return (type(value) is int or type(value) is wanted) and 0 <= value <= LARGEST  # type: ignore[operator]
+    origin = get_origin(wanted)
+    if origin is list:
+        return isinstance(value, list) and all(fits(one, get_args(wanted)[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(one, get_args(wanted)[1]) for one in value.values())
+    if isinstance(value, str) and not value.isascii():
+        with suppress(UnicodeEncodeError):  # half of a pair of surrogates, which cannot be printed
+            return wanted is str and bool(value.encode())
+        return False
+    return type(value) is wanted
+
+
+@cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """(name, type, whether it may be missing) of a dataclass."""
+    hints = get_type_hints(kind)
+    return [(f.name, hints[f.name], (f.default, f.default_factory) != (MISSING, MISSING)) for f in fields(kind)]
