@@ -13,7 +13,7 @@ flags = --config $(CONFIG) $(if $(DRY),--dry) $(SET)
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1\n' '$(CONFIG)'
+	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1\n' '$(CONFIG)'
 
 ##@ Start here
 .PHONY: setup demo test
@@ -32,8 +32,8 @@ test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubunt
 fetch: setup ## bring models and datasets of CONFIG to the cache (login node); UPDATE=1 looks again what `main` is
 	@$(python) -m jobs.fetch --config $(CONFIG) $(if $(UPDATE),--update) $(SET)
 
-doctor: setup ## check account, partition, scratch, Python, driver, GPU, offline cache, token: each failure with its fix
-	@$(cluster) doctor --config $(CONFIG) $(SET)
+doctor: setup ## check account, partition, scratch, Python, driver, GPU, cache, token; each failure with its fix [DEEP=1]
+	@$(cluster) doctor --config $(CONFIG) $(if $(DEEP),--deep) $(SET)
 
 ##@ Jobs (DRY=1 shows the script and the plan)
 .PHONY: submit-lls submit-attributions resume cancel

@@ -11,8 +11,9 @@ from lib.experiments.attribution import Part
 from lib.job import Job, job
 from lib.layers import short
 from lib.run import run_cell
-from lib.store import Cell, model_input
+from lib.store import Cell
 from lib.store.samples import read_samples
+from lib.store.verified import checked_model
 
 
 def main() -> int:
@@ -40,7 +41,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
     from lib.attribution.memory import plan_memory
     from lib.models.load import announce, device_name, free_memory, load_config, load_model, visible_devices
 
-    found = model_input(cache, experiment.model.id, experiment.model.revision)
+    found = checked_model(cache, experiment.model.id, experiment.model.revision)
     config, devices, kind = load_config(found.path), visible_devices(), getattr(torch, experiment.model.dtype)
     if score.tokens and max(score.tokens) >= config.vocab_size:
         raise UserError(

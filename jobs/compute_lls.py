@@ -9,7 +9,8 @@ from lib.errors import UserError, exit_with
 from lib.experiments import LLSCross, Scoring
 from lib.job import Job, job
 from lib.run import run_cell
-from lib.store import Cell, model_input
+from lib.store import Cell
+from lib.store.verified import checked_model
 
 
 def main() -> int:
@@ -34,7 +35,7 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     from lib.models.load import device_name, load_decoder, load_tokenizer
     from lib.scoring.logprob import CHECK_STEP
 
-    path = model_input(this.site.cache, experiment.model.id, experiment.model.revision).path
+    path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
     tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
     renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0

@@ -26,8 +26,8 @@ from lib.layers import short
 from lib.store import Cell, Column, ModelInput, gaps, merge, model_input, read_array, scan
 from lib.store.atomic import keep_others, read_json, write_bytes, write_json
 from lib.store.columns import to_hdf5
-from lib.store.inputs import check_model
 from lib.store.merge import merged_is_current, rounding_of
+from lib.store.verified import check_here
 
 EXPLAINED = {
     "last": "the largest logit at the last position",
@@ -122,7 +122,7 @@ def weights_of(model: ModelInput, parts: list[Part]) -> Iterator[Any]:
     """The scored layers' weights, one at a time."""
     from safetensors import safe_open
 
-    check_model(model)
+    check_here(model)
     where = {}
     for path in sorted(Path(model.path).glob("*.safetensors")):
         names = [name for name in stored_tensors(path) or {} if "layers." in name]

@@ -15,10 +15,10 @@ from lib.errors import UserError, exit_with
 from lib.experiments import Experiment
 from lib.experiments.base import DatasetSpec, ModelSpec
 from lib.experiments.samples import data_of
-from lib.hub import dataset_rows, model_snapshot
+from lib.hub import dataset_rows, forget, model_snapshot
 from lib.job import job
 from lib.samples.prepare import command_by_hand, prepare
-from lib.store.atomic import read_json, sha256_file, whole_folder
+from lib.store.atomic import read_json, whole_folder
 from lib.store.inputs import (
     TORCH_SHARD,
     DatasetInput,
@@ -39,6 +39,7 @@ from lib.store.inputs import (
     torch_weights,
 )
 from lib.store.shards import sweep
+from lib.store.verified import altered, hashes, hashes_by_name
 
 
 def main() -> int:
@@ -71,12 +72,23 @@ def fetch(experiment: Experiment, cache: Path, update: bool = False, by_hand: st
 
 
 def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
-    """A model that is recorded and whole; None when it has to be brought."""
-    with suppress(UserError):
+    """A model that is recorded and whole to the last byte; None when it has to be brought, and what is broken is then
+    out of the way."""
+    try:
         found = model_input(cache, spec.id, spec.revision)
         check_model(found)
-        return found
-    return None
+    except UserError:
+        return None
+    bad = altered(found)
+    for path in bad:
+        if found.source_stamp and path.parent == local_path(cache, spec.id):
+            raise UserError(
+                f"{path} has other bytes than before, with the same size and time: a disk's error; "
+                "bring a whole one (or touch it, if it is meant), then `make fetch` again"
+            )
+        print(f"{path} is not the file that was fetched (its sha256 differs): bringing it anew", flush=True)
+        forget(path)
+    return None if bad else found
 
 
 def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
@@ -120,6 +132,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
         head_parameters=int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)),
         bytes=sum(path.stat().st_size for path in model_files(folder)),
         source_stamp=source_stamp(local) if local else "",
+        files=hashes_by_name(folder),
     )
 
 
@@ -210,7 +223,8 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 def _fingerprint(files: list[Path]) -> str:
     """Of a local folder: the contents of what from_pretrained reads."""
-    return hashlib.sha256(json.dumps([[p.name, sha256_file(p)] for p in files]).encode()).hexdigest()
+    named = zip((path.name for path in files), hashes(files), strict=True)
+    return hashlib.sha256(json.dumps([list(pair) for pair in named]).encode()).hexdigest()
 
 
 def _tokenizer(folder: str) -> Any:

@@ -2,6 +2,7 @@
 
 huggingface_hub and datasets read HF_HOME, HF_ENDPOINT and the token's path when they are imported: hence here, late."""
 
+import re
 import shutil
 import sys
 import time
@@ -12,19 +13,24 @@ from typing import Any, TypeVar
 
 from lib.errors import UserError
 from lib.store.inputs import MODEL_FILES, torch_weights
+from lib.store.verified import hashes
 
 T = TypeVar("T")
 
 
 def model_snapshot(id: str, revision: str) -> Path:
-    """The folder <HF_HOME>/hub/models--.../snapshots/<commit>; a broken download goes on where it stopped. Weights in
-    torch's own format come only where there are no others; their copy as safetensors needs room too."""
-    with _sentences(f"model {id} at {revision}"):
+    """The folder <HF_HOME>/hub/models--.../snapshots/<commit>; a broken download goes on where it stopped, and a file
+    that is not the one of the Hub's own sha256 is brought anew. Weights in torch's own format come only where there are
+    no others; their copy as safetensors needs room too."""
+    what = f"model {id} at {revision}"
+    with _sentences(what):
         from huggingface_hub import HfApi, constants, snapshot_download
 
         _quiet()
         info = _patiently(lambda: HfApi().model_info(id, revision=revision, files_metadata=True))
-        sizes = {s.rfilename: s.size for s in info.siblings or []}
+        commit, siblings = commit_of(what, info.sha), info.siblings or []
+        sizes = {name_of(what, s.rfilename): s.size for s in siblings}
+        known = {s.rfilename: s.lfs.sha256 for s in siblings if s.lfs}
         convert = torch_weights(sizes)
         wanted = {
             name: size
@@ -32,29 +38,38 @@ def model_snapshot(id: str, revision: str) -> Path:
             if name in convert or any(Path(name).match(p) for p in MODEL_FILES)
         }
         store = Path(constants.HF_HUB_CACHE)
-        snapshot = store / f"models--{id.replace('/', '--')}" / "snapshots" / str(info.sha)
-        missing = [name for name, size in wanted.items() if not _whole(snapshot / name, size)]
-        _room(f"model {id}", sum(sizes[name] or 0 for name in [*missing, *convert]), store)
-        return Path(snapshot_download(id, revision=info.sha, allow_patterns=[*MODEL_FILES, *convert]))
+        snapshot = store / f"models--{id.replace('/', '--')}" / "snapshots" / commit
+        for again in (False, True):
+            missing = [name for name, size in wanted.items() if not _whole(snapshot / name, size, store)]
+            _room(f"model {id}", sum(sizes[name] or 0 for name in [*missing, *convert]), store)
+            snapshot = Path(snapshot_download(id, revision=commit, allow_patterns=[*MODEL_FILES, *convert]))
+            here = {snapshot / name: known[name] for name in wanted if name in known}
+            bad = [path for path, sha in zip(here, hashes(here), strict=True) if sha != here[path]]
+            if not bad:
+                return snapshot
+            for path in bad:
+                print(f"{path} is not the Hub's file (its sha256 differs)" + ("" if again else ": bringing it anew"))
+                forget(path, store)
+        raise UserError(f"{what}: {bad[0].name} came twice with another sha256 than the Hub states; try again later")
 
 
 def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str]:
     """(rows, the commit that the revision stands for)."""
     with _sentences(f"dataset {id} at {revision}"):
         from datasets import load_dataset
-        from huggingface_hub import HfApi
 
         _quiet()
-        commit = _patiently(lambda: HfApi().dataset_info(id, revision=revision)).sha
-        return load_dataset(id, split=split, revision=commit), str(commit)
+        commit = dataset_commit(id, revision)
+        return load_dataset(id, split=split, revision=commit), commit
 
 
 def dataset_commit(id: str, revision: str) -> str:
     """The commit that a revision stands for."""
-    with _sentences(f"dataset {id} at {revision}"):
+    what = f"dataset {id} at {revision}"
+    with _sentences(what):
         from huggingface_hub import HfApi
 
-        return str(_patiently(lambda: HfApi().dataset_info(id, revision=revision)).sha)
+        return commit_of(what, _patiently(lambda: HfApi().dataset_info(id, revision=revision)).sha)
 
 
 def dataset_stream(
@@ -69,14 +84,44 @@ def dataset_stream(
         yield from rows.shuffle(seed=shuffle[0], buffer_size=shuffle[1]) if shuffle else rows
 
 
-def _whole(path: Path, size: int | None) -> bool:
+def commit_of(what: str, sha: object) -> str:
+    """A commit in the Hub's answer: it becomes a folder's name."""
+    if not isinstance(sha, str) or not re.fullmatch("[0-9a-f]{40}", sha):
+        raise UserError(f"{what}: the Hub's answer names a commit that is none ({str(sha)[:60]!r}); check HF_ENDPOINT")
+    return sha
+
+
+def name_of(what: str, name: object) -> str:
+    """A file's name in the Hub's answer: it becomes a path below the model's folder, and never one elsewhere."""
+    good = isinstance(name, str) and name.isprintable() and not set(name) & {"\\", ":"}
+    if not good or {"", ".", ".."} & set(str(name).split("/")):
+        raise UserError(f"{what}: a file's name in the Hub's answer is none ({str(name)[:60]!r}); check HF_ENDPOINT")
+    return str(name)
+
+
+def _whole(path: Path, size: int | None, store: Path) -> bool:
     """Whether a file of a snapshot is there with its size. One that is cut off is removed with what it links to: the
     Hub's library takes any file that is there for a whole one."""
     if path.exists() and size in (None, path.stat().st_size):
         return True
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    forget(path, store)
     return False
+
+
+def forget(path: Path, store: Path | None = None) -> None:
+    """Remove a file of the Hub's cache and what it links to, as far as these lie in the cache."""
+    if store is None:
+        from huggingface_hub import constants
+
+        store = Path(constants.HF_HUB_CACHE)
+    for _ in range(5):  # a snapshot's link, a blob, a blob that repositories share
+        if not path.parent.resolve().is_relative_to(store.resolve()):
+            return
+        target = path.parent / path.readlink() if path.is_symlink() else None
+        path.unlink(missing_ok=True)
+        if target is None:
+            return
+        path = target
 
 
 def _room(what: str, need: int, store: Path) -> None:

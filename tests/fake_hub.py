@@ -42,6 +42,8 @@ class Hub:
     url: str = ""
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # "models/org/name" -> commit -> files
     heads: dict[str, str] = field(default_factory=dict)  # what `main` stands for
+    tags: dict[str, str] = field(default_factory=dict)  # revision -> commit
+    answers: dict[str, dict] = field(default_factory=dict)  # repository -> what a hostile Hub says instead
     gated: dict[str, str] = field(default_factory=dict)  # repository -> the token that it asks for
     faults: list[Fault] = field(default_factory=list)
     log: list[Request] = field(default_factory=list)
@@ -130,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         elif hub.gated.get(repo) and self.headers.get("Authorization") != f"Bearer {hub.gated[repo]}":
             self.error(401, "GatedRepo")
         else:
-            sha = hub.heads[repo] if revision in (None, "main") else revision
+            sha = hub.heads[repo] if revision in (None, "main") else hub.tags.get(revision, revision)
             if sha in hub.repos[repo]:
                 return sha, hub.repos[repo][sha]
             self.error(404, "RevisionNotFound")
@@ -141,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
             sha, files = found
             siblings = [sibling(p, d) for p, d in files.items()]
             about = {"id": name, "sha": sha, "private": False, "gated": False, "disabled": False, "tags": []}
-            self.json(about | {"downloads": 0, "likes": 0, "siblings": siblings})
+            about |= {"downloads": 0, "likes": 0, "siblings": siblings}
+            self.json(about | self.hub.answers.get(f"{kind}/{name}", {}))
 
     def tree(self, kind: str, name: str, what: str, revision: str, folder: str | None, body: str) -> None:
         found = self.files(f"{kind}/{name}", revision)

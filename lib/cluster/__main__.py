@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
     parser.add_argument("--task", type=int, help="cell whose log is shown")
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
+    parser.add_argument("--deep", action="store_true", help="doctor reads every byte of the models")
     parser.add_argument("--json", action="store_true", help="status for programs")
     parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
     parser.add_argument("--brief", action="store_true", help="while watching, one line each time; the table at the end")
@@ -33,7 +34,7 @@ def main() -> int:
     if args.command == "doctor":
         from lib.cluster.doctor import check
 
-        return check(experiment, here)
+        return check(experiment, here, args.deep)
     cells = experiment.cells(here.cache, here.scratch)
     request = submit.Request(experiment, args.config, args.overrides, here, cells)
     if args.command == "submit":

@@ -22,13 +22,15 @@ from lib.experiments.samples import data_of
 from lib.store.atomic import write_bytes
 from lib.store.inputs import check_model, check_rows, dataset_input, local_path, model_input
 from lib.store.samples import SamplesInput, check_samples
+from lib.store.verified import check_bytes
 
 DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
 CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
-def check(experiment: Experiment, site: Site) -> int:
+def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
+    """`deep`: every byte of the models is read."""
     cells = plans = None
     with contextlib.suppress(UserError):  # inputs that are not fetched have their own lines
         cells = experiment.cells(site.cache, site.scratch)
@@ -44,7 +46,7 @@ def check(experiment: Experiment, site: Site) -> int:
         ("quota", lambda: quota_lines(site.env, site.scratch, plans)),
         ("python", lambda: [python_line(ROOT)]),
         ("torch", lambda: gpu_lines(site.env, torch_cuda(), site.gpu, slurm)),
-        ("models", lambda: [models_line(experiment, site.cache)]),
+        ("models", lambda: [models_line(experiment, site.cache, deep)]),
         ("datasets", lambda: [datasets_line(experiment, site.cache)]),
         ("token", lambda: [token_line(experiment, site)]),
         ("secrets", lambda: [secrets_line(site.env)]),
@@ -204,11 +206,13 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")[:2]) if text else (0, 0)
 
 
-def models_line(experiment: Experiment, cache: Path) -> Line:
-    found = [model_input(cache, spec.id, spec.revision) for spec in experiment.models()]
-    for model in found:
-        check_model(model)
-    return Line("ok", "models", ", ".join(f"{m.id} {m.commit[:12]} {si(m.bytes)}" for m in found))
+def models_line(experiment: Experiment, cache: Path, deep: bool = False) -> Line:
+    words = []
+    for spec in experiment.models():
+        found = model_input(cache, spec.id, spec.revision)
+        check_model(found)
+        words.append(f"{found.id} {found.commit[:12]} {si(found.bytes)}" + (f", {check_bytes(found)}" if deep else ""))
+    return Line("ok", "models", ", ".join(words))
 
 
 def lost_bytes(experiment: Experiment, cache: Path) -> int:

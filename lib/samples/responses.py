@@ -13,7 +13,7 @@ from lib.experiments.samples import PromptsSpec
 from lib.models.classifier import load_classifier
 from lib.models.load import load_model, load_tokenizer, visible_devices
 from lib.samples.prompts import Answer
-from lib.store import model_input
+from lib.store.verified import checked_model
 
 
 def answerer(cache: Path, model: ModelSpec, spec: PromptsSpec, name: str, by_hand: str) -> Answer:
@@ -25,9 +25,9 @@ def answerer(cache: Path, model: ModelSpec, spec: PromptsSpec, name: str, by_han
             f"samples {name} are chosen by the model's own responses, which takes a GPU; all else is fetched: "
             f"run `{by_hand}` once ({e})"
         ) from None
-    scorer = model_input(cache, spec.scorer.id, spec.scorer.revision).path
+    scorer = checked_model(cache, spec.scorer.id, spec.scorer.revision).path
     toxicity = Toxicity(load_classifier(scorer, spec.scorer.dtype, devices[0]), load_tokenizer(scorer))
-    folder = model_input(cache, model.id, model.revision).path
+    folder = checked_model(cache, model.id, model.revision).path
     tokenizer = load_tokenizer(folder)
     writer = load_model(folder, model.dtype, "sdpa", devices)
 

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ class ModelInput:
     head_parameters: int  # vocabulary x hidden, once
     bytes: int  # of all model files
     source_stamp: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # name -> sha256 of each model file
 
 
 def local_path(cache: Path, id: str) -> Path | None:
