@@ -3,8 +3,8 @@
 # In this order: SUITE_SITE; the word in .site; the Slurm that `make slurm-up` raised here; fasrc where sbatch has a
 # cluster behind it; local.
 if [ -z "${SUITE_SITE:-}" ] && [ -s .site ]; then read -r SUITE_SITE <.site || true; fi
-# shellcheck source=/dev/null
-if [ -z "${SUITE_SITE:-}${SLURM_CONF:-}" ] && [ -r .slurm/env.sh ]; then . .slurm/env.sh; fi
+# shellcheck source=env/own-slurm.sh
+if [ -z "${SUITE_SITE:-}${SLURM_CONF:-}" ]; then . env/own-slurm.sh; fi
 if [ -z "${SUITE_SITE:-}" ]; then
   SUITE_SITE=local
   if command -v sbatch >/dev/null && [ -n "${SLURM_CONF:-}$(compgen -G '/etc/slurm*/slurm.conf')" ]; then

@@ -12,10 +12,11 @@
 #   --no-accounting  no database; sacct then does not work
 #   --test           starts from nothing, loses its state when the power fails, kills and requeues after 5 s, not minutes
 set -euo pipefail
+umask 022 # what lies in DIR is run, by daemons and by shells
 PATH=$PATH:/usr/sbin:/sbin
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 started=$(date +%s%N)
-dir='' nodes=1 gpus='' cpus=$(nproc) memory='' port=17800 accounting=1 test=''
+dir='' nodes=1 gpus='' cpus=$(nproc) memory='' port=17800 accounting=1 test='' named=()
 while [ $# -gt 0 ]; do
   case $1 in
     --no-accounting) accounting='' ;;
@@ -39,17 +40,25 @@ wait_for() { # wait_for SECONDS COMMAND...: until it succeeds
   done
 }
 
+mine() { # mine DIR: a folder of ours, not a link to one, that nobody else can write to: env.sh in it is run by shells
+  [ -d "$1" ] && [ ! -L "$1" ] && [ -O "$1" ] && [ -z "$(find "$1" -maxdepth 0 -perm /022)" ]
+}
+
 choose_dir() { # socket paths end at 107 characters, of which Slurm's own names below DIR take up to 40
   if [ -z "$dir" ]; then
     dir=$repo/.slurm
-    if [ ${#dir} -gt 60 ]; then
-      dir=/tmp/slurm-$(id -un)
+    if [ ${#dir} -gt 60 ]; then # the link remembers the folder; whoever could guess its name could make it first
+      dir=$(readlink "$repo/.slurm" || true)
+      if ! mine "${dir:-/nowhere}"; then
+        dir=$(mktemp -d /tmp/slurm-XXXXXXXX)
+        ln -sfn "$dir" "$repo/.slurm"
+      fi
       echo "slurm-up: $repo/.slurm is too long a path for sockets; state lies in $dir"
-      ln -sfn "$dir" "$repo/.slurm"
     fi
   fi
   mkdir -p "$dir"
   dir=$(readlink -f "$dir")
+  mine "$dir" || fail "$dir is not a folder of yours that nobody else can write to; chmod go-w it, or choose another --dir"
   [ ${#dir} -le 70 ] || fail "--dir $dir is too long a path for sockets; choose one of at most 70 characters"
   [ -z "$(ls -A "$dir")" ] || [ -f "$dir/slurm-up.lock" ] || fail "$dir holds something else; choose an empty --dir"
 }
@@ -69,19 +78,21 @@ choose_hardware() { # sets gpus, gpu_files, memory, site
   memory=${memory:-$(awk '/^MemTotal:/ {print int($2 / 1024 * 0.96 - 1024)}' /proc/meminfo)}
 }
 
-choose_address() { # Slurm can bind to one address only if the host's name stands for an address of this machine
+choose_address() { # Slurm binds to the one address that its host's name stands for, or to all
   local own
   address=$(getent ahostsv4 "$(uname -n)" 2>/dev/null | awk 'NR == 1 {print $1}') || true
   own=" $(hostname -I 2>/dev/null) "
-  if [[ $address == 127.* || (-n $address && $own == *" $address "*) ]]; then
-    bind=CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
-  else
-    address=127.0.0.1 bind='# this host has no resolvable name: Slurm listens on every address'
-  fi
+  [[ $address != 127.* && ( -z $address || $own != *" $address "* ) ]] || return 0
+  # The name stands for no address of this machine: the daemons, and their jobs, get a name of their own that does
+  address=127.0.0.1 named=(unshare --uts)
+  [ "$(id -u)" = 0 ] || named=(unshare --user --map-current-user --keep-caps --uts)
+  named+=(sh -c 'hostname localhost && exec "$@"' named)
+  "${named[@]}" true 2>/dev/null ||
+    fail "this host's name, $(uname -n), stands for no address of it; add a line '127.0.0.1 $(uname -n)' to /etc/hosts"
 }
 
 write_config() {
-  local i munge="socket=$dir/munge/socket" kill_wait=30 slurmd_timeout=60 database='' share
+  local i munge="socket=$dir/munge/socket" kill_wait=30 slurmd_timeout=60 database='' share conf
   if [ -n "$test" ]; then
     # cred_expire is also what a requeued job waits before it may start again: 120 s by default
     munge+=,cred_expire=5 kill_wait=5 slurmd_timeout=10
@@ -100,7 +111,8 @@ AccountingStorageTRES=gres/gpu"
   : >"$dir/etc/gres.conf"
   [ "$gpus" -eq 0 ] || echo "NodeName=n[1-$nodes] Name=gpu File=$dir/dev/gpu[0-$((gpus - 1))]" >"$dir/etc/gres.conf"
   case $(slurmctld -V) in # releases from 24.05 on want to be told that no cgroups are used
-    *' 2'[0-3].* | *' 24.02'* | *' 24.11'*) echo IgnoreSystemd=yes ;;
+    *' 2'[23].*) printf '%s\n' IgnoreSystemd=yes CgroupPlugin=cgroup/v1 ;; # cgroup/v2 wants a service manager's folders
+    *' 2'[01].* | *' 24.02'* | *' 24.11'*) echo IgnoreSystemd=yes ;;
     *) echo CgroupPlugin=disabled ;;
   esac >"$dir/etc/cgroup.conf"
   cat >"$dir/etc/slurm.conf" <<CONF
@@ -108,7 +120,7 @@ AccountingStorageTRES=gres/gpu"
 ClusterName=$cluster
 SlurmctldHost=localhost($address)
 SlurmctldPort=$port
-$bind
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=$munge
@@ -148,6 +160,12 @@ NodeName=n[1-$nodes] NodeHostname=localhost NodeAddr=$address Port=[$((port + 2)
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 MaxTime=INFINITE DefaultTime=1-0 State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE DefaultTime=1-0 State=UP
 CONF
+  # srun listens too, and has the host's own name
+  conf=$dir/etc/slurm.conf
+  if [ ${#named[@]} -gt 0 ]; then
+    grep -v '^CommunicationParameters=' "$conf" >"$dir/etc/client.conf"
+    conf=$dir/etc/client.conf
+  fi
   # The batch files ask for 8 CPUs and 180 GB a GPU; where that does not fit, each GPU gets its equal part.
   share=''
   if [ "$gpus" -gt 0 ] && { [ $((cpus / gpus)) -lt 8 ] || [ $((memory / gpus)) -lt 184320 ]; }; then
@@ -155,7 +173,7 @@ CONF
   fi
   cat >"$dir/env.sh" <<CONF
 # Written by env/slurm-up.sh. Source it: sbatch, squeue, sacct and the make targets then mean this machine's own Slurm.
-export SLURM_CONF=$dir/etc/slurm.conf
+export SLURM_CONF=$conf
 export SUITE_SITE=\${SUITE_SITE:-$site} SUITE_THROTTLE=\${SUITE_THROTTLE:-$((nodes * gpus > 0 ? nodes * gpus : nodes * cpus))}
 # The nodes' one feature is "local", so that the constraint in the batch files is replaced by one that always holds.
 export SUITE_SLURM=yes SBATCH_PARTITION=main SBATCH_CONSTRAINT=local
@@ -195,6 +213,7 @@ AuthInfo=socket=$dir/munge/socket
 DbdHost=localhost
 DbdAddr=$address
 DbdPort=$((port + 1))
+CommunicationParameters=NoInAddrAny
 SlurmUser=$me
 LogFile=$dir/log/slurmdbd.log
 PidFile=$dir/run/slurmdbd.pid
@@ -203,7 +222,7 @@ StorageHost=localhost
 StorageUser=$me
 StorageLoc=slurm_acct_db
 CONF
-  MYSQL_UNIX_PORT=$dir/run/mysql.sock slurmdbd
+  MYSQL_UNIX_PORT=$dir/run/mysql.sock "${named[@]}" slurmdbd
   wait_for 30 timeout 5 sacctmgr -nP list cluster || fail "slurmdbd did not start; see $dir/log/slurmdbd.log"
   [ -n "$(sacctmgr -nP list cluster "$cluster")" ] || sacctmgr -i add cluster "$cluster" >"$dir/log/sacctmgr.log" 2>&1 ||
     fail "sacctmgr could not add the cluster: $(tail -n 1 "$dir/log/sacctmgr.log")"
@@ -243,10 +262,10 @@ write_config
 exec 9>&- # daemons must not inherit the lock
 start_munge
 [ -z "$accounting" ] || start_database
-slurmctld || fail "slurmctld did not start: $(tail -n 1 "$dir/log/slurmctld.log")"
+"${named[@]}" slurmctld || fail "slurmctld did not start: $(tail -n 1 "$dir/log/slurmctld.log")"
 for ((i = 1; i <= nodes; i++)); do
   mkdir -p "$dir/spool/n$i"
-  slurmd -N "n$i" || fail "slurmd n$i did not start: $(tail -qn 1 "$dir/log/slurmd.n$i.log" 2>&1)"
+  "${named[@]}" slurmd -N "n$i" || fail "slurmd n$i did not start: $(tail -qn 1 "$dir/log/slurmd.n$i.log" 2>&1)"
 done
 wait_for 60 all_idle || fail "the nodes did not become idle: $(sinfo -h -N -p main -o '%N %T' | xargs); see $dir/log"
 done=1

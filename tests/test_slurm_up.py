@@ -1,6 +1,8 @@
 """env/slurm-up.sh raises a Slurm that behaves, and env/slurm-down.sh leaves nothing of it."""
 
+import getpass
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -133,6 +135,100 @@ def test_a_failed_start_leaves_no_daemon(tmp_path: Path) -> None:
         )
         assert done.returncode == 1 and "slurmd n1 did not start" in done.stderr
         assert processes_of(Path(name)) == []
+
+
+def listening(box: Slurm) -> dict[int, str]:
+    """Address by port of what listens on the ports of a Slurm's daemons."""
+    first = int(box.run("scontrol", "show", "config").partition("SlurmctldPort")[2].split()[1])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    found = {
+        int(at[9:], 16): socket.inet_ntoa(bytes.fromhex(at[:8])[::-1]) for _, at, _, state, *_ in rows if state == "0A"
+    }
+    return {port: address for port, address in found.items() if first <= port < first + 8}
+
+
+def test_no_daemon_listens_on_every_address(slurm: Slurm) -> None:
+    found = listening(slurm)  # slurmctld, slurmdbd, three slurmd
+    assert len(found) == 5 and "0.0.0.0" not in found.values(), found
+
+
+def in_namespace(kind: str, prepare: str, folder: Path, *options: str) -> None:
+    """Raise a Slurm in a namespace of its own kind, run a job there, lower it; `folder`/said has what was said."""
+    up = f"{ROOT}/env/slurm-up.sh --dir {folder} --test --gpus 0 --cpus 2 --memory 2000 {' '.join(options)}"
+    check = f"cat /proc/net/tcp >{folder}/tcp; srun -n1 bash -c 'hostname; echo $SLURM_CONF'"
+    script = f"{prepare}; {up} && . {folder}/env.sh && {{ {check}; }}; {ROOT}/env/slurm-down.sh --dir {folder}"
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    done = subprocess.run(["unshare", *user, kind, "bash", "-c", script], text=True, capture_output=True, check=False)
+    (folder / "said").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0 and processes_of(folder) == [], done.stdout + done.stderr
+
+
+def test_a_host_whose_name_stands_for_no_address() -> None:
+    """Its daemons get a name of their own, or they would listen on every address."""
+    with tempfile.TemporaryDirectory(prefix="suite-", dir=TMP) as name:
+        in_namespace("--uts", "hostname nosuch", Path(name), "--port", "19300")
+        assert f"localhost\n{name}/etc/slurm.conf\n" in Path(name, "said").read_text()
+        rows = [line.split() for line in Path(name, "tcp").read_text().splitlines()[1:]]
+        ours = {at[:8] for _, at, _, state, *_ in rows if state == "0A" and 19300 <= int(at[9:], 16) < 19303}
+        assert ours == {"0100007F"}
+
+
+def test_a_machine_with_cgroup2_alone_and_no_service_manager() -> None:
+    alone = "! mountpoint -q /sys/fs/cgroup/unified || mount --bind /sys/fs/cgroup/unified /sys/fs/cgroup"
+    with tempfile.TemporaryDirectory(prefix="suite-", dir=TMP) as name:
+        in_namespace("--mount", alone, Path(name), "--port", "19400", "--no-accounting")
+
+
+def up_to_the_ports(repo: Path, *options: object) -> str:
+    """What slurm-up says that finds its ports in use: by then it has chosen its folder."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command = [repo / "env/slurm-up.sh", "--test", "--port", server.getsockname()[1], *options]
+        return subprocess.run(
+            [str(word) for word in command], text=True, capture_output=True, check=False
+        ).stderr.strip()
+
+
+def test_a_folder_that_somebody_else_could_have_made_is_not_used(tmp_path: Path) -> None:
+    repo = tmp_path / ("deep" * 20)
+    shutil.copytree(ROOT / "env", repo / "env")
+    link, chosen = repo / ".slurm", []
+    try:
+        for _ in range(2):
+            assert "is in use" in up_to_the_ports(repo)
+            chosen.append(link.readlink())
+        assert chosen[0] == chosen[1] and chosen[0].parent == TMP, "it is remembered"
+        assert chosen[0].name != f"slurm-{getpass.getuser()}", "anybody can guess that name, and make it first"
+        (chosen[0] / "env.sh").write_text("export SLURM_CONF=/planted\n")
+        source = ["bash", "-c", f". {repo}/env/own-slurm.sh; echo $SLURM_CONF"]
+        env = {k: v for k, v in os.environ.items() if k != "SLURM_CONF"}
+        assert subprocess.check_output(source, env=env, text=True) == "/planted\n"
+        chosen[0].chmod(0o777), (chosen[0] / "env.sh").chmod(0o666)
+        assert subprocess.check_output(source, env=env, text=True) == "\n"
+        assert "is in use" in up_to_the_ports(repo)
+        chosen.append(link.readlink())
+        assert chosen[2] != chosen[0] and chosen[2].stat().st_mode & 0o022 == 0
+        link.unlink()
+        link.symlink_to(tmp_path / "link")
+        (tmp_path / "link").symlink_to(chosen[2])
+        assert "is in use" in up_to_the_ports(repo)
+        chosen.append(link.readlink())
+        assert chosen[3] not in (chosen[2], tmp_path / "link")
+    finally:
+        for folder in chosen:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_dir_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="suite-", dir=TMP) as name:
+        Path(name).chmod(0o775)
+        assert "is not a folder of yours that nobody else can write to; chmod go-w it" in up_to_the_ports(
+            ROOT, "--dir", name
+        )
+        if os.geteuid() == 0:
+            Path(name).chmod(0o755)
+            os.chown(name, 12345, 12345)
+            assert "is not a folder of yours" in up_to_the_ports(ROOT, "--dir", name)
+            os.chown(name, 0, 0)
 
 
 def test_a_busy_port_is_named() -> None:
