@@ -21,13 +21,14 @@ FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed ever
 BUSY_MIB = 2000  # a GPU with more than this in use belongs to somebody
 
 
-def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> None:
-    """Leave a dispatcher behind that outlives this shell, and return."""
+def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str], held: int) -> None:
+    """Leave a dispatcher behind that outlives this shell, and return. It holds on to `held` until it can be seen."""
     queue = folder / "queue" / job
     write_json(queue / "plan.json", plan)
     with (queue / "dispatcher.log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, "-m", "lib.cluster.local", str(queue)],
+            [sys.executable, "-m", "lib.cluster.local", str(queue), str(held)],
+            pass_fds=(held,),
             cwd=ROOT,
             env={**env, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
@@ -42,11 +43,12 @@ def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> 
     raise UserError(f"the local workers did not start; see {queue / 'dispatcher.log'}")
 
 
-def dispatch(queue: Path) -> None:
+def dispatch(queue: Path, held: int) -> None:
     """Start one worker a free GPU (the site's throttle where a task needs none) and wait for them."""
     from submitit.local.local import LocalExecutor
 
     write_json(queue / "dispatcher.json", {"pid": os.getpid(), "pid_started": pid_started(os.getpid()), "host": HOST})
+    os.close(held)
     plan = read_json(queue / "plan.json") or {}
     gpus = free_gpus(int(plan["gpus"])) if plan["gpus"] else [""] * int(plan["workers"])
     executor = LocalExecutor(queue / "submitit")
@@ -131,4 +133,4 @@ def cancel(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    dispatch(Path(sys.argv[1]))
+    dispatch(Path(sys.argv[1]), int(sys.argv[2]))
