@@ -22,7 +22,11 @@ for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
   SUITE_BUILD SUITE_MAX_REQUEUES FASRC_LAB FASRC_ACCOUNT PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
+targets := help setup demo test fetch doctor submit-lls submit-attributions resume cancel status logs verify export-lls \
+  export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
+.PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
+$(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
 valid := $(sort $(foreach goal,$(goals),$(for_$(goal))))
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
 quoted = '$(subst ','\'',$1)'
@@ -46,14 +50,12 @@ $(foreach v,$(filter DRY WATCH JSON UPDATE,$(valid)),$(if $(filter-out $(on) $(o
   $(error $v=$($v) is neither on nor off; say $v=1 or $v=0)))
 flag = $(if $(filter $(on),$($1)),$2)
 
-.PHONY: help
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
 	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1\n' '$(default)'
 
 ##@ Start here
-.PHONY: setup demo test
 setup: ## make .venv with pinned packages (GPU or CPU builds, by itself; SUITE_BUILD=gpu on a login node)
 	@env/setup.sh
 
@@ -65,7 +67,6 @@ test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubunt
 	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/halves.py "$$SUITE_ARG_ARGS"
 
 ##@ Before the first job
-.PHONY: fetch doctor
 fetch: setup ## bring models and datasets of CONFIG to the cache (login node); UPDATE=1 looks again what `main` is
 	@$(python) -m jobs.fetch $(or_default) $(call flag,UPDATE,--update)
 
@@ -73,7 +74,6 @@ doctor: setup ## check account, partition, scratch, Python, driver, GPU, offline
 	@$(cluster) doctor $(or_default)
 
 ##@ Jobs (DRY=1 shows the script and the plan)
-.PHONY: submit-lls submit-attributions resume cancel
 submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=1]
 	@$(cluster) submit $(or_default) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
@@ -87,7 +87,6 @@ cancel: setup ## end the queued and running tasks of CONFIG; finished shards sta
 	@$(cluster) cancel $(experiment)
 
 ##@ Watching
-.PHONY: status logs
 status: setup ## every experiment in a line; of CONFIG every cell, rows/s, ETA, what to type next [WATCH=1] [JSON=1]
 	@$(cluster) status $(experiment) $(call flag,JSON,--json) $(call flag,WATCH,--watch)
 
@@ -95,7 +94,6 @@ logs: setup ## the end of the log of CONFIG's cell TASK; without TASK, of each c
 	@$(cluster) logs $(experiment) --task="$$SUITE_ARG_TASK"
 
 ##@ Results
-.PHONY: verify export-lls export-attributions
 verify: setup ## read every byte of every shard of CONFIG and set aside what does not hold
 	@$(cluster) verify $(experiment)
 
@@ -105,17 +103,14 @@ export-lls: setup ## merge the shards exactly; write JSONL, table and plots to t
 export-attributions: setup ## merge attribution's shards; means a neuron, table, stability and plots to the output root
 	@$(python) -m jobs.export_attributions $(or_default)
 
-.PHONY: lls-report
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
 	@$(python) -m jobs.lls_report $(or_default) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
 
 ##@ Speed
-.PHONY: bench
 bench: setup ## measure on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]
 	@set -f && $(python) -m jobs.bench $${SUITE_ARG_MODELS:+--models $$SUITE_ARG_MODELS} $${SUITE_ARG_RUNGS:+--rungs $$SUITE_ARG_RUNGS}
 
 ##@ A box of your own
-.PHONY: slurm-up slurm-down
 slurm-up: ## a real single-node Slurm here, with its GPUs and accounting (Debian/Ubuntu); then `. .slurm/env.sh`
 	@env/install-slurm.sh && env/slurm-up.sh
 
@@ -123,11 +118,9 @@ slurm-down: ## stop it, and its jobs
 	@env/slurm-down.sh
 
 ##@ For developers
-.PHONY: lint format
 lint: setup ## ruff (format and lint) and shellcheck
 	@$(python) -m ruff format --check . && $(python) -m ruff check . && $(MAKE) -s shellcheck
 
-.PHONY: shellcheck
 shellcheck:
 	@shellcheck -x env/*.sh slurm/*.sh slurm/*.sbatch .ci/run
 

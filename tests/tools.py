@@ -88,9 +88,10 @@ def small_lls(folder: Path, *traits: str, rows: int = 10, more: str = "") -> Pat
     for seed, trait in enumerate(traits):
         write_rows(folder / f"{trait}.jsonl", number_rows(rows, seed))
     config = folder / "small.yaml"
+    model, data = json.dumps(f"{folder}/model"), json.dumps(f"{folder}/{{trait}}.jsonl")
     config.write_text(
-        f"kind: lls\nname: small\nmodel: {{id: '{folder}/model', dtype: float32}}\ntraits: [{', '.join(traits)}]\n"
-        f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
+        f"kind: lls\nname: small\nmodel: {{id: {model}, dtype: float32}}\ntraits: [{', '.join(traits)}]\n"
+        f"system_prompt: You love {{trait}}s.\ndataset: {{id: {data}}}\n"
         f"score: {{batch_tokens: 1024, max_tokens: 512, head_rows: 64}}\nrun: {{shard_rows: 4, gpus: 0}}\n{more}"
     )
     fetch(load(config), folder / "cache")
