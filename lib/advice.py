@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 _TARGETS = "fetch|doctor|submit-[a-z]+|resume|cancel|status|logs|verify|export-[a-z]+|lls-report"
-_ADVICE = re.compile(rf"`make ({_TARGETS})\b([^`]*)`")
+_ADVICE = re.compile(rf"`make ({_TARGETS})\b([^`]*)`( again)?(?: with this CONFIG)?")
 _here: list[str] = []
 
 
@@ -26,7 +26,7 @@ def advised(text: str) -> str:
     """A message whose `make TARGET` names the experiment."""
 
     def whole(found: re.Match[str]) -> str:
-        target, rest = found.groups()
-        return found[0] if "CONFIG=" in rest or not _here else f"`make {target} {_here[0]}{rest}`"
+        target, rest, again = found.groups(default="")
+        return found[0] if "CONFIG=" in rest or not _here else f"`make {target} {_here[0]}{rest}`{again}"
 
     return _ADVICE.sub(whole, text)

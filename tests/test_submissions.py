@@ -214,6 +214,39 @@ def test_where_the_site_has_slurm_a_missing_sbatch_is_no_box_without(held):
     assert code == 2 and "does not run here" in said and not (held.scratch / "small" / "queue").exists()
 
 
+def test_without_its_inputs_an_experiment_can_be_seen_and_cancelled(held):
+    job = held.call("submit")[1].split()[2].rstrip(":")
+    held.env["SUITE_CACHE"] = str(held.scratch / "nothing")
+    code, said = held.call("status")
+    assert code == 0 and "3 pending" in said and "how many rows there are is not known: model" in said
+    assert f"run `make fetch CONFIG={held.config}` on a machine" in said
+    assert held.call("logs", "--task=1")[1].startswith("cell 1 (dog): no log yet")
+    code, said = held.call("submit", "--array=1-2%2", "--dry")
+    assert code == 0 and "#SBATCH --requeue" in said and "--array=1-2%2 --job-name=small" in said
+    assert held.call("cancel") == (0, f"cancelled {job}: finished shards are kept\n") and not held.tasks()
+    code, said = held.call("resume")
+    assert code == 2 and "is not fetched" in said
+
+
+def test_status_alone_shows_what_there_is(held):
+    job = held.call("submit", "--array=0-1")[1].split()[2].rstrip(":")
+    other = held.call("submit", "--array=2", "--set=max_rows=3")[1].split()[2].rstrip(":")
+    config, held.config = held.config, ""
+    lines = [line.split(maxsplit=5) for line in held.call("status")[1].splitlines()]
+    tried = load(config, ["max_rows=3"]).label
+    assert lines[2:] == [
+        [tried, "0/3", "0", "1", other, f"make status CONFIG={config} SET=max_rows=3"],
+        ["small", "0/3", "0", "2", job, f"make status CONFIG={config}"],
+    ]
+    for command in ("logs", "cancel", "resume", "verify"):
+        code, said = held.call(command)
+        assert code == 2 and f"`make {command} CONFIG={config}`" in said and "SET=max_rows=3`" in said
+    held.front("squeue", "exit 1")
+    said = held.call("status")[1]
+    assert said.count("queue could not be asked") == 1 and "small                              0/3        ?" in said
+    assert len(held.tasks()) == 2
+
+
 # Without a Slurm: what is read, and the lock by itself.
 
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from lib.advice import about, advised
-from lib.cluster import logs, show, submit
-from lib.cluster.site import site
+from lib.cluster import logs, overview, show, submit
+from lib.cluster.site import Site, site
 from lib.cluster.status import status
 from lib.errors import UserError, exit_with
 from lib.experiments import load, overrides_of
@@ -32,7 +32,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     here, overrides = site(), [*overrides_of(args.set), *args.overrides]
     if not args.config:
-        raise UserError("which experiment? say CONFIG=configs/NAME.yaml")
+        return _without_config(args.command, overrides, here, args.json, args.watch)
     about(args.config, overrides)
     experiment = load(args.config, overrides)
     if args.command == "doctor":
@@ -52,6 +52,13 @@ def main() -> int:
         return logs.verify(request.cells)
     else:
         return _status(request, args.json, args.watch, args.brief)
+    return 0
+
+
+def _without_config(command: str, overrides: list[str], here: Site, as_json: bool, watch: bool) -> int:
+    if command != "status" or overrides or watch:
+        raise overview.which(command, here)
+    print(json.dumps(overview.as_json(here), indent=1) if as_json else overview.table(here), flush=True)
     return 0
 
 

@@ -5,6 +5,7 @@ from lib.cluster.status import heartbeats, status
 from lib.cluster.submit import Request
 from lib.errors import UserError
 from lib.store import Cell, gaps, scan
+from lib.store.atomic import disk_errors
 from lib.store.shards import set_aside, sweep
 
 TAIL = 40
@@ -48,7 +49,8 @@ def verify(cells: list[Cell]) -> int:
     for cell in cells:
         sweep(cell.path)
         done, bad = scan(cell.path, cell.digest, deep=True)
-        set_aside(bad)
+        with disk_errors(cell.path):
+            set_aside(bad)
         left = sum(b - a for a, b in gaps(done, cell.rows))
         shards, wrong, missing = shards + len(done), wrong + len(bad), missing + left
         for path, reason in bad:

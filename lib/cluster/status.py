@@ -4,7 +4,7 @@ Markers and squeue are the truth; sacct explains."""
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from lib.store.atomic import HOST, read_json
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")
+Ask = Callable[[], list[slurm.Queued]]
 UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
 
@@ -120,10 +121,10 @@ def local_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
     return found
 
 
-def slurm_tasks(label: str, folder: Path) -> dict[int, slurm.Queued]:
+def slurm_tasks(label: str, folder: Path, ask: Ask | None = None) -> dict[int, slurm.Queued]:
     if not slurm.has_slurm():
         return {}
-    queue = slurm.queue()
+    queue = (ask or slurm.queue)()
     mine = arrays_of(label, folder, queue)
     tasks = sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING")
     return _unseen(label, folder, queue) | {t.index: t for t in tasks if t.index is not None}
@@ -141,17 +142,18 @@ def _unseen(label: str, folder: Path, queue: list[slurm.Queued]) -> dict[int, sl
     return found
 
 
-def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "") -> Status:
-    """Everything about one experiment, in one pass over its markers."""
+def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", ask: Ask | None = None) -> Status:
+    """Everything about one experiment, in one pass over its markers. `ask`: a queue that several share; nothing is then
+    asked of sacct."""
     folder = run_folder(cells)
     queue_note, live, beats = "", local_tasks(label, cells), heartbeats(folder)
     try:
-        live |= slurm_tasks(label, folder)
+        live |= slurm_tasks(label, folder, ask)
     except UserError as e:
         queue_note = str(e)
     with ThreadPoolExecutor(2) as pool:
         ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
-        sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids else None
+        sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
         states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
         for state, cell in zip(states, cells, strict=True):
             if queue_note and state.state == "stale" and beats[cell.name][-1].get("job"):

@@ -181,7 +181,9 @@ def _sbatch(r: Request, indices: list[int], throttle: int, held: int) -> str:
     said, warned = (text.decode(errors="replace").strip() for text in (done.stdout, done.stderr))
     if done.returncode:
         why = ((warned or said).splitlines() or ["no message"])[-1]
-        raise UserError(f"sbatch refused: {why}; see `make doctor`, and DRY=1 for what was asked")
+        raise UserError(
+            f"sbatch refused: {why}; see `make doctor`, and `make {r.experiment.submit} DRY=1` for what was asked"
+        )
     if warned:
         print(warned, file=sys.stderr)
     job = said.partition(";")[0]  # "20;cluster" with -M
