@@ -239,7 +239,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_log(run, inputs):
         state = run.state(2)
         assert state["state"] == "failed" and "is not the file that was fetched" in state["note"]
         assert run.slurm.sacct(job)[0]["ExitCode"] == "2:0"
-        assert "run `make fetch` again" in run.make("logs")
+        assert f"run `make fetch CONFIG={run.config}` again" in run.make("logs")
     finally:
         target.write_bytes(whole)
 

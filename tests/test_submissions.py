@@ -247,7 +247,50 @@ def test_status_alone_shows_what_there_is(held):
     assert len(held.tasks()) == 2
 
 
-# Without a Slurm: what is read, and the lock by itself.
+# Without a Slurm: local workers, what is read, and the lock by itself.
+
+
+@pytest.fixture
+def alone(inputs, tmp_path):
+    """The same commands on a box without Slurm; what was started is cancelled."""
+    one = object.__new__(Held)
+    one.config, one.scratch, one.started = inputs, tmp_path, []
+    roots = {"SUITE_SCRATCH": tmp_path, "SUITE_CACHE": inputs.parent / "cache", "SUITE_OUTPUT": tmp_path / "out"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUITE_"))}
+    one.env = clean | {k: str(v) for k, v in roots.items()} | {"SUITE_SITE": "local", "SUITE_SLURM": "no"}
+    one.env |= {"SUITE_THROTTLE": "1", "OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
+    before = set((ROOT / "slurm" / "logs").iterdir())
+    yield one
+    one.call("cancel")
+    wait_until(lambda: "nothing is queued" in one.call("cancel")[1], 60, "workers go on")
+    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
+        path.unlink()
+
+
+def queues(one: Held) -> list[Path]:
+    return list((one.scratch / "small" / "queue").glob("local-*/plan.json"))
+
+
+def test_of_two_at_once_one_starts_workers(alone):
+    both = [alone.start("submit"), alone.start("submit")]
+    said = ["".join(one.communicate()) for one in both]
+    assert len(queues(alone)) == 1, said
+    refused = "is being submitted by", "nothing to submit"
+    assert (
+        sum("no Slurm here: local workers" in s for s in said) == sum(any(r in s for r in refused) for s in said) == 1
+    )
+
+
+def test_workers_of_a_command_that_was_killed_are_not_started_again(alone):
+    first = alone.start("submit")
+    wait_until(lambda: queues(alone), 60, "nothing was started", every=0.005)
+    first.kill()
+    first.wait()
+    alone.call("submit")
+    found = (alone.scratch / "small" / "queue").glob
+    wait_until(lambda: list(found("local-*/dispatcher.json")), 60, "no workers")
+    assert "nothing to submit" in alone.call("submit")[1]
+    assert len(list(found("local-*/dispatcher.json"))) == 1
 
 
 def test_a_squeue_that_hangs_is_no_answer(tmp_path, monkeypatch):
