@@ -1,22 +1,61 @@
 # The front door. `make help` lists everything; CONFIG chooses the experiment, SET="key=value ..." overrides it.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-CONFIG ?= $(if $(filter %-attributions,$(MAKECMDGOALS)),configs/sparc3_llama3_8b.yaml,configs/lls_72b.yaml)
-ARRAY ?=
-TASK ?=
-SET ?=
 python := .venv/bin/python
 cluster = $(python) -m lib.cluster
-flags = --config $(CONFIG) $(if $(DRY),--dry) $(SET)
 
-.PHONY: help
+# Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
+for_fetch := CONFIG SET UPDATE
+for_doctor := CONFIG SET DEEP
+for_submit-lls := CONFIG SET ARRAY DRY
+for_submit-attributions := $(for_submit-lls)
+for_resume := $(for_submit-lls)
+for_cancel := CONFIG SET
+for_status := CONFIG SET WATCH JSON
+for_logs := CONFIG SET TASK
+for_verify := CONFIG SET
+for_export-lls := CONFIG SET
+for_export-attributions := CONFIG SET
+for_lls-report := CONFIG SET MEASURE SELECT
+for_bench := MODELS RUNGS
+for_test := ARGS
+environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
+  SUITE_BUILD SUITE_MAX_REQUEUES FASRC_LAB FASRC_ACCOUNT PYTHON CI
+others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
+targets := help setup demo test fetch doctor submit-lls submit-attributions resume cancel status logs verify export-lls \
+  export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
+.PHONY: $(targets)
+goals := $(or $(MAKECMDGOALS),help)
+$(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
+valid := $(sort $(foreach goal,$(goals),$(for_$(goal))))
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v))
+quoted = '$(subst ','\'',$1)'
+nearest = $(shell $(or $(wildcard $(python)),python3) -c 'import difflib, sys; \
+  print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))' $(call quoted,$1) $(valid) $(environment) 2>/dev/null)
+mean = $(if $1, (did you mean $1?))$(if $(valid),; what it knows: $(valid))
+$(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
+  $(error $v=... means nothing to 'make $(goals)'$(call mean,$(call nearest,$v))))
+
+# Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
+# the environment that the shell puts in as one word, so `make -n` shows the name.
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP,\
+  $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
+$(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
+default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,configs/lls_72b.yaml)
+experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
+or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
+on := 1 yes true on YES TRUE ON
+off := 0 no false off NO FALSE OFF
+$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
+  $(error $v=$($v) is neither on nor off; say $v=1 or $v=0)))
+flag = $(if $(filter $(on),$($1)),$2)
+
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1\n' '$(CONFIG)'
+	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
+	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1\n' '$(default)'
 
 ##@ Start here
-.PHONY: setup demo test
 setup: ## make .venv with pinned packages (GPU or CPU builds, by itself; SUITE_BUILD=gpu on a login node)
 	@env/setup.sh
 
@@ -25,60 +64,53 @@ demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, b
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
 	@env/install-slurm.sh --tests || [ "$(CI)" != true ]
-	@$(python) tests/halves.py $(ARGS)
+	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/halves.py "$$SUITE_ARG_ARGS"
 
 ##@ Before the first job
-.PHONY: fetch doctor
 fetch: setup ## bring models and datasets of CONFIG to the cache (login node); UPDATE=1 looks again what `main` is
-	@$(python) -m jobs.fetch --config $(CONFIG) $(if $(UPDATE),--update) $(SET)
+	@$(python) -m jobs.fetch $(or_default) $(call flag,UPDATE,--update)
 
 doctor: setup ## check account, partition, scratch, Python, driver, GPU, cache, token; each failure with its fix [DEEP=1]
-	@$(cluster) doctor --config $(CONFIG) $(if $(DEEP),--deep) $(SET)
+	@$(cluster) doctor $(or_default) $(call flag,DEEP,--deep)
 
 ##@ Jobs (DRY=1 shows the script and the plan)
-.PHONY: submit-lls submit-attributions resume cancel
 submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=1]
-	@$(cluster) submit $(flags) $(if $(ARRAY),--array $(ARRAY))
+	@$(cluster) submit $(or_default) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
 submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds 0-2, toxic) [CONFIG=...] [DRY=1]
-	@$(cluster) submit $(flags) $(if $(ARRAY),--array $(ARRAY))
+	@$(cluster) submit $(or_default) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
-resume: setup ## submit just the cells that nobody has finished, works on or waits for
-	@$(cluster) resume $(flags)
+resume: setup ## submit just the cells that nobody has finished, works on or waits for: CONFIG=... [ARRAY=0-14] [DRY=1]
+	@$(cluster) resume $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
-cancel: setup ## end the experiment's queued and running tasks; finished shards stay
-	@$(cluster) cancel --config $(CONFIG) $(SET)
+cancel: setup ## end the queued and running tasks of CONFIG; finished shards stay
+	@$(cluster) cancel $(experiment)
 
 ##@ Watching
-.PHONY: status logs
-status: setup ## done, running, pending, failed, stale; rows/s, ETA, GPU-hours, what to type next [WATCH=1] [JSON=1]
-	@$(cluster) status --config $(CONFIG) $(if $(JSON),--json) $(if $(WATCH),--watch) $(SET)
+status: setup ## every experiment in a line; of CONFIG every cell, rows/s, ETA, what to type next [WATCH=1] [JSON=1]
+	@$(cluster) status $(experiment) $(call flag,JSON,--json) $(call flag,WATCH,--watch)
 
-logs: setup ## the end of cell TASK's log; without TASK, of each cell that failed
-	@$(cluster) logs --config $(CONFIG) $(if $(TASK),--task $(TASK)) $(SET)
+logs: setup ## the end of the log of CONFIG's cell TASK; without TASK, of each cell that failed
+	@$(cluster) logs $(experiment) --task="$$SUITE_ARG_TASK"
 
 ##@ Results
-.PHONY: verify export-lls export-attributions
-verify: setup ## read every byte of every shard and say what does not hold
-	@$(cluster) verify --config $(CONFIG) $(SET)
+verify: setup ## read every byte of every shard of CONFIG and set aside what does not hold
+	@$(cluster) verify $(experiment)
 
 export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
-	@$(python) -m jobs.export_lls --config $(CONFIG) $(SET)
+	@$(python) -m jobs.export_lls $(or_default)
 
 export-attributions: setup ## merge attribution's shards; means a neuron, table, stability and plots to the output root
-	@$(python) -m jobs.export_attributions --config $(CONFIG) $(SET)
+	@$(python) -m jobs.export_attributions $(or_default)
 
-.PHONY: lls-report
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
-	@$(python) -m jobs.lls_report --config $(CONFIG) --measure "$(or $(MEASURE),mean)" --select "$(SELECT)" $(SET)
+	@$(python) -m jobs.lls_report $(or_default) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
 
 ##@ Speed
-.PHONY: bench
 bench: setup ## measure on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]
-	@$(python) -m jobs.bench $(if $(MODELS),--models $(MODELS)) $(if $(RUNGS),--rungs $(RUNGS))
+	@set -f && $(python) -m jobs.bench $${SUITE_ARG_MODELS:+--models $$SUITE_ARG_MODELS} $${SUITE_ARG_RUNGS:+--rungs $$SUITE_ARG_RUNGS}
 
 ##@ A box of your own
-.PHONY: slurm-up slurm-down
 slurm-up: ## a real single-node Slurm here, with its GPUs and accounting (Debian/Ubuntu); then `. .slurm/env.sh`
 	@env/install-slurm.sh && env/slurm-up.sh
 
@@ -86,11 +118,9 @@ slurm-down: ## stop it, and its jobs
 	@env/slurm-down.sh
 
 ##@ For developers
-.PHONY: lint format
 lint: setup ## ruff (format and lint) and shellcheck
 	@$(python) -m ruff format --check . && $(python) -m ruff check . && $(MAKE) -s shellcheck
 
-.PHONY: shellcheck
 shellcheck:
 	@shellcheck -x env/*.sh slurm/*.sh slurm/*.sbatch .ci/run
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from lib.advice import advised
+
 DONE, UNEXPECTED, USER, REQUEUE = 0, 1, 2, 75  # 75 = EX_TEMPFAIL of sysexits.h: stopped by a signal, work is left
 
 
@@ -28,7 +30,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or DONE)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        print(f"error: {advised(str(e))}", file=sys.stderr, flush=True)
         sys.exit(USER)
     except BrokenPipeError:  # `make status | head`: the reader has gone, and what was left undone is not done
         sys.stderr.close()

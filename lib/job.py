@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lib.advice import about
 from lib.cluster.site import Site, apply, site
 from lib.errors import UserError
-from lib.experiments import Experiment, load
+from lib.experiments import Experiment, load, overrides_of
 from lib.experiments.base import digest_of
 from lib.store import Cell
 
@@ -28,7 +29,7 @@ class Job:
         if not isinstance(self.experiment, kind):
             own = self.experiment
             raise UserError(
-                f"{self.config} is of kind {own.kind}: submit it with make {own.submit}, then make {own.results}"
+                f"{self.config} is of kind {own.kind}: submit it with `make {own.submit}`, then `make {own.results}`"
             )
         return self.experiment
 
@@ -63,6 +64,7 @@ def job(name: str, description: str, argv: list[str] | None = None, indexed: boo
     """Parse the command line, load the configuration, apply the site."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
+    parser.add_argument("--set", default="", help="overrides in one text, parted and quoted as in a shell")
     if indexed:
         parser.add_argument("--index", type=int, help="cell, default $SLURM_ARRAY_TASK_ID")
         parser.add_argument("--expect", default="", help="refuse to run when the experiment's digest is another")
@@ -72,6 +74,8 @@ def job(name: str, description: str, argv: list[str] | None = None, indexed: boo
     args = parser.parse_intermixed_args(argv)
     here = site()
     apply(here)
-    experiment = load(args.config, args.overrides)
+    overrides = [*overrides_of(args.set), *args.overrides]
+    about(args.config, overrides)
+    experiment = load(args.config, overrides)
     index, expected, update = (getattr(args, name, None) for name in ("index", "expect", "update"))
     return Job(experiment, args.config, here, index, expected or "", bool(update))

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lib.advice import advised
 from lib.errors import DONE, REQUEUE, UserError
 from lib.progress import Progress
 from lib.store.atomic import HOST, write_json
@@ -150,13 +151,14 @@ def run_cell(
             beat.beat("done" if code == DONE else "requeue")
             return code
         except Terminated as t:
-            print(f"stopped by {t}: finished shards are kept; `make resume` does the rest", file=sys.stderr, flush=True)
+            rest = advised("`make resume` does the rest")
+            print(f"stopped by {t}: finished shards are kept; {rest}", file=sys.stderr, flush=True)
             with contextlib.suppress(UserError):
                 beat.beat("terminated", error=str(t))
             return 128 + t.signum
         except BaseException as e:
             with contextlib.suppress(Exception):
-                beat.beat("failed", error=f"{type(e).__name__}: {e}".replace("UserError: ", "")[:500])
+                beat.beat("failed", error=advised(f"{type(e).__name__}: {e}".replace("UserError: ", ""))[:500])
             raise
 
 

@@ -1,8 +1,9 @@
 """All tests in two processes at once: those on Slurm, local workers and a Hub mostly wait, others compute.
 
-python tests/halves.py [pytest's arguments]"""
+python tests/halves.py ["pytest's arguments, parted and quoted as in a shell"]"""
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,4 +26,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(shlex.split(" ".join(sys.argv[1:]))))

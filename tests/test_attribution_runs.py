@@ -172,7 +172,7 @@ def test_an_index_beyond_the_sets(place, tmp_path):
 
 def test_another_kind_of_experiment(place, tmp_path):
     lls = replace(place.at(tmp_path), config=ROOT / "configs/demo_lls.yaml")
-    refused(lls, "is of kind lls: submit it with make submit-lls, then make export-lls")
+    refused(lls, f"is of kind lls: submit it with `make submit-lls CONFIG={lls.config}`, then `make export-lls CONFIG=")
 
 
 def test_sets_that_are_not_prepared(place, tmp_path):
@@ -180,15 +180,14 @@ def test_sets_that_are_not_prepared(place, tmp_path):
     here = replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
     file = next((here.cache / "inputs/samples").glob("toxic-*/samples.h5"))
     os.truncate(file, file.stat().st_size - 100)
-    refused(
-        here, "is not the file that was fetched (its sha256 differs); run `make fetch` again with this CONFIG", index=3
-    )
-    assert "samples.h5 is not the file that was fetched (its sha256 differs); fix: run `make fetch`" in doctor(here)
+    bring = f"run `make fetch CONFIG={here.config}`"
+    refused(here, f"is not the file that was fetched (its sha256 differs); {bring} again", index=3)
+    assert f"samples.h5 is not the file that was fetched (its sha256 differs); fix: {bring}" in doctor(here)
     assert here.compute(0).code == 0
     shutil.rmtree(file.parent)
     here = here.at(tmp_path / "other")
-    refused(here, "samples toxic are not prepared; run `make fetch` with this CONFIG", index=3)
-    assert doctor(here) == "FAIL datasets samples toxic are not prepared; fix: run `make fetch` with this CONFIG"
+    refused(here, f"samples toxic are not prepared; {bring}", index=3)
+    assert doctor(here) == f"FAIL datasets samples toxic are not prepared; fix: {bring}"
     fetch(here.experiment(), here.cache)
     assert whole(here, "toxic") == whole(place, "toxic")
     assert doctor(here) == "ok datasets 4 sets of samples, 32 rows, each with its sha256"
@@ -205,9 +204,7 @@ def test_texts_that_changed_since_they_were_fetched(place, tmp_path):
     text, stamp = path.read_text(), path.stat()
     try:
         path.write_text(text + text.splitlines()[0] + "\n")
-        refused(
-            place.at(tmp_path), "has changed since samples toxic were made; run `make fetch` again with this", index=3
-        )
+        refused(place.at(tmp_path), "has changed since samples toxic were made; run `make fetch CONFIG=", index=3)
     finally:
         path.write_text(text)
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))

@@ -191,7 +191,7 @@ def test_a_cut_download_goes_on_where_it_stopped(box: Box, large: bytes) -> None
 def test_a_download_that_stays_cut_is_one_line_and_the_next_call_completes(box: Box, large: bytes) -> None:
     box.hub.faults = [Fault("/stored/", cut_at=15 * 2**20)]
     line = box.fails()
-    assert "model acme/tiny at main cannot be fetched" in line and "run `make fetch` again" in line
+    assert "model acme/tiny at main cannot be fetched" in line and "run `make fetch CONFIG=" in line
     assert not list((box.cache / "inputs").rglob("input.json")), "recorded although it is not whole"
     box.hub.faults = []
     box.fetch()
@@ -235,7 +235,7 @@ def test_a_hub_that_refuses_is_down_or_is_out_of_reach(box: Box) -> None:
     box.hub.faults = [Fault(MODEL, status=403)]
     assert "accept its licence on the Hub" in box.fails()
     box.hub.faults = [Fault(MODEL, status=500)]
-    assert "cannot be fetched (the Hub answered 500); run `make fetch` again" in box.fails()
+    assert "cannot be fetched (the Hub answered 500); run `make fetch CONFIG=" in box.fails()
     assert "on a node with a network" in box.fails(HF_ENDPOINT="http://127.0.0.1:9")
     assert "unset HF_HUB_OFFLINE" in box.fails(HF_HUB_OFFLINE="1")
     assert not (box.cache / "inputs").exists()

@@ -99,14 +99,6 @@ def test_make_help_lists_every_target_once_in_a_line():
     assert subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout == shown
 
 
-def test_make_does_not_run_what_stands_in_a_variable():
-    """A config or override is text: quotes and semicolons in it reach the program as they are."""
-    done = subprocess.run(
-        ["make", "-n", "status", "CONFIG=configs/demo_lls.yaml"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "--config configs/demo_lls.yaml" in done.stdout
-
-
 @pytest.mark.parametrize("path", BATCH, ids=lambda p: p.name)
 def test_batch_files_are_thin_and_hold_what_survival_takes(path):
     text = path.read_text()

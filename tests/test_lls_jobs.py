@@ -206,9 +206,9 @@ def drop_tensor(path: Path) -> None:
         (drop_tensor, "the weights hold no tensor model.norm.weight"),
         (
             lambda p: os.truncate(p, p.stat().st_size - 1000),
-            "is cut off or not a safetensors file; run `make fetch` again",
+            "is cut off or not a safetensors file; run `make fetch CONFIG=",
         ),
-        (lambda p: p.write_bytes(b"\xff" * 100), "is cut off or not a safetensors file; run `make fetch` again"),
+        (lambda p: p.write_bytes(b"\xff" * 100), "is cut off or not a safetensors file; run `make fetch CONFIG="),
         (lambda p: p.unlink(), "the weights hold no tensor"),
     ],
     ids=["nan", "missing", "truncated", "garbage", "gone"],

@@ -82,7 +82,7 @@ def test_three_cells_on_two_workers(box):
     said = box.make("submit-lls", "ARRAY=0-2")
     assert "local workers local-" in said and said.count("next: make ") == 3
     box.freeze(2)
-    assert box.counts() == {"done": 0, "running": 2, "pending": 1, "failed": 0, "stale": 0, "todo": 0}
+    assert box.counts() == {"done": 0, "running": 2, "pending": 1, "failed": 0, "stale": 0, "unknown": 0, "todo": 0}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
     thaw(*box.frozen)
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))

@@ -108,8 +108,8 @@ def test_what_is_not_there_is_named_and_nothing_is_left(hub, folder, tmp_path):
         (["data.general.id=acme/none"], {}, "dataset acme/none at main: access is refused; check the id"),
         (["data.general.revision=v9"], {}, "dataset acme/c4 at v9: there is no such thing on the Hub"),
         (["data.general.config=fr"], {}, "'fr' not found. Available: ['en']; check the config"),
-        (["data.general.samples=2"], {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE and run `make fetch`"),
-        (["--update"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "run `make fetch` again, on a node with a network"),
+        (["data.general.samples=2"], {"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE and run `make fetch CONFIG="),
+        (["--update"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "` again, on a node with a network"),
     ):
         done = run(hub, folder, tmp_path, "-c", CODE, *words, **env)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -117,5 +117,5 @@ def test_what_is_not_there_is_named_and_nothing_is_left(hub, folder, tmp_path):
         assert line.startswith("error: ") and says in line, line
     hub.faults = [Fault("c4-train", status=500)]
     done = run(hub, folder, tmp_path, "-c", CODE, "data.general.samples=3")
-    assert done.returncode == 2 and "run `make fetch` again" in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode == 2 and "run `make fetch CONFIG=" in done.stderr.splitlines()[-1], done.stderr
     assert len(list(tmp_path.glob("inputs/samples/general-*"))) == 2

@@ -12,6 +12,7 @@ from conftest import ROOT, Slurm, thaw, wait_until
 from tools import forked, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
+from lib.cluster.status import STATES
 from lib.experiments import load
 from lib.store import gaps, merge, scan
 
@@ -130,7 +131,7 @@ def test_an_array_from_submission_to_export(run, undisturbed):
     assert [run.merged(i) for i in range(3)] == undisturbed
     run.slurm.sacct(job, rows=3)
     now = run.status()
-    assert now["counts"] == {"done": 3, "running": 0, "pending": 0, "failed": 0, "stale": 0, "todo": 0}
+    assert now["counts"] == dict.fromkeys(STATES, 0) | {"done": 3}
     account = run.slurm.run("sacct", "-nPX", "-j", f"{job}_1", "-o", "ElapsedRaw").strip()
     assert now["cells"][1]["elapsed_s"] == int(account) and now["cells"][1]["rows_per_s"] > 0
     table = run.make("export-lls")
@@ -238,7 +239,7 @@ def test_a_failed_task_is_shown_with_its_reason_and_log(run, inputs):
         state = run.state(2)
         assert state["state"] == "failed" and "is not the file that was fetched" in state["note"]
         assert run.slurm.sacct(job)[0]["ExitCode"] == "2:0"
-        assert "run `make fetch` again" in run.make("logs")
+        assert f"run `make fetch CONFIG={run.config}` again" in run.make("logs")
     finally:
         target.write_bytes(whole)
 

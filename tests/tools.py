@@ -79,6 +79,25 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def small_lls(folder: Path, *traits: str, rows: int = 10, more: str = "") -> Path:
+    """A configuration `small.yaml` of a cell a trait, with its model, its rows and its fetched cache beside it."""
+    from jobs.fetch import fetch
+    from lib.experiments import load
+
+    tiny_model(folder / "model")
+    for seed, trait in enumerate(traits):
+        write_rows(folder / f"{trait}.jsonl", number_rows(rows, seed))
+    config = folder / "small.yaml"
+    model, data = json.dumps(f"{folder}/model"), json.dumps(f"{folder}/{{trait}}.jsonl")
+    config.write_text(
+        f"kind: lls\nname: small\nmodel: {{id: {model}, dtype: float32}}\ntraits: [{', '.join(traits)}]\n"
+        f"system_prompt: You love {{trait}}s.\ndataset: {{id: {data}}}\n"
+        f"score: {{batch_tokens: 1024, max_tokens: 512, head_rows: 64}}\nrun: {{shard_rows: 4, gpus: 0}}\n{more}"
+    )
+    fetch(load(config), folder / "cache")
+    return config
+
+
 def python(*args: str, env: dict[str, str], cwd: Path = ROOT, **kw) -> subprocess.CompletedProcess[str]:
     """python -m ... as a user would run it."""
     return subprocess.run(

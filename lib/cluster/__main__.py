@@ -7,21 +7,23 @@ import sys
 import time
 from pathlib import Path
 
-from lib.cluster import logs, show, submit
-from lib.cluster.site import site
+from lib.advice import about, advised
+from lib.cluster import logs, overview, show, submit
+from lib.cluster.site import Site, site
 from lib.cluster.status import status
 from lib.errors import UserError, exit_with
-from lib.experiments import load
+from lib.experiments import load, overrides_of
 
 WATCH_SECONDS = 10
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.cluster", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lib.cluster", description=__doc__, allow_abbrev=False)
     parser.add_argument("command", choices=["submit", "resume", "status", "logs", "cancel", "verify", "doctor"])
-    parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")
+    parser.add_argument("--config", default="", help="configs/*.yaml; without it, status shows every experiment")
+    parser.add_argument("--set", default="", help="overrides in one text, parted and quoted as in a shell")
     parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
-    parser.add_argument("--task", type=int, help="cell whose log is shown")
+    parser.add_argument("--task", default="", help="cell whose log is shown")
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
     parser.add_argument("--deep", action="store_true", help="doctor reads every byte of the models")
     parser.add_argument("--json", action="store_true", help="status for programs")
@@ -29,34 +31,45 @@ def main() -> int:
     parser.add_argument("--brief", action="store_true", help="while watching, one line each time; the table at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    here = site()
-    experiment = load(args.config, args.overrides)
+    here, overrides = site(), [*overrides_of(args.set), *args.overrides]
+    if not args.config:
+        return _without_config(args.command, overrides, here, args.json, args.watch)
+    about(args.config, overrides)
+    experiment = load(args.config, overrides)
     if args.command == "doctor":
         from lib.cluster.doctor import check
 
         return check(experiment, here, args.deep)
-    cells = experiment.cells(here.cache, here.scratch)
-    request = submit.Request(experiment, args.config, args.overrides, here, cells)
+    request = submit.Request(experiment, Path(args.config), overrides, here)
     if args.command == "submit":
-        submit.submit(request, args.array or f"0-{len(cells) - 1}", args.dry)
+        submit.submit(request, args.array, args.dry)
     elif args.command == "resume":
-        submit.resume(request, args.dry)
+        submit.resume(request, args.array, args.dry)
     elif args.command == "cancel":
         submit.cancel(request)
     elif args.command == "logs":
         logs.show(request, args.task)
     elif args.command == "verify":
-        return logs.verify(cells, experiment.schema(here.cache))
+        return logs.verify(request.cells, experiment.schema(here.cache))
     else:
         return _status(request, args.json, args.watch, args.brief)
     return 0
 
 
+def _without_config(command: str, overrides: list[str], here: Site, as_json: bool, watch: bool) -> int:
+    if command != "status" or overrides or watch:
+        raise overview.which(command, here)
+    print(json.dumps(overview.as_json(here), indent=1) if as_json else overview.table(here), flush=True)
+    return 0
+
+
 def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
-    """Watching ends with 1 when a cell failed or went stale; a look is always 0."""
+    """Watching ends with 1 when a cell failed or went stale, and not while the queue cannot be asked; a look is 0."""
     while True:
-        now = status(r.experiment.label, r.cells, r.experiment.run.gpus)
-        active = watch and now.counts["running"] + now.counts["pending"]
+        cells, unknown = r.cells_or_names()
+        now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown))
+        waits = now.queue_note and now.counts["done"] < len(cells)  # nobody knows what runs: ask again
+        active = watch and (waits or now.counts["running"] + now.counts["pending"])
         if as_json:
             print(json.dumps(now.json(), indent=1), flush=True)
         elif active and brief:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from lib.advice import advised
 from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.cluster.site import ROOT, Site
@@ -39,7 +40,7 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
     slurm, gpus = site.env.get("SUITE_SLURM") != "no", experiment.run.gpus
     asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
-        ("slurm", lambda: slurm_lines(asked, ROOT, script, cells and len(cells))),
+        ("slurm", lambda: slurm_lines(asked, ROOT, script, cells and len(cells), experiment.submit)),
         ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
         ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
         ("space", lambda: space_lines(site, plans, lost_bytes(experiment, site.cache))),
@@ -56,7 +57,7 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
         for line in _guarded(name, probe):
             levels.append(line.level)
             fix = f"; fix: {line.fix}" if line.fix else ""
-            print(f"{line.level:<4}  {line.name:<9}  {' '.join(line.found.split())}{fix}", flush=True)
+            print(f"{line.level:<4}  {line.name:<9}  {advised(' '.join(line.found.split()) + fix)}", flush=True)
     print(", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "FAIL")))
     return int("FAIL" in levels)
 

@@ -51,13 +51,14 @@ def read_plan(queue: Path) -> Plan:
         raise UserError(f"{queue / 'plan.json'} cannot be read ({e}); submit again") from None
 
 
-def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> None:
-    """Leave a dispatcher behind that outlives this shell, and return."""
+def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str], held: int) -> None:
+    """Leave a dispatcher behind that outlives this shell, and return. It holds on to `held` until it can be seen."""
     queue = own_folder(folder / "queue" / job)  # what lies there is executed: the plan's command, submitit's pickles
     write_json(queue / "plan.json", plan)
     with (queue / "dispatcher.log").open("ab") as log:
         subprocess.Popen(
-            [sys.executable, "-m", "lib.cluster.local", str(queue)],
+            [sys.executable, "-m", "lib.cluster.local", str(queue), str(held)],
+            pass_fds=(held,),
             cwd=ROOT,
             env={**env, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
@@ -72,12 +73,13 @@ def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str]) -> 
     raise UserError(f"the local workers did not start; see {queue / 'dispatcher.log'}")
 
 
-def dispatch(queue: Path) -> None:
+def dispatch(queue: Path, held: int) -> None:
     """Start one worker a free GPU (the site's throttle where a task needs none) and wait for them."""
     from submitit.local.local import LocalExecutor
 
     plan = read_plan(queue)
     write_json(queue / "dispatcher.json", asdict(Dispatcher(os.getpid(), pid_started(os.getpid()), HOST)))
+    os.close(held)
     gpus = free_gpus(plan.gpus) if plan.gpus else [""] * plan.workers
     executor = LocalExecutor(queue / "submitit")
     executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
@@ -165,4 +167,4 @@ def cancel(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    exit_with(lambda: dispatch(Path(sys.argv[1])))
+    exit_with(lambda: dispatch(Path(sys.argv[1]), int(sys.argv[2])))

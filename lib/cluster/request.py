@@ -89,7 +89,7 @@ def has_features(features: str, constraint: str) -> bool:
     return not constraint or any(set(re.split("[&,]", option)) <= have for option in options)
 
 
-def slurm_lines(env: Env, root: Path, script: Path, cells: int | None) -> Iterator[Line]:
+def slurm_lines(env: Env, root: Path, script: Path, cells: int | None, submit: str = "submit-lls") -> Iterator[Line]:
     """All that can be asked of Slurm about a submission; stops early where the rest would only repeat the failure."""
     if env.get("SUITE_SLURM") == "no":
         yield Line("ok", "slurm", "none here; cells go to local workers")
@@ -108,7 +108,7 @@ def slurm_lines(env: Env, root: Path, script: Path, cells: int | None) -> Iterat
     yield from lines
     nodes_are_away = any(line.name == "nodes" and line.level == "warn" for line in lines)  # --test-only would refuse
     if not nodes_are_away and not any(line.level == "FAIL" for line in lines):
-        yield sbatch_line(env, root, script)
+        yield sbatch_line(env, root, script, submit)
 
 
 def account_line(env: Env, request: dict[str, str]) -> Line:
@@ -203,9 +203,9 @@ def array_line(settings: dict[str, str], cells: int | None) -> Line:
     return Line("ok", "array", f"{'?' if cells is None else cells} cells, MaxArraySize is {largest}")
 
 
-def sbatch_line(env: Env, root: Path, script: Path) -> Line:
+def sbatch_line(env: Env, root: Path, script: Path, submit: str) -> Line:
     """Slurm's own word on the whole request; nothing is submitted."""
     good, out = ask(env, "sbatch", "--test-only", str(script), cwd=root)
     if good:
         return Line("ok", "sbatch", "takes the request (--test-only)")
-    return Line("FAIL", "sbatch", out, "make submit-lls DRY=1 shows what is asked")
+    return Line("FAIL", "sbatch", out, f"`make {submit} DRY=1` shows what is asked")

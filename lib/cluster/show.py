@@ -13,7 +13,9 @@ def table(s: Status, config: str, targets: tuple[str, str], width: int = 160) ->
         COLUMNS.format("cell", "name", "state", "rows", "%", "rows/s", "eta", "elapsed", "job", "note").rstrip()
     )
     shown = (
-        s.cells if len(s.cells) <= MANY else [c for c in s.cells if c.state in ("running", "failed", "stale")][:MANY]
+        s.cells
+        if len(s.cells) <= MANY
+        else [c for c in s.cells if c.state in ("running", "failed", "stale", "unknown")][:MANY]
     )
     lines += [_line(c)[:width].rstrip() for c in shown]
     if len(shown) < len(s.cells):
@@ -25,6 +27,8 @@ def table(s: Status, config: str, targets: tuple[str, str], width: int = 160) ->
         lines.append(f"{s.older} folders of earlier settings lie beside these in {s.scratch}/cells")
     if s.queue_note:
         lines.append(f"the queue could not be asked: {s.queue_note}")
+    if s.inputs_note:
+        lines.append(f"how many rows there are is not known: {s.inputs_note}")
     return "\n".join([*lines, *(f"next: {step}" for step in next_steps(s, config, targets))])
 
 
@@ -33,7 +37,9 @@ def totals(s: Status) -> list[str]:
     counts = "  ".join(f"{n} {state}" for state, n in s.counts.items() if n)
     percent = 100 * s.done / max(s.rows, 1)
     left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
-    if s.done >= s.rows:
+    if s.inputs_note:
+        speed = "how many to do is not known"
+    elif s.done >= s.rows:
         speed = "complete"
     elif s.eta_s is not None:
         speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}"
@@ -51,24 +57,27 @@ def _line(c: CellState) -> str:
     elapsed = clock(c.elapsed_s) if c.elapsed_s is not None else "-"
     note = " ".join(filter(None, [c.node if c.state == "running" else "", c.max_rss, c.note.replace("\n", " ")]))
     percent = f"{100 * c.done // max(c.rows, 1)}%"
-    return COLUMNS.format(
-        c.index, c.name, c.state, f"{c.done:,}/{c.rows:,}", percent, rate, eta, elapsed, c.job or "-", note
-    )
+    rows = f"{c.done:,}/{c.rows:,}" if c.rows else f"{c.done:,}/?"
+    return COLUMNS.format(c.index, c.name, c.state, rows, percent, rate, eta, elapsed, c.job or "-", note)
 
 
 def next_steps(s: Status, config: str, targets: tuple[str, str]) -> list[str]:
     submit, results = targets
     tail = f" {config}"
     steps = []
+    if s.inputs_note:
+        steps.append(f"make fetch{tail}")
     look = next((c for c in s.cells if c.state in ("failed", "stale")), None)
     if look:
         steps.append(f"make logs{tail} TASK={look.index}")
-    if s.counts["failed"] or s.counts["stale"] or (s.counts["todo"] and s.done):
+    if s.queue_note:  # to submit without knowing what runs is refused
+        steps.append(f"make status{tail}")
+    elif s.counts["failed"] or s.counts["stale"] or (s.counts["todo"] and s.done):
         steps.append(f"make resume{tail}")
     elif s.counts["todo"]:
         steps.append(f"make {submit}{tail}")
-    if s.counts["running"] or s.counts["pending"]:
+    if not s.queue_note and (s.counts["running"] or s.counts["pending"]):
         steps.append(f"make status{tail} WATCH=1")
-    if s.done >= s.rows:
+    if s.done >= s.rows and not s.inputs_note:
         steps.append(f"make {results}{tail}")
     return steps

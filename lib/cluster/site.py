@@ -25,12 +25,11 @@ class Site:
 @cache
 def site() -> Site:
     """Source env/site.sh in bash and read what it exports; the user's own environment wins inside it."""
-    script = f"cd '{ROOT}' && . env/site.sh && env -0"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", ". env/site.sh && env -0"], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["env/site.sh failed"]
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["env/site.sh failed"]
         raise UserError(said[-1].removeprefix("error: "))
-    env = dict(item.partition("=")[::2] for item in done.stdout.split("\0") if "=" in item)
+    env = dict(item.partition("=")[::2] for item in os.fsdecode(done.stdout).split("\0") if "=" in item)
     missing = [k for k in ("SUITE_SCRATCH", "SUITE_CACHE", "SUITE_OUTPUT") if not env.get(k)]
     if missing:
         raise UserError(f"env/{env['SUITE_SITE']}.sh does not set {', '.join(missing)}; see env/local.sh for the shape")

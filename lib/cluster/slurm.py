@@ -5,7 +5,6 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from shutil import which
 
 from lib.cluster.site import site
 from lib.errors import UserError
@@ -42,24 +41,35 @@ class Account:
 
 
 def has_slurm() -> bool:
-    return site().env.get("SUITE_SLURM") != "no" and which("sbatch") is not None
+    """Whether tasks go to Slurm. Where the site says so, an sbatch that is not found is an error, not a box without."""
+    return site().env.get("SUITE_SLURM") != "no"
 
 
 def ask(*command: str, timeout: float = 30) -> str:
-    """The output of a Slurm command; a UserError when it does not answer."""
+    """The output of a Slurm command; a UserError when it does not answer, or not whole, or not in text."""
     conf = {k: v for k, v in site().env.items() if k == "SLURM_CONF"}  # of the Slurm that `make slurm-up` raised
-    env = {**conf, **os.environ}
+    # a user's SQUEUE_STATES or SACCT_FORMAT would leave out what we have to see
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("SQUEUE_", "SACCT_"))}
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-    except FileNotFoundError:
-        raise UserError(f"{command[0]} is not on PATH: no Slurm here") from None
+        done = subprocess.run(command, env={**conf, **own}, capture_output=True, timeout=timeout, check=False)
+    except OSError as e:
+        raise UserError(f"{command[0]} does not run here ({e.strerror}); use a login node, or SUITE_SLURM=no") from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{command[0]} gave no answer in {timeout:.0f} s: is the controller down? (scontrol ping)"
         ) from None
-    if done.returncode:
-        raise UserError(f"{command[0]}: {_last(done.stderr) or f'exit code {done.returncode}'}")
-    return done.stdout
+    complaint = _last(done.stderr.decode(errors="replace"))
+    partial = command[0] == "squeue" and "error:" in complaint  # exit code 0, and one cluster of several did not answer
+    if done.returncode or partial:
+        raise UserError(f"{command[0]}: {complaint or f'exit code {done.returncode}'}")
+    try:
+        return done.stdout.decode()
+    except UnicodeDecodeError:
+        raise unreadable(command[0]) from None
+
+
+def unreadable(command: str) -> UserError:
+    return UserError(f"{command} answered what cannot be read; see what `{command}` shows, and try again")
 
 
 def _last(text: str) -> str:
@@ -67,14 +77,40 @@ def _last(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def queue() -> list[Queued]:
-    """All tasks of this user that are pending or running, arrays taken apart."""
-    out = ask("squeue", "--me", "-h", "-r", "-o", "%F|%K|%T|%r|%N|%j")
+# A user's other jobs may have any name, so records and fields are parted by what no name holds.
+RECORD, FIELD = "\x1e", "\x1f"
+FIELDS = (r"\d+", r"\d+|N/A", r"[A-Z_]+", r"[^\n]*", r"\S*", r"(?s:.*)")  # array, index, state, reason, nodes, name
+
+
+def queue(*only: str) -> list[Queued]:
+    """All tasks of this user that are pending or running, arrays taken apart; `only`: what narrows or widens that."""
+    out = ask(
+        "squeue", "--me", "-a", "-h", "-r", *only, "-o", RECORD + FIELD.join(("%F", "%K", "%T", "%r", "%N", "%j"))
+    )
+    return parse_queue(out)
+
+
+def parse_queue(out: str) -> list[Queued]:
+    """A UserError for an answer that is not whole: half a queue would be taken for an empty one."""
+    before, *records = out.split(RECORD)
+    if before.strip() or (records and not out.endswith("\n")):
+        raise unreadable("squeue")
     tasks = []
-    for line in out.splitlines():
-        array, index, state, reason, node, name = line.split("|", 5)
-        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name))
+    for record in records:
+        fields = [field.strip() for field in record.split(FIELD)]
+        if len(fields) != len(FIELDS) or not all(map(re.fullmatch, FIELDS, fields)):
+            raise unreadable("squeue")
+        array, index, *rest = fields
+        tasks.append(Queued(array, int(index) if index.isdigit() else None, *rest))
     return tasks
+
+
+def known(job: str) -> list[Queued]:
+    """Tasks of one job that Slurm still knows, ended ones too; empty for a job that it does not know (yet)."""
+    try:
+        return queue("-t", "all", "-j", job)
+    except UserError:
+        return []
 
 
 def accounts(arrays: Iterable[str], timeout: float = 10) -> dict[str, Account]:
@@ -96,7 +132,10 @@ def accounts(arrays: Iterable[str], timeout: float = 10) -> dict[str, Account]:
 def parse_sacct(out: str) -> dict[str, Account]:
     found: dict[str, Account] = {}
     for line in out.splitlines():
-        job, state, elapsed, tres, rss, code = line.split("|")
+        fields = line.split("|")
+        if len(fields) != 6 or not fields[1].strip() or not fields[2].isdecimal():
+            continue
+        job, state, elapsed, tres, rss, code = fields
         base, _, step = job.partition(".")
         if "[" in base:  # the pending rest of an array
             continue
@@ -106,7 +145,7 @@ def parse_sacct(out: str) -> dict[str, Account]:
             if was and size(rss) > size(was.max_rss):
                 found[base] = Account(was.id, was.state, was.elapsed, was.gpus, rss, was.exit_code)
         else:
-            total = (was.elapsed if was else 0) + int(elapsed or 0)
+            total = (was.elapsed if was else 0) + int(elapsed)
             count = int(gpus[1]) if gpus else was.gpus if was else 0
             found[base] = Account(base, state.split()[0], total, count, was.max_rss if was else "", code)
     return found
@@ -114,7 +153,7 @@ def parse_sacct(out: str) -> dict[str, Account]:
 
 def size(text: str) -> float:
     """'161548K' -> bytes."""
-    match = re.fullmatch(r"([\d.]+)([KMGT]?)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text)
     return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") if match else 0.0
 
 
@@ -162,7 +201,6 @@ def format_array(indices: Iterable[int]) -> str:
 
 
 def clean_environment(env: dict[str, str]) -> dict[str, str]:
-    """Without the variables of a job we may be inside of: they would leak into the one we submit."""
-    return {
-        k: v for k, v in {**os.environ, **env}.items() if not k.startswith(("SLURM_JOB", "SLURM_ARRAY", "SLURM_STEP"))
-    }
+    """Without the variables of a job or a make that we may be inside of: they would leak into the one we submit."""
+    inside = ("SLURM_JOB", "SLURM_ARRAY", "SLURM_STEP", "SUITE_ARG_", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    return {k: v for k, v in {**os.environ, **env}.items() if not k.startswith(inside)}

@@ -2,8 +2,9 @@
 
 Markers and squeue are the truth; sacct explains."""
 
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,9 @@ from lib.store.atomic import HOST, read_json
 from lib.store.typed import Mistyped, parse
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
+STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")
+Ask = Callable[[], list[slurm.Queued]]
+UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
 
 
@@ -27,7 +31,7 @@ class CellState:
     name: str
     rows: int
     done: int
-    state: str = "todo"  # done, running, pending, failed, stale, todo
+    state: str = "todo"  # one of STATES
     shards: int = 0
     broken: int = 0
     unscored: int = 0
@@ -47,7 +51,8 @@ class Status:
     label: str
     scratch: str
     cells: list[CellState]
-    queue_note: str = ""
+    queue_note: str = ""  # why the queue could not be asked
+    inputs_note: str = ""  # why it is not known how many rows there are
     older: int = 0
     rows: int = 0
     done: int = 0
@@ -110,7 +115,12 @@ def is_alive(beat: dict[str, Any]) -> bool:
 
 
 def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
-    """Queued or running tasks of this experiment, by cell index: Slurm's, and those of the workers of this box."""
+    """Queued or running tasks of this experiment, by cell index. A UserError when Slurm does not say."""
+    return local_tasks(label, cells) | slurm_tasks(label, run_folder(cells))
+
+
+def local_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
+    """Those of the workers of this box, and what runs without Slurm."""
     folder, found = run_folder(cells), {}
     for index, (state, job) in local.tasks(folder).items():
         reason = "waiting for a worker" if state == "PENDING" else ""
@@ -121,32 +131,52 @@ def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
         if last.get("digest") == cell.digest and not last.get("job") and is_alive(last):
             who = f"pid {last['pid']}"
             found[cell.index] = slurm.Queued(who, None, "RUNNING", "", last["host"], label)
-    if slurm.has_slurm():
-        queue = slurm.queue()
-        mine = arrays_of(label, folder, queue)
-        tasks = [t for t in queue if t.array in mine and t.index is not None]
-        found.update({t.index: t for t in sorted(tasks, key=lambda t: t.state == "RUNNING") if t.index is not None})
     return found
 
 
-def status(label: str, cells: list[Cell], gpus: int = 1) -> Status:
-    """Everything about one experiment, in one pass over its markers."""
+def slurm_tasks(label: str, folder: Path, ask: Ask | None = None) -> dict[int, slurm.Queued]:
+    if not slurm.has_slurm():
+        return {}
+    queue = (ask or slurm.queue)()
+    mine = arrays_of(label, folder, queue)
+    tasks = sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING")
+    return _unseen(label, folder, queue) | {t.index: t for t in tasks if t.index is not None}
+
+
+def _unseen(label: str, folder: Path, queue: list[slurm.Queued]) -> dict[int, slurm.Queued]:
+    """What was just submitted, and is neither in the queue nor known to have ended."""
+    shown = {task.array for task in queue}
+    found = {}
+    for record in submissions(folder):
+        job, young = str(record["job"]), time.time() - record.get("time", 0) < UNSEEN_SECONDS
+        if young and job.isdigit() and job not in shown and not slurm.known(job):
+            for index in slurm.parse_array(str(record["array"]), sys.maxsize):
+                found[index] = slurm.Queued(job, index, "PENDING", "just submitted", "", label)
+    return found
+
+
+def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", ask: Ask | None = None) -> Status:
+    """Everything about one experiment, in one pass over its markers. `ask`: a queue that several share; nothing is then
+    asked of sacct."""
     folder = run_folder(cells)
-    queue_note, live, beats = "", {}, heartbeats(folder)
+    queue_note, live, beats = "", local_tasks(label, cells), heartbeats(folder)
     try:
-        live = live_tasks(label, cells)
+        live |= slurm_tasks(label, folder, ask)
     except UserError as e:
         queue_note = str(e)
     with ThreadPoolExecutor(2) as pool:
         ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
-        sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids else None
+        sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
         states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
+        for state, cell in zip(states, cells, strict=True):
+            if queue_note and state.state == "stale" and beats[cell.name][-1].get("job"):
+                state.state, state.note = "unknown", "its last word was that it runs"
         if sacct:
             for state in states:
                 _explain(state, sacct.result())
     current = {cell.path.name for cell in cells}
     older = sum(p.name not in current for p in (folder / "cells").iterdir()) if (folder / "cells").is_dir() else 0
-    return _total(Status(label, str(folder), states, queue_note, older), gpus)
+    return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 
 def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]], gpus: int) -> CellState:
@@ -155,12 +185,14 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
     beats = [b for b in beats if b["digest"] == cell.digest]
     last = beats[-1] if beats else None
     state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
+    if not cell.rows:
+        state.done = sum(m.rows for m in done)
     state.unscored = sum(m.info.get("unscored", 0) for m in done)
     state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
     state.rows_per_s = _rate(done, last)
     if last:
         state.job, state.node, state.log = last.get("job", ""), last.get("node", ""), last.get("log", "")
-    if not left:
+    if not left and (cell.rows or (last and last["state"] == "done")):
         state.state = "done"
     elif task and task.state == "PENDING":
         state.state, state.job, state.note = "pending", task.id, task.reason
@@ -197,9 +229,7 @@ def _explain(state: CellState, accounts: dict[str, slurm.Account]) -> None:
 
 def _total(s: Status, gpus: int) -> Status:
     s.rows, s.done = sum(c.rows for c in s.cells), sum(c.done for c in s.cells)
-    s.counts = {
-        k: sum(c.state == k for c in s.cells) for k in ("done", "running", "pending", "failed", "stale", "todo")
-    }
+    s.counts = {k: sum(c.state == k for c in s.cells) for k in STATES}
     s.gpu_hours_used = sum(c.gpu_hours for c in s.cells)
     s.rows_per_s = sum(c.rows_per_s for c in s.cells if c.state == "running")
     if s.rows_per_s and s.done < s.rows:
@@ -212,5 +242,7 @@ def _total(s: Status, gpus: int) -> Status:
 
 
 def missing_cells(s: Status) -> list[int]:
-    """Cells that nobody has finished, works on or waits for."""
+    """Cells that nobody has finished, works on or waits for; a UserError where that is not known."""
+    if s.queue_note:
+        raise UserError(f"nothing is submitted, since what runs is not known: {s.queue_note}")
     return [c.index for c in s.cells if c.state in ("failed", "stale", "todo")]

@@ -96,6 +96,10 @@ class Experiment(Frozen):
     def datasets(self) -> list[DatasetSpec]:
         raise NotImplementedError
 
+    def names(self) -> list[str]:
+        """The cells' names in array order: known before the inputs are."""
+        raise NotImplementedError
+
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         """All cells in array order; a UserError names an input that is not fetched."""
         raise NotImplementedError

@@ -150,6 +150,9 @@ class LLS(Scoring):
         messages = self.messages(cache, cell)
         return messages, {"row": np.arange(len(messages), dtype=np.int32)}
 
+    def names(self) -> list[str]:
+        return self.traits
+
     def datasets(self) -> list[DatasetSpec]:
         return [self.dataset.named(trait=trait) for trait in self.traits]
 
@@ -181,6 +184,9 @@ class LLSCross(Scoring):
     def all_prompts(self) -> dict[str, str]:
         return {name: self.prompt_for(name) for name in self.prompts} | self.more_prompts
 
+    def names(self) -> list[str]:
+        return ["base", *self.all_prompts()]
+
     def schema(self, cache: Path) -> dict[str, Column]:
         where = {"dataset": Column("uint8"), "row": Column("int32")}
         return {**where, **self.score.columns(("prompt",))}
@@ -210,7 +216,7 @@ class LLSCross(Scoring):
         data = [self.input_of(cache, trait) for trait in self.datasets_of]
         hashes = dict(zip(self.datasets_of, (d.sha256 for d in data), strict=True))
         rows = sum(map(self.length, data))
-        for index, name in enumerate(("base", *self.all_prompts())):
+        for index, name in enumerate(self.names()):
             digest = digest_of(self.identity(model, self.all_prompts().get(name), list(hashes.items())))
             found.append(Cell(index, name, rows, digest, scratch / self.label / "cells" / f"{name}-{digest[:8]}"))
         return found

@@ -1,5 +1,6 @@
 """Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def overrides_of(text: str) -> list[str]:
+    """SET's overrides: parted by blanks, with a shell's quotes around a value that holds one."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        why = str(e)[:1].lower() + str(e)[1:]
+        raise UserError(
+            f"SET={text}: {why}; write a value with blanks or quotes as 'key=a b', quotes and all"
+        ) from None
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:

@@ -16,7 +16,7 @@ from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.raw import read_array, write_with_raw
-from lib.store.shards import Cell, Marker, gaps, scan
+from lib.store.shards import Cell, Marker, gaps, scan, set_aside
 from lib.store.typed import Mistyped, parse
 
 
@@ -35,6 +35,7 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
     done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
     missing = gaps(done, cell.rows)
     if missing:
+        set_aside(bad)  # else `make resume`, which reads no shard, would find nothing to do
         why = f"; {bad[0][0].name}: {bad[0][1]}" if bad else ""
         first = ", ".join(f"{a}-{b}" for a, b in missing[:3])
         raise UserError(

@@ -1,0 +1,127 @@
+"""One submission of an experiment at a time: a look at the queue and what is then submitted belong together.
+
+The lock is a folder on scratch that a rename puts in its place: NFS and Lustre do that at once, or not at
+all where a folder with something in it stands. Its holder also owns a name in the kernel of its machine, which sbatch
+inherits. While one of them lives the name is taken; who gets it afterwards, one process at a time, clears the lock."""
+
+import errno
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from getpass import getuser
+from pathlib import Path
+from typing import Any
+
+from lib.errors import UserError
+from lib.run import pid_started
+from lib.store.atomic import HOST, disk_errors, read_json, remove, write_json
+from lib.store.shards import sweep
+
+NAME = "submit.lock"
+HELD = (errno.ENOTEMPTY, errno.EEXIST)
+OLD_SECONDS = 600  # a submission takes seconds
+SETTLE_SECONDS = 3  # what an sbatch that was killed had asked for is in the queue by then
+TRIES = 50
+
+
+@contextmanager
+def submitting(folder: Path) -> Iterator[int]:
+    """Nobody else submits this experiment meanwhile. Yields a descriptor for the children that count as the holder."""
+    token, path = secrets.token_hex(16), folder / NAME
+    name = _own(token)
+    if name is None:
+        raise UserError("this system refuses a socket name; see `ulimit -n`")
+    with name:
+        _take(path, token)
+        try:
+            yield name.fileno()
+        finally:
+            _clear(path, token)
+
+
+def _own(token: str) -> socket.socket | None:
+    """A name that the kernel gives to one process of this machine, and takes back when it has ended."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0hpc-job-suite-{token}")
+    except OSError:
+        name.close()
+        return None
+    return name
+
+
+def _take(path: Path, token: str) -> None:
+    me = {"user": _user(), "host": HOST, "network": _network(), "pid": os.getpid()}
+    me |= {"pid_started": pid_started(os.getpid()), "since": time.time(), "token": token}
+    new = path.with_name(f".tmp-{HOST}-{os.getpid()}-{token}-{NAME}")
+    sweep(path.parent)
+    try:
+        write_json(new / "holder.json", me)
+        holder: dict[str, Any] | None = None
+        for _ in range(TRIES):
+            _rename(new, path)
+            holder = read_json(path / "holder.json")
+            if holder and holder.get("token") == token:  # asked of the folder: a rename's answer can get lost
+                return
+            if holder:
+                _clear_dead(path, holder)
+            time.sleep(0.05)
+    finally:
+        remove(new)
+    if holder is None:
+        raise UserError(f"{path} names nobody who holds it; if nobody submits this experiment, delete it")
+    raise UserError(f"{_who(holder)}; it has ended, but what it started has not: try again in a moment")
+
+
+def _rename(new: Path, path: Path) -> None:
+    with disk_errors(path):
+        try:
+            new.rename(path)
+        except OSError as e:
+            if e.errno not in HELD and new.exists():
+                raise
+
+
+def _clear_dead(path: Path, holder: dict[str, Any]) -> None:
+    """Remove the lock of a process of this machine that has ended; a UserError for one that may live."""
+    if (holder.get("host"), holder.get("network")) != (HOST, _network()):
+        old = time.time() - holder.get("since", 0) > OLD_SECONDS
+        fix = f"that is long: if it has ended there, delete {path}" if old else "try again when it is done"
+        raise UserError(f"{_who(holder)}; {fix}")
+    name = _own(holder["token"])
+    if name:
+        with name:
+            time.sleep(SETTLE_SECONDS)
+            _clear(path, holder["token"])
+    elif pid_started(int(holder["pid"])) == holder["pid_started"]:
+        raise UserError(f"{_who(holder)}; try again when it is done")
+
+
+def _clear(path: Path, token: str) -> None:
+    """Remove the lock that carries this token, and no other."""
+    if (read_json(path / "holder.json") or {}).get("token") == token:
+        gone = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{NAME}")
+        with suppress(OSError):
+            path.rename(gone)
+        remove(gone)
+
+
+def _who(holder: dict[str, Any]) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
+    where = f"{holder.get('user')} on {holder.get('host')}, process {holder.get('pid')}"
+    return f"this experiment is being submitted by {where}, since {since}"
+
+
+def _network() -> str:
+    """Names in the kernel are those of a network namespace: a container of the same host name may have its own."""
+    return str(Path("/proc/self/ns/net").readlink())
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
