@@ -20,9 +20,9 @@ from lib.attribution.summary import Layer, Summary, overview, table
 from lib.errors import UserError, exit_with
 from lib.experiments import Attribution
 from lib.experiments.attribution import Part
-from lib.headers import stored_tensors
+from lib.headers import folder_tensors
 from lib.job import job
-from lib.layers import short
+from lib.layers import linear_weights
 from lib.store import Cell, Column, ModelInput, gaps, merge, model_input, read_array, scan
 from lib.store.atomic import keep_others, read_json, write_bytes, write_json
 from lib.store.columns import to_hdf5
@@ -123,14 +123,11 @@ def weights_of(model: ModelInput, parts: list[Part]) -> Iterator[Any]:
     from safetensors import safe_open
 
     check_here(model)
-    where = {}
-    for path in sorted(Path(model.path).glob("*.safetensors")):
-        names = [name for name in stored_tensors(path) or {} if "layers." in name]
-        where |= {short(name).removesuffix(".weight"): (path, name) for name in names}
+    tensors = folder_tensors(Path(model.path))
+    names = linear_weights(tensors)
     for part in parts:
-        path, name = where[part.name]
-        with safe_open(path, "pt") as f:
-            yield f.get_tensor(name)
+        with safe_open(tensors[names[part.name]].path, "pt") as f:
+            yield f.get_tensor(names[part.name])
 
 
 def write_scores(

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 from lib.advice import advised
@@ -23,6 +23,13 @@ def nearest(word: str, valid: list[str]) -> str:
 def one_line(e: BaseException) -> str:
     """What an exception says, as part of a sentence."""
     return " ".join(str(e).split())[:200]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more
 
 
 def exit_with(main: Callable[[], int | None]) -> None:

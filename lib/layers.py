@@ -1,8 +1,9 @@
 """Names of linear layers: from a model's modules and from a checkpoint's headers alike."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lib.errors import UserError, nearest
+from lib.headers import Stored
 
 # In the order in which a layer computes them.
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -12,6 +13,20 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they re
 def short(name: str) -> str:
     """layers.3.mlp.up_proj, whatever stands before it in a family's own names."""
     return name[name.index("layers.") :]
+
+
+def linear_weights(tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Linear layer of the decoder -> the name of its weight among a folder's tensors."""
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if "layers." in name and name.endswith(".weight") and len(tensor.shape) == 2:
+            layer = short(name).removesuffix(".weight")
+            if layer in found:
+                raise UserError(
+                    f"the weights hold {layer} twice, as {found[layer]} and as {name}; remove one of the two"
+                )
+            found[layer] = name
+    return found
 
 
 def place(name: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from lrp_models import (
 from transformers import PreTrainedModel
 
 from lib.attribution import RULES, Attributor, Scores
+from lib.attribution.patch import decoder_layers
 from lib.errors import UserError
 
 SAMPLES = sequences(5, 12, 9)
@@ -237,9 +238,15 @@ def test_nothing_is_left_behind() -> None:
             assert_nothing_left(before, everything(model))
         with pytest.raises(UserError, match="12 tokens; a batch's rows"):
             run(model, width=8, layers="all")
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises(UserError, match="token 100 is none of the model's 97"):
             run(model, [[VOCAB + 3]], layers="all")
         assert_nothing_left(before, everything(model))
+        failing = decoder_layers(model)[1].register_forward_hook(lambda *_: 1 // 0)
+        before = everything(model)
+        with pytest.raises(ZeroDivisionError):
+            run(model, layers="all")
+        assert_nothing_left(before, everything(model))
+        failing.remove()
 
 
 # Precision

@@ -23,6 +23,8 @@ from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squ
 from lib.errors import UserError
 from lib.layers import choose, shared_inputs
 from lib.models.plain_ops import accurate
+from lib.models.rope import positions
+from lib.models.tokens import must_know, vocabulary_of
 
 LEVELS = ("neuron", "weight")
 SCORES = ("signed", "abs")
@@ -98,9 +100,15 @@ class Attributor:
             raise UserError("target 'given' needs the tokens to explain")
         if not len(samples) or not all(len(s) for s in samples):
             raise UserError("there is no sample, or one without a token")
-        most = getattr(self.model.config, "max_position_embeddings", None)
         pin = self.devices[0].type == "cuda"
-        batches = list(cut(samples, self.width, self.batch, targets, self.target == "all", most, pin))
+        batches = list(
+            cut(samples, self.width, self.batch, targets, self.target == "all", positions(self.model.config), pin)
+        )
+        vocabulary = vocabulary_of(self.model)
+        for batch in batches:
+            must_know(int(batch.ids_BT.min()), int(batch.ids_BT.max()), vocabulary)
+            if batch.target_BK is not None:  # -1 where a sample has fewer
+                must_know(0, int(batch.target_BK.max()), vocabulary)
         rows = sum(len(b.ids_BT) for b in batches)
         first = batches[0]
         explained = 1 if first.target_BK is None else first.target_BK.shape[1]

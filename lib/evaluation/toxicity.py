@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
+from lib.models.tokens import must_know, vocabulary_of
 
 LABELS = ("toxic", "toxicity")  # the name in the `original` and in the `unbiased` family
 LONGEST = 512  # tokens; longer texts are cut, as detoxify cuts them
@@ -24,7 +25,7 @@ class Toxicity:
         if not found:
             raise UserError(f"the toxicity scorer has no label `toxic`; it has {', '.join(sorted(names))[:120]}")
         self.model, self.tokenizer, self.batch, self.label = model, tokenizer, batch, found[0]
-        self.longest = min(int(tokenizer.model_max_length), LONGEST)
+        self.longest = min(int(tokenizer.model_max_length), LONGEST, model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -36,6 +37,7 @@ class Toxicity:
         inputs = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
         ).to(self.model.device)
+        must_know(int(inputs["input_ids"].min()), int(inputs["input_ids"].max()), vocabulary_of(self.model))
         logits = self.model(**inputs).logits[:, self.label]
         if not torch.isfinite(logits).all():
             raise UserError("the toxicity scorer gave a score that is not a number; load it with dtype float32")

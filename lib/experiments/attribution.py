@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from lib.experiments.base import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
 from lib.experiments.samples import DataSpec
-from lib.headers import stored_tensors
-from lib.layers import choose, shared_inputs, short
+from lib.headers import folder_tensors
+from lib.layers import choose, linear_weights, shared_inputs
 from lib.store import Cell, Column, model_input
 from lib.store.samples import SamplesInput
 
@@ -112,12 +112,8 @@ class Attribution(Experiment):
 
     def layout(self, cache: Path) -> list[Part]:
         """The scored layers, by the checkpoint's headers."""
-        folder = Path(model_input(cache, self.model.id, self.model.revision).path)
-        shapes = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            for name, tensor in (stored_tensors(path) or {}).items():
-                if "layers." in name and name.endswith(".weight") and len(tensor.shape) == 2:
-                    shapes[short(name).removesuffix(".weight")] = tensor.shape
+        tensors = folder_tensors(Path(model_input(cache, self.model.id, self.model.revision).path))
+        shapes = {name: tensors[stored].shape for name, stored in linear_weights(tensors).items()}
         chosen = choose(shapes, self.score.layers)
         inputs, parts = shared_inputs(chosen), []
         first, first_input, places = 0, 0, {}

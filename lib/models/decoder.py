@@ -17,6 +17,7 @@ import torch
 from lib.errors import UserError
 from lib.models import plain_ops
 from lib.models.packing import Batch, prefix_batch
+from lib.models.tokens import must_know
 
 FAMILIES = ("llama", "qwen2")
 PIECE_VALUES = 1 << 26  # of a weight, converted at once: 256 MiB in float32
@@ -138,7 +139,7 @@ class Decoder:
         self.dtype = dtype or weights.head.dtype
         self.devices = list(dict.fromkeys(layer.device for layer in weights.layers))
         self.fused = self.devices[0].type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
-        self.table = rope
+        self.table, self.positions = rope, len(rope[0])
         self.rope = {d: (rope[0].to(d), rope[1].to(d)) for d in self.devices}
         self.space: dict[tuple[torch.device, int], Workspace] = {}
         if self.fused:
@@ -177,6 +178,7 @@ class Decoder:
     def log_probs(self, hidden_PD: torch.Tensor, targets: np.ndarray, block: int) -> torch.Tensor:
         """log p(target) for each state, in blocks of a fixed number of states."""
         count = len(targets)
+        must_know(int(targets.min()), int(targets.max()), self.shape.vocabulary)
         pad = -count % block
         hidden_PD = torch.cat([hidden_PD, hidden_PD.new_zeros(pad, hidden_PD.shape[1])])
         target_P = _to(np.pad(targets, (0, pad)), hidden_PD.device)
@@ -189,6 +191,9 @@ class Decoder:
 
     def _forward(self, batch: Batch, prefix: Prefix | None, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
         m, device = len(batch.ids), self.devices[0]
+        must_know(int(batch.ids.min()), int(batch.ids.max()), self.shape.vocabulary)
+        if batch.positions.max() >= self.positions:
+            raise UserError(f"a row has {batch.positions.max() + 1} tokens, and the model {self.positions} positions")
         space, plan = self._space(device, m), _Plan(batch, device, self)
         space.x.copy_(self._embed(batch.ids, device), non_blocking=True)
         for number, layer in enumerate(self.weights.layers):

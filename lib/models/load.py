@@ -1,6 +1,7 @@
 """Models and tokenizers from a fetched folder onto the devices; never from a network."""
 
 import atexit
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lib.errors import UserError, one_line
+from lib.errors import UserError, one_line, some
+from lib.headers import folder_tensors
 from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
+from lib.models.rope import rope_table
 from lib.models.spread import join, layer_map
-from lib.models.weights import load_weights
+from lib.models.weights import load_weights, model_tensors
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()  # a bar's carriage returns fill a log
 
 GIB = 2**30
+ROPE_TOKENS = 1 << 15  # of the scorer's table, at least
 
 
 def visible_devices() -> list[torch.device]:
@@ -41,37 +45,69 @@ def device_name(where: torch.device) -> str:
 def load_tokenizer(folder: str) -> Any:
     must_exist(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # a damaged file raises whatever its reader trips over
         raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
 
 
 def load_config(folder: str) -> Any:
+    """config.json, of a model that its weights and transformers' own code alone make up."""
     must_exist(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:
         raise UserError(f"{folder}/config.json cannot be read ({one_line(e)}); run `make fetch` again") from None
+    for key, what in (
+        ("quantization_config", "quantised weights"),
+        ("transformers_weights", "weights of its own choice"),
+    ):
+        if getattr(config, key, None):
+            raise UserError(f"{folder}/config.json asks for {what} ({key}), not computed here; take the plain model")
+    return config
 
 
 def load_model(folder: str, dtype: str, attention: str, devices: list[torch.device]) -> Any:
     """transformers' own model, in eval mode, its layers over the devices in order."""
-    places: dict[str, torch.device] = {"": devices[0]}
-    if len(devices) > 1:
-        places = layer_map(load_config(folder), devices)
-    must_exist(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            device_map=places,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise UserError(f"the model in {folder} cannot be loaded ({one_line(e)}); run `make fetch` again") from None
+    config = load_config(folder)
+    model_tensors(Path(folder), bool(config.tie_word_embeddings))
+    places = layer_map(config, devices) if len(devices) > 1 else {"": devices[0]}
+    how = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "device_map": places}
+    model = load_whole(AutoModelForCausalLM, "the model", folder, **how)
     if len(devices) > 1:
         join(model)
+    return model
+
+
+def load_whole(kind: Any, what: str, folder: str, **how: Any) -> Any:
+    """from_pretrained, in eval mode, with every tensor from the folder. transformers itself makes up what is missing or
+    of another shape, and goes on; what it knows to be made elsewhere (a tied head, old buffers) it does not count."""
+    names = folder_tensors(Path(folder)).keys()
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # else it stops, without a name that one could read
+            output_loading_info=True,
+            **how,
+        )
+    except Exception as e:
+        raise UserError(f"{what} in {folder} cannot be loaded ({one_line(e)}); run `make fetch` again") from None
+    shapes = [f"{name} of shape {tuple(has)}, not {tuple(wants)}" for name, has, wants in info["mismatched_keys"]]
+    prefix = f"{model.base_model_prefix}."
+    twice = [name for name in names if prefix + name in names]  # both would be the same parameter
+    for says, found in (
+        ("lacks", info["missing_keys"]),
+        ("has", shapes),
+        ("holds, and the model does not use,", info["unexpected_keys"]),
+        ("holds under two names", twice),
+    ):
+        if found:
+            raise UserError(
+                f"{what} in {folder}: its file {says} {some(found)}; config.json and weights are not of one model, "
+                "or cut: choose another, or run `make fetch` again"
+            )
     return model.eval().requires_grad_(False)
 
 
@@ -158,21 +194,32 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, che
     loaded = load_weights(Path(folder), shape, kind, devices, on_host)
     gib = loaded.bytes / GIB
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
-    return Decoder(shape, loaded.weights, rope_table(config, kind), batch_tokens)
-
-
-def rope_table(config: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin by position, by transformers' own rule for this config (scaled variants included)."""
-    if config.model_type == "qwen2":
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding as Rotary
-    else:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rotary
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    positions = torch.arange(min(config.max_position_embeddings, 1 << 15))
-    cos, sin = Rotary(config)(torch.zeros(1, dtype=wide), positions[None])
-    return cos[0].to(wide), sin[0].to(wide)
+    table = rope_table(config, kind, max(batch_tokens, ROPE_TOKENS))
+    return Decoder(shape, loaded.weights, table, batch_tokens)
 
 
 def must_exist(folder: str) -> None:
+    """A folder with a whole model: transformers would put an adapter into it, or ask whether to run code of it."""
+    if (Path(folder) / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json), which is not computed here: merge it into its model "
+            "(peft: merge_and_unload, save_pretrained) and use that folder, or remove the adapter's files"
+        )
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no model (config.json is missing); run `make fetch`")
+    for name in ("config.json", "tokenizer_config.json"):
+        about = read_table(Path(folder) / name)
+        if about.get("auto_map"):
+            raise UserError(
+                f"{folder}/{name} asks for Python code of its own (auto_map), which is never run; choose a model that "
+                "transformers knows by itself"
+            )
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file's keys; nothing where there is none, or where it is left to its own reader to complain."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -2,6 +2,7 @@
 copied to the device, several source tensors into one merged one. Host memory holds the buffers, never the model."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,24 +11,15 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import UserError
-from lib.headers import stored_tensors
+from lib.errors import UserError, some
+from lib.headers import Stored, folder_tensors
 from lib.models.decoder import Layer, Shape, Weights
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PIECE = 64 << 20  # bytes a read
 THREADS = 8
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor of a model's folder."""
-
-    path: Path
-    offset: int
-    bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+HEAD = "lm_head.weight"
+UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # in old files; computed from config.json, here as in transformers
 
 
 @dataclass(frozen=True)
@@ -37,25 +29,36 @@ class Loaded:
     seconds: float
 
 
-def sources(folder: Path) -> dict[str, Source]:
-    """Every tensor of a model's folder, from the headers of its files."""
-    found: dict[str, Source] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = stored_tensors(path)
-        if tensors is None:
-            raise UserError(f"{path} is cut off or not a safetensors file; run `make fetch` again")
-        for name, t in tensors.items():
-            if t.dtype not in DTYPES:
-                raise UserError(f"{path}: {name} is of type {t.dtype}, which is not computed with: {', '.join(DTYPES)}")
-            found[name] = Source(path, t.offset, t.bytes, t.shape, DTYPES[t.dtype])
+def model_tensors(folder: Path, tied: bool) -> dict[str, Stored]:
+    """Every tensor of a language model's folder; what both loaders need to be so, and neither sees by itself."""
+    found = folder_tensors(folder)
+    for name, t in found.items():
+        if t.dtype not in DTYPES:
+            raise UserError(f"{t.path}: {name} is of type {t.dtype}, which is not computed with: {', '.join(DTYPES)}")
+    table = next((name for name in found if name.endswith("embed_tokens.weight")), None)
+    if tied and HEAD in found and table and not _equal(found[HEAD], found[table]):
+        raise UserError(
+            f"{folder}: config.json says that the head is the embedding (tie_word_embeddings), and the weights hold "
+            f"another {HEAD}; set it to false in config.json, or remove that tensor"
+        )
     return found
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    with a.path.open("rb") as f, b.path.open("rb") as g:
+        f.seek(a.offset)
+        g.seek(b.offset)
+        sizes = (min(PIECE, a.bytes - at) for at in range(0, a.bytes, PIECE))
+        return all(f.read(size) == g.read(size) for size in sizes)
 
 
 def load_weights(
     folder: Path, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
 ) -> Loaded:
     began = time.monotonic()
-    have = sources(folder)
+    have = model_tensors(folder, shape.tied)
     weights, pieces = _allocate(have, shape, dtype, devices, embed_on_host)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(_copy, source, target) for source, target in pieces]:
@@ -67,17 +70,17 @@ def load_weights(
 
 
 def _allocate(
-    have: dict[str, Source], shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
-) -> tuple[Weights, list[tuple[Source, torch.Tensor]]]:
+    have: dict[str, Stored], shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
+) -> tuple[Weights, list[tuple[Stored, torch.Tensor]]]:
     """Empty weights, and which source goes into which part of them."""
-    pieces: list[tuple[Source, torch.Tensor]] = []
+    pieces: list[tuple[str, Stored, torch.Tensor]] = []
 
     def take(name: str, target: torch.Tensor) -> torch.Tensor:
         if name not in have:
             raise UserError(f"the weights hold no tensor {name}; run `make fetch` again")
         if have[name].shape != tuple(target.shape):
             raise UserError(f"tensor {name} has shape {have[name].shape}, config.json says {tuple(target.shape)}")
-        pieces.append((have[name], target))
+        pieces.append((name, have[name], target))
         return target
 
     def merged(prefix: str, parts: dict[str, int], width: int | None, device: torch.device, kind: str) -> torch.Tensor:
@@ -114,7 +117,11 @@ def _allocate(
         head = embedding
     else:
         head = one("model.embed_tokens.weight" if s.tied else "lm_head.weight", s.vocabulary, s.hidden, device=last)
-    return Weights(embedding, layers, norm, head), pieces
+    used = {name for name, _, _ in pieces} | ({HEAD} if s.tied else set())
+    left = [name for name in have if name not in used and not UNUSED.search(name)]
+    if left:
+        raise UserError(f"the weights hold {some(left)}, which this model does not use: config.json is another model's")
+    return Weights(embedding, layers, norm, head), [(source, target) for _, source, target in pieces]
 
 
 def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
@@ -122,16 +129,18 @@ def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
     return [devices[i * len(devices) // layers] for i in range(layers)]
 
 
-def _copy(source: Source, target: torch.Tensor) -> None:
+def _copy(source: Stored, target: torch.Tensor) -> None:
     """Read one tensor in pieces and put it into its place."""
-    flat, itemsize = target.view(-1), source.dtype.itemsize
+    flat, dtype = target.view(-1), DTYPES[source.dtype]
     with source.path.open("rb", buffering=0) as f:
         for start, buffer in _reads(f.fileno(), source, target.device.type == "cuda"):
-            part = buffer.view(source.dtype)
-            flat[start // itemsize : start // itemsize + len(part)].copy_(part)  # waits: the buffer is used again
+            part = buffer.view(dtype)
+            flat[start // dtype.itemsize : start // dtype.itemsize + len(part)].copy_(
+                part
+            )  # waits: the buffer is used again
 
 
-def _reads(fd: int, source: Source, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def _reads(fd: int, source: Stored, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """(offset in the tensor, bytes read) piece by piece, in one buffer."""
     buffer = torch.empty(min(PIECE, source.bytes), dtype=torch.uint8, pin_memory=pinned)
     raw = memoryview(buffer.numpy())

@@ -12,6 +12,8 @@ from lib.experiments.base import ModelSpec
 from lib.experiments.samples import PromptsSpec
 from lib.models.classifier import load_classifier
 from lib.models.load import load_model, load_tokenizer, visible_devices
+from lib.models.rope import positions
+from lib.models.tokens import must_know, vocabulary_of
 from lib.samples.prompts import Answer
 from lib.store.verified import checked_model
 
@@ -58,7 +60,13 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) ->
         eos_token_id=ends,
         pad_token_id=pad,
     )
-    longest = max(map(len, prompts))
+    longest, most = max(map(len, prompts)), positions(model.config)
+    if most and longest + tokens > most:
+        raise UserError(
+            f"a prompt of {longest} tokens and a response of {tokens} do not fit into the model's {most} positions; "
+            "lower max_tokens or response_tokens of these prompts"
+        )
+    must_know(min(map(min, prompts)), max(map(max, prompts)), vocabulary_of(model))
     ids_BT = torch.full((len(prompts), longest), pad, device=model.device)
     mask_BT = torch.zeros_like(ids_BT)
     for row, ids in enumerate(prompts):

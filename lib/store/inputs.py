@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.errors import UserError
-from lib.headers import stored_tensors
+from lib.headers import folder_tensors, stored_tensors
 from lib.store.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.store.typed import Mistyped, parse
 
@@ -142,9 +142,7 @@ def same_file(path: Path, sha256: str) -> Path:
 def check_model(spec: ModelInput) -> None:
     """A UserError when the files of a model are not whole: sizes and safetensors headers, without reading weights."""
     folder = Path(spec.path)
-    broken = broken_weights(folder)
-    if broken:
-        raise UserError(f"{broken[0]} is cut off or not a safetensors file; run `make fetch` again")
+    folder_tensors(folder)
     found = sum(path.stat().st_size for path in model_files(folder) if path.exists())
     if found != spec.bytes:
         raise UserError(f"model {spec.id}: {folder} holds {found} of {spec.bytes} bytes; run `make fetch` again")
@@ -170,12 +168,11 @@ def torch_weights(names: Iterable[str]) -> list[str]:
 
 
 def parameters(folder: Path) -> tuple[int, int]:
-    """(all parameters, those that every token is multiplied by) of whole safetensors files."""
+    """(all parameters, those that every token is multiplied by) of a model's weights."""
     total = body = 0
-    for path in folder.glob("*.safetensors"):
-        for name, tensor in (stored_tensors(path) or {}).items():
-            total += prod(tensor.shape)
-            body += 0 if WEIGHTLESS.search(name) else prod(tensor.shape)
+    for name, tensor in folder_tensors(folder).items():
+        total += prod(tensor.shape)
+        body += 0 if WEIGHTLESS.search(name) else prod(tensor.shape)
     return total, body
 
 
