@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from test_store import flip
 from tools import tiny_model
 
 from lib import hub as hub_client
+from lib.cluster.doctor import models_line
 from lib.errors import UserError
+from lib.experiments import load
 from lib.store import ModelInput
 from lib.store.inputs import model_files
 from lib.store.verified import check_bytes, check_here, hashes_by_name
@@ -89,20 +92,24 @@ def test_a_rotted_file_stops_the_job_and_fetch_brings_it_anew(box: Box, files: d
     box.fetch()
     folder, env = Path(box.record("models")["path"]), {"SLURM_TMPDIR": str(box.folder)}
     job = ("-m", "jobs.compute_lls", "--index", "0")
-    for name in ("model.safetensors", "config.json"):
-        rot(folder / name)
-        done = box.run(*job, **env)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert f"{folder / name} is not the file that was fetched" in done.stderr and "`make fetch`" in done.stderr
-        deep = box.run("-m", "lib.cluster", "doctor", "--deep")
-        assert f"{name} is not the file that was fetched" in deep.stdout and deep.returncode == 1
-        assert name not in box.run("-m", "lib.cluster", "doctor").stdout  # sizes and headers are right
-        assert f"{name} is not the file that was fetched" in box.fetch()
-        assert len(box.hub.files_sent()) == 1 and (folder / name).read_bytes() == files[name]
-    said = box.run(*job, **env)
-    assert said.returncode == 0 and "GB/s" in said.stdout, said.stderr
-    assert "sha256 right 0 min ago on this node" in box.run(*job[:-1], "1", **env).stdout
-    assert "GB/s" in box.run("-m", "lib.cluster", "doctor", "--deep").stdout
+    name, experiment = "model.safetensors", load(box.config)
+    rot(folder / name)
+    done = box.run(*job, **env)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert f"{folder / name} is not the file that was fetched" in done.stderr and "`make fetch`" in done.stderr
+    assert models_line(experiment, box.cache).level == "ok"  # sizes and headers are right
+    rot(folder / "config.json")
+    with pytest.raises(UserError, match=r"config.json is not the file that was fetched"):
+        models_line(experiment, box.cache, deep=True)
+    said = box.fetch()
+    assert f"{folder / name} is not the file" in said and f"{folder / 'config.json'} is not the file" in said
+    assert len(box.hub.files_sent()) == 2
+    assert all((folder / name).read_bytes() == files[name] for name in (name, "config.json"))
+    deep = box.run("-m", "lib.cluster", "doctor", "--deep").stdout
+    assert re.search(r"^ok +models .*sha256 of .* GiB right, .* GB/s", deep, re.M), deep
+    for index, says in (("0", r"^model files: sha256 of .* GB/s"), ("1", r"^model files: sha256 right \d+ min ago")):
+        done = box.run(*job[:-1], index, **env)
+        assert done.returncode == 0 and re.search(says, done.stdout, re.M), done.stdout + done.stderr
 
 
 def test_the_hubs_own_sha256_is_compared(box: Box, files: dict[str, bytes]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from jobs.fetch import fetch
-from lib.cluster.local import free_gpus
+from lib.cluster.local import Plan, free_gpus, read_plan
 from lib.errors import UserError
 from lib.experiments import load
 from lib.store import merge, scan
@@ -46,7 +47,9 @@ class Box:
 
     def make(self, target: str, *settings: str) -> str:
         command = ["make", "-s", target, f"CONFIG={self.config}", *settings]
-        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=60, umask=0o002
+        )
         return done.stdout + done.stderr
 
     def counts(self) -> dict[str, int]:
@@ -87,9 +90,32 @@ def test_three_cells_on_two_workers(box):
     thaw(*box.frozen)
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
     assert max(overlaps(box)) <= 2
+    queue = next((box.scratch / "box" / "queue").glob("local-*"))
+    assert list(queue.rglob("*.pkl")) and queue.stat().st_mode & 0o777 == 0o700  # these are executed
+    shards = box.shards()
+    assert shards and {path.stat().st_mode & 0o777 for path in shards} == {0o664}  # these are read
     assert "35 shards hold, 0 do not" in box.make("verify")
     assert "nothing to submit" in box.make("submit-lls")
     assert "rows 40/40 100%" in box.make("logs", "TASK=2")
+
+
+@pytest.mark.parametrize("mode, owner", [(0o775, 0), (0o707, 0), (0o700, 12345)])
+def test_a_queue_that_others_could_have_written_is_not_run(tmp_path, mode, owner):
+    queue = tmp_path / "local-1"
+    queue.mkdir()
+    plan = {"command": ["true"], "cells": [0], "label": "box", "gpus": 0, "workers": 1}
+    (queue / "plan.json").write_text(json.dumps(plan))
+    queue.chmod(0o700)
+    assert read_plan(queue) == Plan(**plan)
+    queue.chmod(mode)
+    if owner:
+        os.chown(queue, owner, owner)
+    with pytest.raises(UserError, match="local-1 is not a folder of yours that nobody else can write to"):
+        read_plan(queue)
+    done = subprocess.run(
+        [sys.executable, "-m", "lib.cluster.local", str(queue)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (queue / "submitit").exists()
 
 
 def overlaps(box: Box) -> list[int]:

@@ -13,7 +13,7 @@ from tools import ROOT
 
 from lib.errors import UserError
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
-from lib.store.atomic import HOST, keep_others, whole_folder, write_bytes
+from lib.store.atomic import HOST, keep_others, own_folder, whole_folder, write_bytes
 from lib.store.shards import set_aside, sweep, to_hdf5
 
 SCHEMA = {
@@ -66,6 +66,20 @@ def test_a_shard_holds_what_was_given_and_says_so(cell):
     done, bad = scan(cell.path, DIGEST, deep=True)
     assert [m.start for m in done] == [20] and bad == []
     assert not list(cell.path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("umask, file, folder", [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+def test_results_follow_the_umask_and_what_is_executed_does_not(cell, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        marker = put(cell, table(100), 0, 100)
+        merged = merge(cell, SCHEMA, "{}")
+        private = own_folder(cell.path / "queue")
+    finally:
+        os.umask(before)
+    written = (marker.file, marker.path, merged, merged.with_suffix(".json"))
+    assert {path.stat().st_mode & 0o777 for path in written} == {file}
+    assert cell.path.stat().st_mode & 0o777 == folder and private.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_same_rows_give_the_same_file(cell):

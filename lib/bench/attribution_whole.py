@@ -15,6 +15,7 @@ from lib.bench.whole import run
 from lib.experiments import Attribution, load
 from lib.store.inputs import ModelInput, model_files, parameters, save_model, source_stamp
 from lib.store.samples import Rows, save_samples
+from lib.store.verified import hashes_by_name
 
 SAMPLES = 128
 CONFIG = """
@@ -64,8 +65,8 @@ def inputs(cache: Path, config: Path) -> None:
     folder = Path(experiment.model.id)
     count, body = parameters(folder)
     size = sum(path.stat().st_size for path in model_files(folder))
-    stamp = source_stamp(folder)
-    record = ModelInput(experiment.model.id, "main", "local", str(folder), "bench", count, body, 0, size, stamp)
+    about = (source_stamp(folder), hashes_by_name(folder))
+    record = ModelInput(experiment.model.id, "main", "local", str(folder), "bench", count, body, 0, size, *about)
     save_model(cache, record)
     rng = np.random.default_rng(0)
     for name, tokens, rows in (("general-0", TOKENS, SAMPLES), ("toxic", PROMPT_TOKENS, PROMPTS)):
