@@ -42,9 +42,9 @@ wait_for() { # wait_for SECONDS COMMAND...: until it succeeds
 choose_dir() { # socket paths end at 107 characters, of which Slurm's own names below DIR take up to 40
   if [ -z "$dir" ]; then
     dir=$repo/.slurm
-    if [ ${#dir} -gt 60 ]; then
+    if [ ${#dir} -gt 60 ] || [[ $dir == *[^A-Za-z0-9._/-]* ]]; then
       dir=/tmp/slurm-$(id -un)
-      echo "slurm-up: $repo/.slurm is too long a path for sockets; state lies in $dir"
+      echo "slurm-up: $repo/.slurm is too long a path for sockets, or one that slurm.conf cannot hold; state lies in $dir"
       ln -sfn "$dir" "$repo/.slurm"
     fi
   fi
@@ -161,7 +161,7 @@ export SUITE_SITE=\${SUITE_SITE:-$site} SUITE_THROTTLE=\${SUITE_THROTTLE:-$((nod
 export SUITE_SLURM=yes SBATCH_PARTITION=main SBATCH_CONSTRAINT=local
 $share
 unset SBATCH_ACCOUNT \${!SLURM_JOB*} \${!SLURM_STEP*}
-[ ! -f "$repo/env/\$SUITE_SITE.sh" ] || . "$repo/env/\$SUITE_SITE.sh"
+[ ! -f $(printf %q "$repo")/env/"\$SUITE_SITE".sh ] || . $(printf %q "$repo")/env/"\$SUITE_SITE".sh
 CONF
 }
 
