@@ -47,13 +47,14 @@ mine() { # mine DIR: a folder of ours, not a link to one, that nobody else can w
 choose_dir() { # socket paths end at 107 characters, of which Slurm's own names below DIR take up to 40
   if [ -z "$dir" ]; then
     dir=$repo/.slurm
-    if [ ${#dir} -gt 60 ]; then # the link remembers the folder; whoever could guess its name could make it first
+    if [ ${#dir} -gt 60 ] || [[ $dir == *[^A-Za-z0-9._/-]* ]]; then
+      # the link remembers the folder; whoever could guess its name could make it first
       dir=$(readlink "$repo/.slurm" || true)
       if ! mine "${dir:-/nowhere}"; then
         dir=$(mktemp -d /tmp/slurm-XXXXXXXX)
         ln -sfn "$dir" "$repo/.slurm"
       fi
-      echo "slurm-up: $repo/.slurm is too long a path for sockets; state lies in $dir"
+      echo "slurm-up: $repo/.slurm is too long a path for sockets, or one that slurm.conf cannot hold; state lies in $dir"
     fi
   fi
   mkdir -p "$dir"
@@ -179,7 +180,7 @@ export SUITE_SITE=\${SUITE_SITE:-$site} SUITE_THROTTLE=\${SUITE_THROTTLE:-$((nod
 export SUITE_SLURM=yes SBATCH_PARTITION=main SBATCH_CONSTRAINT=local
 $share
 unset SBATCH_ACCOUNT \${!SLURM_JOB*} \${!SLURM_STEP*}
-[ ! -f "$repo/env/\$SUITE_SITE.sh" ] || . "$repo/env/\$SUITE_SITE.sh"
+[ ! -f $(printf %q "$repo")/env/"\$SUITE_SITE".sh ] || . $(printf %q "$repo")/env/"\$SUITE_SITE".sh
 CONF
 }
 

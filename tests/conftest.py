@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = ("test_slurm_up", "test_local", "test_fetch", "test_fetch_bin", "test_fetch_trust", "test_prepare_hub")
+WAITING = (
+    "test_slurm_up",
+    "test_local",
+    "test_fetch",
+    "test_fetch_bin",
+    "test_fetch_trust",
+    "test_prepare_hub",
+    "test_advice",
+    "test_submissions",
+)
 TMP = Path("/tmp")  # sockets live there, and their paths must be short
 CI = os.environ.get("CI") == "true"
 END_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}

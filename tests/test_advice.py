@@ -19,7 +19,10 @@ def experiment(tmp_path):
     """A configuration of an odd name, an override with quotes and blanks, and what was printed so far."""
     folder = tmp_path / "it's here"
     folder.mkdir()
-    return Advised(small_lls(folder, "cat", "dog"), tmp_path / "scratch")
+    before = set((ROOT / "slurm" / "logs").iterdir())
+    yield Advised(small_lls(folder, "cat", "dog"), tmp_path / "scratch")
+    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
+        path.unlink()
 
 
 class Advised:

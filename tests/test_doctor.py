@@ -250,7 +250,7 @@ def test_one_line_a_check_and_the_exit_code(box: tuple[Path, Site]) -> None:
 def test_inputs_that_are_missing_fail_and_the_rest_is_checked(box: tuple[Path, Site], tmp_path: Path) -> None:
     Path(box[1].env["HF_TOKEN_PATH"]).unlink(missing_ok=True)
     done = call(box, SUITE_CACHE=str(tmp_path))
-    assert done.returncode == 1 and "known after `make fetch`" in done.stdout
+    assert done.returncode == 1 and "known after `make fetch CONFIG=" in done.stdout
     fails = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")]
     assert fails == ["models", "datasets"]
 

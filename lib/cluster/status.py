@@ -168,8 +168,8 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
         ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
         states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
-        for state, cell in zip(states, cells, strict=True):
-            if queue_note and state.state == "stale" and beats[cell.name][-1].get("job"):
+        for state in states:
+            if queue_note and state.state == "stale" and state.job:
                 state.state, state.note = "unknown", "its last word was that it runs"
         if sacct:
             for state in states:

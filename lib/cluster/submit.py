@@ -72,6 +72,8 @@ def sbatch_command(r: Request, indices: list[int], throttle: int, digest: str) -
 def _script(r: Request, digest: str) -> list[str]:
     """The batch script and what it is called with; --expect stops a task whose configuration or inputs were edited."""
     script = f"slurm/{r.experiment.job}.sbatch"
+    if r.config.suffix != ".yaml":
+        raise UserError(f"{r.config}: the batch script knows a configuration by its name's end; call it *.yaml")
     return [script, str(r.config), f"--expect={digest[:16]}", *r.overrides]
 
 

@@ -44,6 +44,9 @@ def overrides_of(text: str) -> list[str]:
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment in a file, with dotted key=value overrides applied."""
     path = Path(path)
+    for text in (str(path), *(overrides or [])):
+        if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes that are no text
+            raise UserError(f"{text!r} is not text in UTF-8")
     raw = _read(path)
     experiment = _validate(path, raw)
     if not overrides:
