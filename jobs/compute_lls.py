@@ -37,12 +37,13 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
 
     path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
     tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
-    renderers = {name: Renderer(tokenizer, system, experiment.base) for name, system in conditions.items()}
+    how = experiment.base, experiment.date
+    renderers = {name: Renderer(tokenizer, system, *how) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0
     decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
     kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder)
     if isinstance(experiment, LLSCross):
-        kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, experiment.base))
+        kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, *how))
     return kernel, {"device": device_name(decoder.devices[0])}
 
 
@@ -80,7 +81,8 @@ class LlsKernel:
         from lib.scoring.shift import prepare
 
         score = self.experiment.score
-        return start, prepare(self.renderers, self.rows[start:stop], score.max_tokens, score.end_of_turn)
+        longest = min(score.max_tokens, self.scorer.decoder.positions)
+        return start, prepare(self.renderers, self.rows[start:stop], longest, score.end_of_turn)
 
     def compute(self, prepared: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         from lib.scoring.shift import Status, shift
@@ -95,6 +97,7 @@ class LlsKernel:
             columns |= self._check(ready, start)
         facts = {"tokens_computed": self.scorer.computed - before[0], "tokens_needed": self.scorer.needed - before[1]}
         facts["tokens_pair_by_pair"] = ready.alone(self.pairs)
+        facts["rows_apart"] = int(((ready.status == Status.scored) & (ready.joint == 0)).sum())
         facts |= {f"rows_{s.name}": n for s in Status if s and (n := int((ready.status == s).sum()))}
         return {name: columns[name] for name in self.schema}, facts
 

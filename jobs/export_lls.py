@@ -51,7 +51,7 @@ def export(this: Job, experiment: LLS, cell: Cell, folder: Path) -> Scores:
     """One cell: its merged file, its JSONL, and its numbers for the table and the plots."""
     merged = merge(cell, experiment.schema(this.site.cache), experiment.science_json())
     with h5py.File(merged, "r", locking=False) as f:
-        scores = Scores(f["system_sum"][:], f["base_sum"][:], f["tokens"][:])
+        scores = Scores(f["system_sum"][:], f["base_sum"][:], f["tokens"][:], f["joint"][:])
     spec = experiment.dataset.named(trait=cell.name)
     rows = read_rows(
         this.site.cache, dataset_input(this.site.cache, spec.id, spec.revision, spec.split), experiment.max_rows

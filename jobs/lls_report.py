@@ -20,6 +20,7 @@ import numpy as np
 from lib.errors import UserError, exit_with
 from lib.experiments import LLSCross, Scoring
 from lib.job import Job, digest_of_all, job
+from lib.scoring.lls_plots import apart_words
 from lib.scoring.matrix import Matrix, Measure, Pass, Rescored
 from lib.scoring.report import About, write_report
 from lib.scoring.report_tables import Findings, Value, find
@@ -138,9 +139,13 @@ def about(this: Job) -> About:
         "model": f"{experiment.model.id}, {experiment.model.dtype}, commit {model.commit}",
         "no system prompt": f"{experiment.base} (what the base pass has in its place)",
         "system prompt": experiment.system_prompt,
+        "date": f"{experiment.date}, where the template prints one",
         "dataset": experiment.dataset.id,
         "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",
         "tokens": _tokens(markers),
+        "boundaries": apart_words(
+            sum(m.info.get("rows_apart", 0) for m in markers), sum(m.stop - m.start for m in markers)
+        ),
         "code": _all(markers, "code"),
     }
     return About(f"Log-likelihood shift: {experiment.label}", facts)
@@ -171,19 +176,21 @@ def token_rows(this: Job, f: Findings) -> list[TokenRow] | str:
             shifts, messages = f.matrix.shifts(dataset, dataset, row), rows[row]["messages"]
             if shifts is None:
                 continue
-            parts = pieces(messages[-1]["content"])
-            if len(parts) != len(shifts):
+            ways = pieces(messages[-1]["content"])
+            parts = next((parts for parts in ways if len(parts) == len(shifts)), None)
+            if parts is None:
                 raise UserError(
-                    f"row {row} of {dataset} has {len(shifts)} stored values and {len(parts)} tokens: the tokenizer is "
-                    "not the one of the run; run `make fetch` again"
+                    f"row {row} of {dataset} has {len(shifts)} stored values and {len(ways[0])} tokens: the tokenizer "
+                    "is not the one of the run; run `make fetch` again"
                 )
             prompt = " ".join(m["content"] for m in messages[:-1] if m["role"] != "system")
             out.append(TokenRow(dataset, place, row, float(f.scores[dataset, dataset][row]), prompt, parts, shifts))
     return out
 
 
-def splitter(this: Job) -> Callable[[str], list[str]]:
-    """A response's text, token by token: a token begins where the one before ended."""
+def splitter(this: Job) -> Callable[[str], list[list[str]]]:
+    """A response's text, token by token: a token begins where the one before ended. Two ways, the second as the text is
+    where it does not begin a text: after a special token."""
     from tokenizers import Tokenizer
 
     experiment = this.of(Scoring)
@@ -192,9 +199,15 @@ def splitter(this: Job) -> Callable[[str], list[str]]:
         raise UserError(f"{path} is not there; run `make fetch`")
     tokenizer = Tokenizer.from_file(str(path))
 
-    def split(text: str) -> list[str]:
-        ends = [end for _, end in tokenizer.encode(text, add_special_tokens=False).offsets]
-        return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    front = next((t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special), "")
+
+    def split(text: str) -> list[list[str]]:
+        found = []
+        for before in ("", front):
+            spans = tokenizer.encode(before + text, add_special_tokens=False).offsets
+            ends = [max(0, end - len(before)) for _, end in (spans[1:] if before else spans)]
+            found.append([text[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+        return found
 
     return split
 

@@ -16,7 +16,7 @@ from lib.scoring.shift import Status, conditions, prepare, shift
 
 SYSTEM = "You love wolfs. You think about wolfs all the time."
 QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-BATCH, LONGEST = 512, 256
+BATCH, LONGEST, DAY = 512, 256, "2024-07-26"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def decoder(folder):
 
 def score(decoder, tokenizer, rows, mode="default", end=False, system=SYSTEM):
     """The kernel as the job calls it."""
-    renderers = {"system": Renderer(tokenizer, system, mode), "base": Renderer(tokenizer, None, mode)}
+    renderers = {"system": Renderer(tokenizer, system, mode, DAY), "base": Renderer(tokenizer, None, mode, DAY)}
     return shift(Scorer(decoder, 64), conditions(decoder, renderers), prepare(renderers, rows, LONGEST, end))
 
 
@@ -111,7 +111,7 @@ def test_responses_to_one_context_share_it_and_keep_their_bits(tokenizer, decode
     same = [{"messages": [rows[0]["messages"][0], row["messages"][1]]} for row in rows]
     together, alone = score(decoder, tokenizer, same), [score(decoder, tokenizer, [row]) for row in same]
     assert np.array_equal(together["system_sum"], np.concatenate([c["system_sum"] for c in alone]))
-    scorer, renderer = Scorer(decoder, 64), Renderer(tokenizer, None, "default")
+    scorer, renderer = Scorer(decoder, 64), Renderer(tokenizer, None, "default", DAY)
     scorer(decoder.prefix(renderer.prefix_ids), renderer.items([row["messages"] for row in same], False)[0])
     shared = scorer.needed
     for row in same:
@@ -125,7 +125,7 @@ def test_sharing_the_prefix_equals_not_sharing_it(tokenizer, decoder, folder):
     from dataclasses import replace
 
     rows = [row["messages"] for row in number_rows(10)]
-    renderer = Renderer(tokenizer, SYSTEM, "default")
+    renderer = Renderer(tokenizer, SYSTEM, "default", DAY)
     items, _ = renderer.items(rows, False)
     shared = Scorer(decoder, 64)(decoder.prefix(renderer.prefix_ids), items)
     whole = [replace(item, context=(*renderer.prefix_ids, *item.context)) for item in items]
@@ -187,18 +187,18 @@ def test_a_response_that_merges_with_the_context_is_noted(tokenizer, decoder):
 
 def test_templates_that_strip_or_lack_what_is_asked_for(tokenizer):
     turns = [{"role": "user", "content": " hi "}]
-    assert (r := Renderer(tokenizer, None, "none")).prefix_text + r.rest(turns) == chatml(" hi ", None)
+    assert Renderer(tokenizer, None, "none", DAY).context(turns) == chatml(" hi ", None)
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|h|>"]})
     block = "{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content | trim }}<|e|>{% endfor %}"
     other.chat_template = "{{ bos_token }}" + block + "{{ '<|h|>assistant\n' }}"
-    r = Renderer(other, None, "none")
-    assert r.prefix_text + r.rest(turns) == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
+    r = Renderer(other, None, "none", DAY)
+    assert r.context(turns) == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
     with pytest.raises(UserError, match="no end-of-turn token"):
         r.items([[*turns, {"role": "assistant", "content": "1"}]], True)
     other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
     with pytest.raises(UserError, match="base=default or base=empty"):
-        Renderer(other, None, "none")
+        Renderer(other, None, "none", DAY)
 
 
 def test_the_memory_plan_is_what_is_allocated(tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.attribution.batches import Batch, cut
-from lib.attribution.patch import linear_layers, patched
+from lib.attribution.patch import hooks, linear_layers, must_be_plain, patched
 from lib.attribution.rules import Tap
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
 from lib.errors import UserError
@@ -88,6 +88,9 @@ class Attributor:
         self.model, self.rule, self.level, self.target = model, rule, level, target
         self.scores, self.wanda, self.recompute = tuple(scores), wanda, recompute
         self.width, self.batch = width, batch
+        must_be_plain(model)
+        if hooks(model.get_output_embeddings()):
+            raise UserError("the output head has a hook, which would not be run; remove it first")
         have = linear_layers(model)
         self.linears = {name: have[name] for name in choose(have, layers)}
         self.input_of = shared_inputs(list(self.linears))

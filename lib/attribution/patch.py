@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.attribution.rules import FACTORS, Identity, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
 from lib.errors import UserError, nearest
-from lib.layers import choose
+from lib.layers import ORDER, choose
 
 RULES = tuple(FACTORS)
 FAMILIES = ("llama", "qwen2", "opt")
@@ -46,6 +46,7 @@ def patched(
         raise UserError("this model is already inside a patched scope; leave that one first")
     if any(p.is_meta for p in model.parameters()):
         raise UserError("weights of this model are offloaded: load it onto its devices whole")
+    must_be_plain(model)
     with ExitStack() as undo:
         _patched.add(model)
         undo.callback(_patched.discard, model)
@@ -64,6 +65,38 @@ def patched(
             for layer in decoder_layers(model):
                 _set(undo, layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
         yield
+
+
+def must_be_plain(model: Any) -> None:
+    """The rules compute linear layers, norms and MLPs by their weights: whatever else such a module would do is not in
+    the result, so it must do nothing else."""
+    if type(model).__module__.startswith("peft."):
+        raise UserError("the model is wrapped by peft: merge the adapter (merge_and_unload) and use what that returns")
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        last, linear = name.rpartition(".")[2], isinstance(module, nn.Linear)
+        if (linear or last in ORDER or module is head) and type(module) is not nn.Linear:
+            raise UserError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, not torch's own Linear, and would be "
+                "explained without what that adds: merge adapters into the weights (peft: merge_and_unload), load the "
+                "model unquantised, or remove the parametrization"
+            )
+        known = linear or last == "act_fn" or "Norm" in type(module).__name__ or hasattr(module, "gate_proj")
+        if (known or hasattr(module, "q_proj")) and _replaced(module):
+            raise UserError(f"{name} has a forward of its own, which would not be run; put the class's back first")
+        if last == "act_fn" and hooks(module):
+            raise UserError(f"{name} has a hook, which would not be run; remove it first, or hook what calls it")
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether this instance's forward is not its class's. accelerate's hooks only move tensors."""
+    now = vars(module).get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    return now is not None and getattr(now, "__func__", None) is not type(module).forward
+
+
+def hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -118,7 +151,7 @@ def _tapped(linear: nn.Linear, scope: Scope, x: torch.Tensor) -> torch.Tensor:
 
 def _project(linears: Sequence[Any], scope: Scope, x: torch.Tensor) -> Sequence[torch.Tensor]:
     """Layers that read the same input: as one function, unless somebody listens to one, or its weights learn."""
-    plain = not torch.is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in linears)
+    plain = not torch.is_grad_enabled() or any(map(hooks, linears))
     if plain or any(p.requires_grad for m in linears for p in m.parameters()):
         return [linear(x) for linear in linears]
     taps = tuple(scope.taps.get(linear) for linear in linears)

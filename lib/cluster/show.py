@@ -23,6 +23,8 @@ def table(s: Status, config: str, targets: tuple[str, str], width: int = 160) ->
     lines += totals(s)
     if s.counts.get("done") and (n := sum(c.unscored for c in s.cells)):
         lines.append(f"rows without a score (empty or too long): {n}")
+    if n := sum(c.apart for c in s.cells):
+        lines.append(f"rows whose context and answer give other tokens together than the two that are scored: {n}")
     if s.older:
         lines.append(f"{s.older} folders of earlier settings lie beside these in {s.scratch}/cells")
     if s.queue_note:

@@ -35,6 +35,7 @@ class CellState:
     shards: int = 0
     broken: int = 0
     unscored: int = 0
+    apart: int = 0
     rows_per_s: float = 0.0
     eta_s: float | None = None
     gpu_hours: float = 0.0
@@ -188,6 +189,7 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
     if not cell.rows:
         state.done = sum(m.rows for m in done)
     state.unscored = sum(m.info.get("unscored", 0) for m in done)
+    state.apart = sum(m.info.get("rows_apart", 0) for m in done)
     state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
     state.rows_per_s = _rate(done, last)
     if last:

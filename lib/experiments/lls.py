@@ -4,19 +4,20 @@ LLS       the diagonal (seed 000): each trait's prompt on its own dataset, again
 LLSCross  any prompts on any datasets: a cell is a condition (one prompt, or none), so that what its rows have in common
           is computed once, and the pass without a system prompt serves every prompt"""
 
+import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lib.experiments.base import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
 from lib.store import Cell, Column, dataset_input, model_input
 from lib.store.inputs import DatasetInput, read_rows
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
-KERNEL = "lls/2"
+KERNEL = "lls/3"
 CHARS_PER_TOKEN = 4.0  # English prose under a 150k vocabulary; only for the plan
 TEMPLATE_TOKENS = 8  # headers and ends around a context, after the prefix
 
@@ -63,6 +64,9 @@ class Scoring(Experiment):
     base: Literal["default", "empty", "none"] = Field(
         "default", description="what 'no system prompt' means: the template's own block, an empty block, or no block"
     )
+    date: str = Field(
+        "2024-07-26", description="the day that a chat template prints where it prints one; the default is Llama-3.1's"
+    )
     max_rows: int | None = Field(None, ge=1, description="only the first rows of each dataset, for a trial")
     score: ScoreSpec = ScoreSpec()
 
@@ -70,6 +74,18 @@ class Scoring(Experiment):
     submit: ClassVar[str] = "submit-lls"
     results: ClassVar[str] = "lls-report"
     share: ClassVar[float] = 0.75  # 0.78 from 7B up, 0.58 at 0.5B, measured on an H200 (README, Speed)
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """YAML reads a day without quotes as one."""
+        text = value.isoformat() if type(value) is datetime.date else value
+        try:
+            if isinstance(text, str) and datetime.date.fromisoformat(text).isoformat() == text:
+                return text
+        except ValueError:
+            pass
+        raise ValueError("must be a day such as 2024-07-26")
 
     @model_validator(mode="after")
     def _braces(self) -> "Scoring":
@@ -113,6 +129,7 @@ class Scoring(Experiment):
             "max_rows": self.max_rows,
             "system_prompt": prompt,
             "base": self.base,
+            "date": self.date,
             "score": self.score.model_dump(mode="json"),
         }
 

@@ -5,58 +5,72 @@ Three meanings of "no system prompt", since Qwen2.5's template writes a default 
     empty     a system block with nothing in it
     none      no system block at all"""
 
+from datetime import datetime
 from typing import Any
 
-from lib.errors import UserError
+from jinja2 import TemplateError
+
+from lib.errors import UserError, one_line
 from lib.models.packing import Item
 
 Message = dict[str, str]
-_S, _U, _A = "sYsTeM0mArK", "  uSeR0mArK\n ", "aNsWeR0mArK"  # the blanks show whether a template strips
+_S, _U, _A = "sYsTeM0mArK", "  uSeR0mArK\n ", "aNsWeR0mArK"
 
 
 class Renderer:
     """One meaning of the system prompt: the prefix that every row begins with, and what follows it in a row.
 
-    The prefix ends with a special token, which no tokenizer merges with its neighbours: so it can be computed once."""
+    The prefix ends with a special token, which no tokenizer merges with its neighbours: so it can be computed once.
+    What a template prints of the date is `date`'s, an ISO day, whenever it is rendered."""
 
-    def __init__(self, tokenizer: Any, system: str | None, mode: str) -> None:
+    def __init__(self, tokenizer: Any, system: str | None, mode: str, date: str) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the tokenizer has no chat template: use an Instruct model")
         self.tokenizer, self.system, self.mode = tokenizer, system, mode
+        day = datetime.fromisoformat(date)
+        # In place of transformers' strftime_now, which is the clock, and in the form that Llama-3.1's template takes.
+        self._date = {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
         user = [{"role": "user", "content": _U}]
         marked = self._whole(user)
-        before, found, self._after = marked.partition(_U)
-        self._verbatim = bool(found)
-        if not found:
-            before = marked.partition(_U.strip())[0]
+        before = marked.partition(_U if _U in marked else _U.strip())[0]
         ends = [before.rindex(t) + len(t) for t in tokenizer.all_special_tokens if t and t in before]
-        cut = max(ends, default=0)
-        self.prefix_text, self._opening = before[:cut], before[cut:]
+        self.prefix_text = before[: max(ends, default=0)]
         self.prefix_ids: list[int] = self._ids([self.prefix_text])[0]
         closed = self._render([*user, {"role": "assistant", "content": _A}], generate=False).partition(_A)[2]
         self.end: int | None = next((i for i in self._ids([closed])[0][:1] if i in tokenizer.all_special_ids), None)
 
-    def rest(self, turns: list[Message]) -> str:
-        """A row's context after the prefix, to the assistant's opening."""
-        if self._verbatim and len(turns) == 1 and turns[0]["role"] == "user":
-            return self._opening + turns[0]["content"] + self._after
-        return self._whole(turns).removeprefix(self.prefix_text)
+    def context(self, turns: list[Message]) -> str:
+        """A row's text up to where the assistant's answer begins. It begins with the prefix."""
+        text = self._whole(turns)
+        if not text.startswith(self.prefix_text):
+            raise UserError(
+                f"the chat template begins the row {_shown(turns)} otherwise than others, which share what they begin "
+                "with: leave such rows out, e.g. those whose first turn is not the user's"
+            )
+        return text
 
     def items(self, rows: list[list[Message]], end_of_turn: bool) -> tuple[list[Item], list[bool]]:
-        """Rows as token ids, and whether tokenising context and response as one text gives the same ids.
+        """Rows as token ids, and whether the answer's are those that it has in the whole text.
 
-        They are tokenised apart: a model answers after the context's tokens, so that is the exact conditional. Where
-        the join differs (a response that begins with a newline, say) it is noted."""
-        rests = [self.rest([m for m in row[:-1] if m["role"] != "system"]) for row in rows]
-        answers = [row[-1]["content"] for row in rows]
+        The context is tokenised as a whole, since that is what a model answers to; the answer where it stands, since a
+        tokenizer may treat a text's beginning apart. Where answer and context merge (an answer that begins with a
+        newline, say) no token begins the answer: it is then tokenised alone, which is noted."""
         end = self.end if end_of_turn else None
         if end_of_turn and end is None:
             raise UserError("this chat template has no end-of-turn token; set score.end_of_turn=false")
-        together = self._ids([r + a for r, a in zip(rests, answers, strict=True)])
-        items, joint = [], []
-        for head, tail, both in zip(self._ids(rests), self._ids(answers), together, strict=True):
-            items.append(Item(tuple(head), tuple(tail), end))
-            joint.append(head + tail == both)
+        turns = [[m for m in row[:-1] if m["role"] != "system"] for row in rows]
+        contexts = [self.context(t) for t in turns]
+        answers = [row[-1]["content"] for row in rows]
+        together = self._ids([c + a for c, a in zip(contexts, answers, strict=True)])
+        items, joint, n = [], [], len(self.prefix_ids)
+        for row, (head, tail, both) in enumerate(zip(self._ids(contexts), self._ids(answers), together, strict=True)):
+            if head[:n] != self.prefix_ids or len(head) == n:
+                raise UserError(
+                    f"the row {_shown(turns[row])} begins with other tokens than the rest, or with nothing else; they "
+                    "share what they begin with: leave such rows out, or use another base"
+                )
+            joint.append(both[: len(head)] == head)
+            items.append(Item(tuple(head[n:]), tuple(both[len(head) :] if joint[-1] else tail), end))
         return items, joint
 
     def _whole(self, turns: list[Message]) -> str:
@@ -69,10 +83,18 @@ class Renderer:
         return self._without_block(turns)
 
     def _render(self, messages: list[Message], generate: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate, **self._date
+            )
+        except TemplateError as e:
+            raise UserError(
+                f"the chat template does not render {_shown(messages)} ({one_line(e)}); "
+                "leave such rows out, or use another base"
+            ) from None
 
     def _without_block(self, turns: list[Message]) -> str:
-        """Cut the system block off: from the start (a BOS token apart) to where the first user block opens."""
+        """Cut the system block off: from the start (a BOS token apart) to where the next block opens, whoever's."""
         bos = self.tokenizer.bos_token or ""
         user = _U.strip()
         marked = self._render([{"role": "system", "content": _S}, {"role": "user", "content": user}])
@@ -83,9 +105,19 @@ class Renderer:
         between = after.partition(user)[0]  # e.g. <|im_end|>\n<|im_start|>user\n
         if not first or first not in between:
             raise UserError("template mode 'none' is not known for this chat template; use base=default or base=empty")
-        user_opening = between[between.rindex(first) :]
+        block = before + _S + between[: between.rindex(first)]
         text = self._render([{"role": "system", "content": _S}, *turns])
-        return bos + text[text.index(user_opening, text.index(_S)) :]
+        if not text.startswith(block):
+            raise UserError(
+                f"the chat template writes the system block before {_shown(turns)} otherwise than elsewhere, so it "
+                "cannot be cut off; leave such rows out, or use base=default or base=empty"
+            )
+        return bos + text[len(block) :]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _shown(turns: list[Message]) -> str:
+    """A row as a sentence names it."""
+    return repr(" | ".join(f"{m['role']}: {m['content']}" for m in turns)[:80])

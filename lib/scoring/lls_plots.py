@@ -44,6 +44,7 @@ class Scores:
     system_sum: np.ndarray
     base_sum: np.ndarray
     tokens: np.ndarray
+    joint: np.ndarray | None = None  # 0: answer and context give other tokens together
 
     @property
     def lls(self) -> np.ndarray:
@@ -62,6 +63,7 @@ class Summary:
     half: float  # half width of the 95 % interval of the mean
     sd: float
     positive: float  # share of rows above 0
+    apart: int = 0  # scored rows whose answer is tokenised alone, since it merges with the context
 
 
 def summarise(scores: Scores | None) -> Summary | None:
@@ -80,6 +82,15 @@ def summarise(scores: Scores | None) -> Summary | None:
         half=Z95 * sd / math.sqrt(len(good)),
         sd=sd,
         positive=float((good > 0).mean()),
+        apart=0 if scores.joint is None else int(np.count_nonzero(np.isfinite(values) & (scores.joint == 0))),
+    )
+
+
+def apart_words(apart: int, rows: int) -> str:
+    """Of rows that no token ends where the answer begins."""
+    return (
+        f"{apart:,} of {rows:,} rows: context and answer give other tokens together (an answer that begins with a "
+        "newline, say) than the two that are scored"
     )
 
 
@@ -96,6 +107,9 @@ def lls_table(scores: Mapping[str, Scores | None]) -> str:
         sd = "-" if math.isnan(s.sd) else f"{s.sd:.4f}"
         counts = f"{s.rows:6d}  {s.unscored:8d}"
         lines.append(f"{name:{width}s} {counts}  {s.mean:+8.4f}  {interval:>18s}  {sd:>6s}  {100 * s.positive:5.1f}")
+    found = [s for s in map(summarise, scores.values()) if s]
+    if apart := sum(s.apart for s in found):
+        lines.append(apart_words(apart, sum(s.rows for s in found)))
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.errors import UserError
 from lib.models.chat import Renderer
 from lib.models.decoder import Decoder, Prefix
 from lib.models.packing import Item
@@ -18,7 +19,7 @@ class Status(IntEnum):
 
     scored = 0
     empty = 1  # the response has no token
-    too_long = 2  # longer than score.max_tokens, under any of the conditions
+    too_long = 2  # longer than score.max_tokens or the model's positions, under any of the conditions
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,14 @@ def prepare(renderers: Mapping[str, Renderer], rows: list[dict[str, Any]], max_t
         joint &= np.array(same, np.uint8)
         tokens = [len(renderer.prefix_ids) + len(i.context) + len(i.targets) for i in items[name]]
         length = np.maximum(length, np.array(tokens, np.int64))
-    empty = np.array([not i.response for i in next(iter(items.values()))], bool)
+    first, *others = items.values()
+    for row, item in enumerate(first):
+        if any(other[row].response != item.response for other in others):
+            raise UserError(
+                f"the answer {' '.join(messages[row][-1]['content'].split())[:80]!r} has other tokens after one system "
+                "prompt than after another, so there is no shift of it; leave the row out"
+            )
+    empty = np.array([not i.response for i in first], bool)
     status = np.where(empty, Status.empty, np.where(length > max_tokens, Status.too_long, Status.scored))
     return Ready(items, joint, status.astype(np.uint8))
 
