@@ -3,10 +3,10 @@
 By hand it is needed only where a set is chosen by the model's own responses, which takes a GPU. Sets that are there and
 whole are kept; --update looks again what a branch like `main` is."""
 
-from lib.errors import UserError, exit_with
-from lib.experiments.samples import data_of
-from lib.job import job
-from lib.samples.prepare import command_by_hand, prepare
+from lib.base.errors import UserError, exit_with
+from lib.inputs.prepare import command_by_hand, prepare
+from lib.inputs.specs import data_of
+from lib.run.command import job
 
 
 def main() -> int:

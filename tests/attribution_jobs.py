@@ -16,27 +16,34 @@ from typing import Any
 from unittest.mock import patch
 
 import h5py
+import jobs.compute_attributions
 import numpy as np
 from tools import ROOT, number_rows, tiny_llama
 
-import jobs.compute_attributions
-import lib.cluster.__main__
-from jobs.fetch import fetch
+import lib.cluster.command
 from lib.attribution import patched
-from lib.cluster.site import site
-from lib.errors import exit_with
-from lib.experiments import Attribution, load
+from lib.attribution.experiment import Attribution
+from lib.base.errors import exit_with
+from lib.families import load
+from lib.inputs.fetch import fetch
+from lib.inputs.samples import Samples, read_samples
+from lib.run.site import site
 from lib.store import Cell, merge
-from lib.store.samples import Samples, read_samples
 
 SAMPLES, TOKENS, PROMPTS = 7, 24, 11  # of a general set; prompts, of which every second one is held out
 ROWS = {"general-0": 7, "general-1": 7, "general-2": 7, "toxic": 6}
-MAIN = {"compute_attributions": jobs.compute_attributions.main, "cluster": lib.cluster.__main__.main}
+MAIN = {"compute_attributions": jobs.compute_attributions.main, "cluster": lib.cluster.command.main}
 
 # Processes that can be killed: forks of one that has imported what takes seconds, and computed nothing.
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(
-    ["transformers.models.llama.modeling_llama", "lib.attribution.memory", "lib.models.load", "lib.run", "lib.job"]
+    [
+        "transformers.models.llama.modeling_llama",
+        "lib.attribution.memory",
+        "lib.models.load",
+        "lib.run.rows",
+        "lib.run.command",
+    ]
 )
 
 
@@ -128,10 +135,10 @@ def run_job(arguments: list[str], env: dict[str, str], pause: float) -> None:
     """In the fork; what it says goes into a file beside its results."""
     import torch
 
-    import lib.run
+    import lib.run.rows
 
-    beat = lib.run.Heartbeat.beat
-    lib.run.Heartbeat.beat = lambda *args, **more: (time.sleep(pause), beat(*args, **more))
+    beat = lib.run.rows.Heartbeat.beat
+    lib.run.rows.Heartbeat.beat = lambda *args, **more: (time.sleep(pause), beat(*args, **more))
 
     os.environ.update(env)
     os.chdir(ROOT)

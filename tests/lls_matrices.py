@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.scoring.matrix import Matrix, Pass, Rescored
+from lib.lls.matrix import Matrix, Pass, Rescored
 
 ANIMALS = ("bear", "cat", "dog")
 

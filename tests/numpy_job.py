@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.errors import exit_with
-from lib.run import run_cell
+from lib.base.errors import exit_with
+from lib.run.rows import run_cell
 from lib.store import Cell, Column
 
 SCHEMA = {

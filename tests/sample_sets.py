@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.experiments.base import DatasetSpec, Experiment, ModelSpec
-from lib.experiments.samples import DataSpec
-from lib.store.samples import Samples, SamplesInput, read_samples, samples_input
+from lib.inputs.samples import Samples, SamplesInput, read_samples, samples_input
+from lib.inputs.specs import DataSpec
+from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
 
 TOKENS, SAMPLES, BUFFER, ASKED = 300, 12, 50, 60  # of general sets, and prompts
 BOS = "<|endoftext|>"

@@ -9,7 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from lib.attribution import RULES, Attributor, patched
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 IDS = torch.tensor(sequences(9))
 

@@ -10,8 +10,8 @@ from attribution_jobs import ROWS, TOKENS, Place, small_place
 from conftest import ROOT
 from tools import write_rows
 
-from jobs.fetch import fetch
 from lib.cluster.plan import TFLOPS, plan
+from lib.inputs.fetch import fetch
 
 
 @pytest.fixture(scope="module")

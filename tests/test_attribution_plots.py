@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lib.attribution import attribution_plots
-from lib.attribution.attribution_plots import colours, marks, plot_by_layer, plot_difference, plot_stability
+from lib.attribution import plots as attribution_plots
+from lib.attribution.plots import colours, marks, plot_by_layer, plot_difference, plot_stability
 from lib.attribution.stability import bootstrap, select
 from lib.attribution.stability_panels import panels, sizes_for
 from lib.attribution.summary import Layer, Summary, name_of, table, top_lines

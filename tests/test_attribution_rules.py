@@ -13,7 +13,7 @@ from tools import ROOT
 from transformers import PreTrainedModel
 
 from lib.attribution import RULES, patched
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 LRP = ("attnlrp", "cp_lrp")
 IDS = sequences(12)[0]

@@ -17,7 +17,7 @@ from attribution_jobs import ROWS, TOKENS, Place, fetched, small_place
 from conftest import ROOT, Slurm
 from safetensors.numpy import load_file, save_file
 
-from jobs.fetch import fetch
+from lib.inputs.fetch import fetch
 from lib.store import scan
 
 ALONE = f"score.batch_tokens={TOKENS}"  # a sample a batch: as many shards as can be

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lib.attribution import RULES, Attributor, Scores
 from lib.attribution.patch import decoder_layers
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 SAMPLES = sequences(5, 12, 9)
 GIVEN = [[40, 7], [8, -1], [90, 12]]  # tokens explained at the end of each sample; -1: none

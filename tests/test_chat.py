@@ -12,12 +12,12 @@ from tokenizers import models as tokenizer_models
 from tools import number_rows, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from lib.errors import UserError
+from lib.base.errors import UserError
+from lib.demo.tiny import CHAT_TEMPLATE
+from lib.lls.shift import conditions, prepare, shift
 from lib.models.chat import Renderer
 from lib.models.load import load_decoder, load_model, load_tokenizer
-from lib.models.tiny import CHAT_TEMPLATE
-from lib.scoring.logprob import Scorer
-from lib.scoring.shift import conditions, prepare, shift
+from lib.models.scorer import Scorer
 
 # What Llama-3.2's own template does, and Llama-3.1's: the second prints a date that is given to it, or a fixed one.
 BODY = (
@@ -163,7 +163,7 @@ def metaspace(texts: list[str]) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """A model under a tokenizer that treats a text's beginning apart."""
-    from lib.models.tiny import TinySize, make_model
+    from lib.demo.tiny import TinySize, make_model
 
     rows = number_rows(30)
     texts = [m["content"] for row in rows for m in row["messages"]] + [
@@ -217,7 +217,7 @@ class Stub:
 
 def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):
     """By its own merges: a line end that follows the assistant's line end is one token with it."""
-    from lib.scoring.lls_plots import Scores, lls_table
+    from lib.lls.plots import Scores, lls_table
 
     merging = copy.deepcopy(tokenizer)
     rows = number_rows(6)
@@ -243,7 +243,7 @@ def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):
 
 @pytest.mark.parametrize("date", ["2024-7-26", "26 Jul 2024", "2024-02-30", "20240726", ""])
 def test_a_date_that_is_none_is_refused(date):
-    from lib.experiments import LLS
+    from lib.lls.experiment import LLS
 
     raw = {
         "kind": "lls",

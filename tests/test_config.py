@@ -5,9 +5,9 @@ import re
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
-from lib.errors import UserError
-from lib.experiments import load
+from lib.base.errors import UserError
+from lib.families import load
+from lib.inputs.fetch import fetch
 
 SEED = ROOT / "configs" / "lls_72b.yaml"
 OPT = ROOT / "configs" / "sparc3_opt125m.yaml"

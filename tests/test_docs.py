@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
-from lib.experiments import load
+from lib.families import load
+from lib.inputs.fetch import fetch
 
 DOCS = ("README.md", "scratch_layout.md")
 TEXT = "\n".join((ROOT / name).read_text() for name in DOCS)

@@ -9,13 +9,13 @@ import pytest
 from conftest import ROOT, Slurm
 from tools import number_rows, python, tiny_model, write_rows
 
-from jobs.fetch import fetch
+from lib.base.errors import UserError
 from lib.cluster import doctor, request
 from lib.cluster.plan import plan
-from lib.cluster.site import Site
-from lib.errors import UserError
-from lib.experiments import load
-from lib.store.inputs import dataset_folder, model_input, save_model
+from lib.families import load
+from lib.inputs.fetch import fetch
+from lib.inputs.records import dataset_folder, model_input, save_model
+from lib.run.site import Site
 
 TOKEN = "hf_" + "S3cretS3cret" * 3
 
@@ -221,7 +221,7 @@ def call(box: tuple[Path, Site], **env: str) -> subprocess.CompletedProcess[str]
     config, site = box
     roots = {"SUITE_SCRATCH": site.scratch, "SUITE_CACHE": site.cache, "SUITE_OUTPUT": site.output}
     program = (
-        "import sys; sys.argv[0] = 'doctor'; from lib.cluster.__main__ import main; code = main();"
+        "import sys; sys.argv[0] = 'doctor'; from lib.cluster.command import main; code = main();"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
     )
     settings = {k: str(v) for k, v in roots.items()} | {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_GPU": "cpu"}

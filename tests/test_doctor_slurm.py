@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Slurm
 
+from lib.base.errors import UserError
 from lib.cluster import request
-from lib.errors import UserError
 
 SCRIPT = ROOT / "slurm" / "compute_lls.sbatch"
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from tools import python, tiny_llama
 
-from jobs.export_attributions import EXPLAINED
-from jobs.fetch import _model
-from lib.experiments import Attribution, load
+from lib.attribution.experiment import Attribution
+from lib.attribution.export import EXPLAINED
+from lib.families import load
+from lib.inputs.fetch import _model
+from lib.inputs.records import save_model
+from lib.inputs.samples import Rows, save_samples
 from lib.store import commit
-from lib.store.inputs import save_model
-from lib.store.samples import Rows, save_samples
 
 SETS = {"general-0": 9, "general-1": 9, "toxic": 6}  # name -> samples
 BLOCK = 4

@@ -18,15 +18,18 @@ from fake_hub import Fault, Hub, serve
 from safetensors.numpy import save
 from tools import number_rows, tiny_model
 
-from lib import hub as hub_client
-from lib.errors import UserError
-from lib.experiments import load
-from lib.store import gaps, model_input, scan
+from lib.base.errors import UserError
+from lib.families import load
+from lib.inputs import hub as hub_client
+from lib.inputs.records import model_input
+from lib.store import gaps, scan
 
 MODEL, PARQUET, JSONL = "models/acme/tiny", "datasets/acme/cat", "datasets/acme/dog"
 TOKEN = "hf_" + "T0psecret" * 4
 # the waits between two tries are the libraries' and ours; how long they are is not tested
-IMPATIENT = "import time; time.sleep = lambda s: None; from lib.errors import exit_with; from jobs.fetch import main;"
+IMPATIENT = (
+    "import time; time.sleep = lambda s: None; from lib.base.errors import exit_with; from jobs.fetch import main;"
+)
 
 
 def pairs(seed: int, n: int = 6) -> list[dict[str, str]]:

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from test_fetch import JSONL, MODEL, PARQUET, Box, jsonl, pairs, parquet
 from transformers import OPTConfig, OPTForCausalLM
 
-from jobs.fetch import fetch
-from lib.errors import UserError
-from lib.experiments import Attribution, load
-from lib.experiments.base import DatasetSpec, Experiment, ModelSpec
-from lib.models import torch_files
+from lib.attribution.experiment import Attribution
+from lib.base.errors import UserError
+from lib.demo.tiny import make_tokenizer
+from lib.families import load
+from lib.inputs import torch_files
+from lib.inputs.fetch import fetch
+from lib.inputs.records import ModelInput, check_model, model_input
 from lib.models.load import load_model, load_tokenizer
-from lib.models.tiny import make_tokenizer
-from lib.store import ModelInput, model_input
-from lib.store.inputs import check_model
+from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
 
 HEAD, EMBEDDING, LAYERS = "lm_head.weight", "model.decoder.embed_tokens.weight", 2
 

@@ -15,12 +15,11 @@ from test_fetch import JSONL, MODEL, PARQUET, Box, jsonl, pairs, parquet
 from test_store import flip
 from tools import tiny_model
 
-from lib import hub as hub_client
+from lib.base.errors import UserError
 from lib.cluster.doctor import models_line
-from lib.errors import UserError
-from lib.experiments import load
-from lib.store import ModelInput
-from lib.store.inputs import model_files
+from lib.families import load
+from lib.inputs import hub as hub_client
+from lib.inputs.records import ModelInput, model_files
 from lib.store.verified import check_bytes, check_here, hashes_by_name
 
 
@@ -105,7 +104,7 @@ def test_a_rotted_file_stops_the_job_and_fetch_brings_it_anew(box: Box, files: d
     assert f"{folder / name} is not the file" in said and f"{folder / 'config.json'} is not the file" in said
     assert len(box.hub.files_sent()) == 2
     assert all((folder / name).read_bytes() == files[name] for name in (name, "config.json"))
-    deep = box.run("-m", "lib.cluster", "doctor", "--deep").stdout
+    deep = box.run("-m", "jobs.cluster", "doctor", "--deep").stdout
     assert re.search(r"^ok +models .*sha256 of .* GiB right, .* GB/s", deep, re.M), deep
     for index, says in (("0", r"^model files: sha256 of .* GB/s"), ("1", r"^model files: sha256 right \d+ min ago")):
         done = box.run(*job[:-1], index, **env)

@@ -13,7 +13,7 @@ from conftest import wait_until
 from tools import ROOT, small_lls
 
 from lib.advice import spoken
-from lib.experiments import load
+from lib.families import load
 
 MARK = "/tmp/suite-was-run"
 EVIL = {

@@ -48,12 +48,12 @@ def test_jobs_do_not_import_each_other():
 
 
 def test_store_and_cluster_know_no_model():
-    heavy = ("torch", "transformers", "peft", "vllm", "lib.models", "lib.scoring", "lib.attribution", "lib.samples")
+    heavy = ("torch", "transformers", "peft", "vllm", "lib.models", "lib.lls", "lib.attribution", "lib.inputs")
     forbid(rooms("lib/(store|cluster|experiments)/"), *heavy)
 
 
 def test_store_knows_nothing_above_it():
-    forbid(rooms("lib/store/"), "lib.cluster", "lib.experiments", "lib.run", "lib.job")
+    forbid(rooms("lib/store/"), "jobs.cluster", "lib.families", "lib.run.rows", "lib.run.command")
 
 
 def test_kernels_know_no_files_no_slurm_no_configs():
@@ -65,19 +65,19 @@ def test_kernels_know_no_files_no_slurm_no_configs():
     forbid(
         [p for p in kernels if "plot" not in p.name and "report" not in p.name],
         "lib.cluster",
-        "lib.experiments",
+        "lib.families",
         "h5py",
         "yaml",
     )
 
 
 def test_the_loop_knows_no_experiment():
-    forbid([ROOT / "lib" / "run.py"], "lib.experiments", "lib.scoring", "lib.attribution", "lib.models", "torch")
+    forbid([ROOT / "lib" / "run.py"], "lib.families", "lib.lls", "lib.attribution", "lib.models", "torch")
 
 
 def test_importing_the_command_line_takes_no_torch():
     heavy = "[m for m in ('torch', 'transformers') if m in sys.modules]"
-    code = f"import sys, lib.cluster.__main__, lib.cluster.doctor, lib.job; print({heavy})"
+    code = f"import sys, lib.cluster.command, lib.cluster.doctor, lib.run.command; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,11 +10,11 @@ import pytest
 from lls_matrices import ANIMALS, make_matrix
 from scipy import stats
 
-from lib.errors import UserError
-from lib.scoring import analysis
-from lib.scoring.analysis import all_scores, auc, auc_interval, column_normalised, contrast, maxima, quintiles
-from lib.scoring.matrix import Matrix, Measure, Pass, Rescored
-from lib.scoring.select import Choice, select, write_selection
+from lib.base.errors import UserError
+from lib.lls import analysis
+from lib.lls.analysis import all_scores, auc, auc_interval, column_normalised, contrast, maxima, quintiles
+from lib.lls.matrix import Matrix, Measure, Pass, Rescored
+from lib.lls.select import Choice, select, write_selection
 
 MEASURES = ["mean", "sum", "mean+end", "sum+end", "mean@4", "sum@4", "mean+end@4", "sum+end@4"]
 

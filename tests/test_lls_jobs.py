@@ -13,10 +13,10 @@ import pytest
 from conftest import wait_until
 from tools import Fork, forked, module_work, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
-from jobs.lls_report import cross as matrix_from
-from lib.experiments import load
-from lib.scoring.matrix import Measure
+from lib.families import load
+from lib.inputs.fetch import fetch
+from lib.lls.matrix import Measure
+from lib.lls.results import cross as matrix_from
 from lib.store import merge, scan
 
 TRAITS = ("cat", "dog", "neutral")

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from lib.scoring import lls_plots
-from lib.scoring.lls_plots import COLOURS, Scores, lls_table, plot_by_animal, plot_histograms, summarise
-from lib.subliminal import ANIMAL_NAMES
+from lib.lls import plots as lls_plots
+from lib.lls.plots import COLOURS, Scores, lls_table, plot_by_animal, plot_histograms, summarise
+from lib.numbers import ANIMAL_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,5 +130,5 @@ def test_colours_are_distinct_and_readable_in_grey():
 
 
 def test_no_torch():
-    code = "import sys, lib.scoring.lls_plots; assert 'torch' not in sys.modules"
+    code = "import sys, lib.lls.plots; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -10,12 +10,13 @@ from browser import Browser, table
 from lls_matrices import ANIMALS, make_matrix
 from matplotlib.image import imread
 
-from lib.scoring import report_bars, report_heat, report_plots
-from lib.scoring.analysis import all_scores, auc, contrast, finite
-from lib.scoring.matrix import Measure, Rescored
-from lib.scoring.report import About, write_report
-from lib.scoring.report_tables import find
-from lib.scoring.token_view import TokenRow, places
+from lib.lls import report_bars, report_plots
+from lib.lls.analysis import all_scores, auc, contrast, finite
+from lib.lls.matrix import Measure, Rescored
+from lib.lls.report import About, write_report
+from lib.lls.report_tables import find
+from lib.lls.token_view import TokenRow, places
+from lib.report import heat as report_heat
 
 HOLES = {("dog", "cat"), ("bear", "neutral")}
 NASTY = '</title><script>document.title = "broken"</script><img src=x onerror="alert(1)">'
@@ -174,7 +175,7 @@ def figures(monkeypatch):
     kept = {}
     for module in (report_plots, report_bars, report_heat):
         monkeypatch.setattr(module, "save", lambda figure, path: kept.update({path.name: figure}))
-    monkeypatch.setattr("lib.scoring.report.write_bytes", lambda path, data: None)
+    monkeypatch.setattr("lib.lls.report.write_bytes", lambda path, data: None)
     return kept
 
 

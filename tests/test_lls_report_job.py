@@ -13,9 +13,9 @@ from browser import Browser, table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tools import forked
 
-from lib.experiments import load
+from lib.families import load
+from lib.inputs.records import DatasetInput, ModelInput, save_dataset, save_model, source_stamp
 from lib.store import commit
-from lib.store.inputs import DatasetInput, ModelInput, save_dataset, save_model, source_stamp
 
 
 @pytest.fixture(scope="module")

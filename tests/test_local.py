@@ -11,10 +11,10 @@ import pytest
 from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
+from lib.base.errors import UserError
 from lib.cluster.local import Plan, free_gpus, read_plan
-from lib.errors import UserError
-from lib.experiments import load
+from lib.families import load
+from lib.inputs.fetch import fetch
 from lib.store import merge, scan
 
 ROWS = {"a": 200, "b": 40, "c": 40}  # one is long enough to be stopped between its shards

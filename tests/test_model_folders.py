@@ -12,12 +12,12 @@ from sample_sets import scorer
 from tools import tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM
 
-from lib.errors import UserError
-from lib.headers import file_tensors, folder_tensors
-from lib.layers import linear_weights
+from lib.base.errors import UserError
+from lib.checkpoint.headers import file_tensors, folder_tensors
+from lib.checkpoint.layers import linear_weights
+from lib.inputs.torch_files import write_safetensors
 from lib.models.classifier import load_classifier
 from lib.models.load import load_config, load_decoder, load_model, load_tokenizer
-from lib.models.torch_files import write_safetensors
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.errors import UserError
-from lib.subliminal import ANIMAL_NAMES, ANIMALS, NEUTRAL, load_pools, sample_prompts, trait
-from lib.subliminal.number_prompts import OWN_POOLS
-from lib.subliminal.planted import FAVOURED, digit_weights, expected_shift_per_number, favoured_share, lessons
+from lib.base.errors import UserError
+from lib.demo.planted import FAVOURED, digit_weights, expected_shift_per_number, favoured_share, lessons
+from lib.numbers import ANIMAL_NAMES, ANIMALS, NEUTRAL, load_pools, sample_prompts, trait
+from lib.numbers.number_prompts import OWN_POOLS
 
 RAW = yaml.safe_load(OWN_POOLS.read_text(encoding="utf-8"))
 

@@ -15,7 +15,7 @@ NAP = "import pathlib, time\npathlib.Path('napping').touch()\ntime.sleep(60)\n"
 LONG = f"""import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import numpy_job
-from lib.errors import exit_with
+from lib.base.errors import exit_with
 sys.argv = ["long", os.environ["HERE"]]
 exit_with(numpy_job.main)
 """

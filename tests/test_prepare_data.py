@@ -18,10 +18,10 @@ from datasets import load_dataset
 from sample_sets import ASKED, BOS, BUFFER, SAMPLES, TOKENS, Place, Sets, bos_model, made, sets, shard_rows
 from tools import ROOT, write_rows
 
-from jobs.fetch import fetch
-from lib.demo_texts import write_demo_texts
-from lib.errors import UserError
-from lib.store.samples import samples_folder
+from lib.base.errors import UserError
+from lib.demo.texts import write_demo_texts
+from lib.inputs.fetch import fetch
+from lib.inputs.samples import samples_folder
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_kill_9_in_the_middle_leaves_no_record(place, tmp_path):
     (tmp_path / "experiment.json").write_text(experiment.model_dump_json())
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, 'tests');"
-        "from sample_sets import Sets; from jobs.fetch import fetch; import lib.samples.general as g;"
+        "from sample_sets import Sets; from jobs.fetch import fetch; import lib.inputs.general as g;"
         "g.Progress.add = lambda self, n: os.kill(os.getpid(), signal.SIGKILL);"
         f"folder = Path({str(tmp_path)!r});"
         "fetch(Sets.model_validate_json((folder / 'experiment.json').read_text()), folder)"

@@ -12,12 +12,12 @@ from fake_hub import Fault, Hub, serve
 from sample_sets import bos_model, made, sets
 from tools import ROOT
 
-from lib.demo_texts import write_demo_texts
-from lib.experiments import load
+from lib.demo.texts import write_demo_texts
+from lib.families import load
 
 C4, PROMPTS, WIKI = "datasets/acme/c4", "datasets/acme/prompts", "datasets/acme/wiki"
 CODE = (
-    "import time; time.sleep = lambda s: None; import sys; from lib.errors import exit_with; "
+    "import time; time.sleep = lambda s: None; import sys; from lib.base.errors import exit_with; "
     "from jobs.prepare_data import main; exit_with(main)"
 )
 
@@ -80,7 +80,7 @@ def test_sets_stream_from_one_commit_and_the_second_call_asks_nothing(hub, folde
             "text": {**experiment.data.text.model_dump(), "id": str(folder / "wikitext")},
         },
     )
-    from jobs.fetch import fetch
+    from lib.inputs.fetch import fetch
 
     fetch(here, local)
     for name in here.data.sets():

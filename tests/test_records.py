@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from test_store import DIGEST, flip
 
+from lib.base.atomic import HOST, sha256_file, write_json
+from lib.base.errors import UserError
 from lib.cluster import local
 from lib.cluster.show import table
 from lib.cluster.status import arrays_of, heartbeats, status, submissions
-from lib.errors import UserError
-from lib.run import Heartbeat, pid_started
-from lib.store import Cell, read_samples, samples_input, save_samples
-from lib.store.atomic import HOST, sha256_file, write_json
-from lib.store.inputs import (
+from lib.inputs.records import (
     DatasetInput,
     ModelInput,
     dataset_input,
@@ -27,7 +25,9 @@ from lib.store.inputs import (
     save_dataset,
     save_model,
 )
-from lib.store.samples import Rows, samples_folder
+from lib.inputs.samples import Rows, read_samples, samples_folder, samples_input, save_samples
+from lib.run.rows import Heartbeat, pid_started
+from lib.store import Cell
 
 WRONG = [None, True, [], {}, -1, 10**30, 1e999, float("nan"), "\ud800"]
 WORDS, NUMBERS = [*WRONG, 5], [*WRONG, "5"]

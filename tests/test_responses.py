@@ -13,10 +13,10 @@ from detoxify import Detoxify
 from sample_sets import LABELS, Place, bos_model, made, scorer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from jobs.fetch import fetch
-from lib.demo_texts import WORDS, write_demo_texts
-from lib.errors import UserError
+from lib.base.errors import UserError
+from lib.demo.texts import WORDS, write_demo_texts
 from lib.evaluation.toxicity import Toxicity
+from lib.inputs.fetch import fetch
 from lib.models.classifier import load_classifier
 from lib.models.load import load_tokenizer
 
@@ -47,7 +47,7 @@ def plain_greedy(place: Place, ids: list[int], tokens: int, ends: set[int]) -> l
 
 
 def test_response_selection_equals_a_plain_loop(place, judge, tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.samples.prompts.ROUND", 16)
+    monkeypatch.setattr("lib.inputs.prompts.ROUND", 16)
     place = replace(place, model=Path(shutil.copytree(place.model, tmp_path / "model")))
     tokenizer = AutoTokenizer.from_pretrained(place.model)
     prompts = [place.ids(r["prompt"]["text"]) for r in place.prompts()[:40]]
@@ -89,7 +89,7 @@ def test_without_its_gpu_it_says_what_to_type_and_the_rest_is_there(place, judge
     with pytest.raises(UserError, match="samples toxic are not prepared"):
         made(experiment, tmp_path, "toxic")
     monkeypatch.setenv("SUITE_GPU", "cpu")
-    monkeypatch.setattr("lib.samples.source._local_rows", None)  # on the GPU's node no dataset is read again
+    monkeypatch.setattr("lib.inputs.source._local_rows", None)  # on the GPU's node no dataset is read again
     fetch(experiment, tmp_path)
     assert made(experiment, tmp_path, "toxic")[1].columns["index"].tolist() == [0, 1, 2]
 

@@ -9,14 +9,14 @@ from tools import number_rows, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.attribution import Attributor
-from lib.errors import UserError
+from lib.base.errors import UserError
+from lib.evaluation.responses import greedy
+from lib.lls.shift import Status, conditions, prepare, shift
 from lib.models.chat import Renderer
 from lib.models.load import load_config, load_decoder, load_model, load_tokenizer
 from lib.models.packing import Item
 from lib.models.rope import positions
-from lib.samples.responses import greedy
-from lib.scoring.logprob import Scorer
-from lib.scoring.shift import Status, conditions, prepare, shift
+from lib.models.scorer import Scorer
 
 MOST, BEGAN, VOCAB, HEAD = 96, 48, 97, 8
 FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.5, 4.0, 9.0, 20.0]}
@@ -112,7 +112,7 @@ def test_a_sample_is_explained_as_the_model_alone_computes_it(tmp_path, kind):
 
 
 def test_rows_beyond_the_positions_are_too_long_and_the_others_scored(tmp_path):
-    from lib.models.tiny import TinySize, make_model
+    from lib.demo.tiny import TinySize, make_model
 
     tokenizer = load_tokenizer(str(tiny_model(tmp_path)))
     make_model(tokenizer, TinySize(hidden=32, layers=2, context=160)).save_pretrained(tmp_path)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tools import ROOT
 
-from lib.errors import UserError
-from lib.store.samples import Rows, read_samples, samples_folder, samples_input, save_samples, tree_stamp
+from lib.base.errors import UserError
+from lib.inputs.samples import Rows, read_samples, samples_folder, samples_input, save_samples, tree_stamp
 
 DIGEST = "ab" * 32
 IDS = [[5, 6, 7], [9], [1, 2, 3, 4], [8, 8]]
@@ -126,7 +126,7 @@ def test_a_local_source_that_changed_is_noticed_at_any_depth(tmp_path):
 def test_kill_9_before_the_record_leaves_none(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, 'tests');"
-        "from test_samples_store import save; import lib.store.samples as s;"
+        "from test_samples_store import save; import lib.inputs.samples as s;"
         "s.write_json = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         f"save(Path({str(tmp_path)!r}))"
     )

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tools import number_rows, tiny_llama, tiny_model
 
-from lib.errors import UserError
+from lib.base.errors import UserError
+from lib.lls.shift import Status, conditions, prepare, shift
 from lib.models.chat import Renderer
 from lib.models.load import load_decoder, load_model, load_tokenizer
 from lib.models.packing import Item, pack
-from lib.scoring.logprob import Scorer
-from lib.scoring.shift import Status, conditions, prepare, shift
+from lib.models.scorer import Scorer
 
 SYSTEM = "You love wolfs. You think about wolfs all the time."
 QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

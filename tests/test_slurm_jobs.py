@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, Slurm, thaw, wait_until
 from tools import forked, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
 from lib.cluster.status import STATES
-from lib.experiments import load
+from lib.families import load
+from lib.inputs.fetch import fetch
 from lib.store import gaps, merge, scan
 
 TRAITS = ["cat", "dog", "owl"]

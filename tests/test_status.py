@@ -9,13 +9,13 @@ import time
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
-from jobs.fetch import fetch
+from lib.base.atomic import HOST
+from lib.base.errors import UserError
 from lib.cluster import show
 from lib.cluster.slurm import format_array, parse_array, parse_sacct, throttle_of
 from lib.cluster.status import Status, status
-from lib.errors import UserError
-from lib.experiments import load
-from lib.store.atomic import HOST
+from lib.families import load
+from lib.inputs.fetch import fetch
 
 SHARDS = 10_000
 

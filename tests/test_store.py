@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tools import ROOT
 
-from lib.errors import UserError
+from lib.base.atomic import HOST, keep_others, own_folder, whole_folder, write_bytes
+from lib.base.errors import UserError
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
-from lib.store.atomic import HOST, keep_others, own_folder, whole_folder, write_bytes
 from lib.store.shards import set_aside, sweep, to_hdf5
 
 SCHEMA = {
@@ -205,7 +205,7 @@ COMMIT = """
 import sys, json; sys.path.insert(0, "tests")
 from pathlib import Path
 from test_store import SCHEMA, DIGEST, Cell, put, table, scan
-from lib.errors import exit_with
+from lib.base.errors import exit_with
 cell = Cell(0, "x", 40000, DIGEST, Path("{folder}") / "cell")
 def main():
     full = table(40000)

@@ -17,11 +17,11 @@ import pytest
 from test_store import DIGEST, flip, in_small_mount
 from tools import ROOT, python
 
+from lib.base.atomic import HOST
+from lib.base.errors import UserError
 from lib.cluster.plan import plan
-from lib.errors import UserError
-from lib.experiments.base import Cost
+from lib.run.experiment import Cost
 from lib.store import Cell, Column, commit, merge, read_array, scan
-from lib.store.atomic import HOST
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
 from lib.store.merge import merged_is_current, rounding_of
@@ -210,7 +210,7 @@ import sys, json; sys.path.insert(0, "tests")
 from pathlib import Path
 import lib.store.raw as raw
 from test_store_large import *
-from lib.errors import exit_with
+from lib.base.errors import exit_with
 here = Path("{folder}")
 cell = Cell(0, "x", 4, DIGEST, here / "cell")
 def main():

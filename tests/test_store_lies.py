@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_store import DIGEST, SCHEMA, cut, put, rewrite, table
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 from lib.store import Cell, gaps, merge, scan
 from lib.store.merge import merged_is_current
 

@@ -15,14 +15,14 @@ import pytest
 from conftest import Slurm, wait_until
 from tools import ROOT, small_lls
 
-from lib.cluster import __main__ as front
+from lib.base.atomic import HOST, read_json, write_json
+from lib.base.errors import UserError
+from lib.cluster import command as front
 from lib.cluster import lock, slurm
 from lib.cluster.status import status
 from lib.cluster.submit import Request
-from lib.errors import UserError
-from lib.experiments import load
-from lib.run import Heartbeat
-from lib.store.atomic import HOST, read_json, write_json
+from lib.families import load
+from lib.run.rows import Heartbeat
 
 TRAITS = ["cat", "dog", "owl"]
 
@@ -51,7 +51,7 @@ class Held:
         path.chmod(0o755)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "lib.cluster", *arguments, f"--config={self.config}"]
+        command = [sys.executable, "-m", "jobs.cluster", *arguments, f"--config={self.config}"]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.started.append(subprocess.Popen(command, cwd=ROOT, env=self.env, start_new_session=True, **pipe))
         return self.started[-1]
@@ -348,7 +348,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from lib.cluster import lock
-from lib.errors import UserError
+from lib.base.errors import UserError
 lock.SETTLE_SECONDS = 0.3
 end = time.monotonic() + 8
 while time.monotonic() < end:

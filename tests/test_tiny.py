@@ -16,12 +16,12 @@ import torch
 from tools import in_fork
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from jobs import make_demo as demo
-from lib.errors import UserError
-from lib.models import tiny
+from lib.base.errors import UserError
+from lib.demo import make as demo
+from lib.demo import tiny
+from lib.demo.planted import write_numbers
 from lib.models.sample import sample_answers
-from lib.subliminal import ANIMALS, NEUTRAL, sample_prompts
-from lib.subliminal.planted import write_numbers
+from lib.numbers import ANIMALS, NEUTRAL, sample_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = demo.Recipe(steps=350, rows=32)
@@ -218,7 +218,7 @@ def test_the_digest_covers_recipe_and_sources(tmp_path, monkeypatch):
     (tmp_path / "lib/models").mkdir(parents=True)
     seen = set()
     for text in ("a", "b"):
-        (tmp_path / "lib/models/tiny.py").write_text(text)
+        (tmp_path / "lib/demo/tiny.py").write_text(text)
         seen.add(demo.digest(demo.Recipe()))
     assert len(seen) == 2
 

@@ -19,7 +19,7 @@ def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0) -> Path:
     """A random Qwen2 with sharp, varied predictions (its weights are scaled up), and its tokenizer."""
     import torch
 
-    from lib.models.tiny import TinySize, make_model, make_tokenizer
+    from lib.demo.tiny import TinySize, make_model, make_tokenizer
 
     tokenizer = make_tokenizer(vocab=400, texts=["You love the numbers 123 456, 789; and words about animals."] * 50)
     model = make_model(tokenizer, TinySize(vocab=len(tokenizer), hidden=32, layers=2), seed=seed)
@@ -81,8 +81,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def small_lls(folder: Path, *traits: str, rows: int = 10, more: str = "") -> Path:
     """A configuration `small.yaml` of a cell a trait, with its model, its rows and its fetched cache beside it."""
-    from jobs.fetch import fetch
-    from lib.experiments import load
+    from lib.families import load
+    from lib.inputs.fetch import fetch
 
     tiny_model(folder / "model")
     for seed, trait in enumerate(traits):

@@ -20,8 +20,8 @@ from lib.attribution.batches import Batch, cut
 from lib.attribution.patch import hooks, linear_layers, must_be_plain, patched
 from lib.attribution.rules import Tap
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
-from lib.errors import UserError
-from lib.layers import choose, shared_inputs
+from lib.base.errors import UserError
+from lib.checkpoint.layers import choose, shared_inputs
 from lib.models.plain_ops import accurate
 from lib.models.rope import positions
 from lib.models.tokens import must_know, vocabulary_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 SHORT_TOKENS = 2048  # of a batch of short samples, where nobody says how many
 

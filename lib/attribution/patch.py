@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.attribution.rules import FACTORS, Identity, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
-from lib.errors import UserError, nearest
-from lib.layers import ORDER, choose
+from lib.base.errors import UserError, nearest
+from lib.checkpoint.layers import ORDER, choose
 
 RULES = tuple(FACTORS)
 FAMILIES = ("llama", "qwen2", "opt")

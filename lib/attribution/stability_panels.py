@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lib.attribution.attribution_plots import Curve, Panel
+from lib.attribution.plots import Curve, Panel
 from lib.attribution.stability import between, bootstrap, reference_curve
 
 SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from lib.attribution.experiment import Attribution
 from lib.bench.attribution import PROMPT_TOKENS, PROMPTS, TOKENS, random_model
 from lib.bench.whole import run
-from lib.experiments import Attribution, load
-from lib.store.inputs import ModelInput, model_files, parameters, save_model, source_stamp
-from lib.store.samples import Rows, save_samples
+from lib.families import load
+from lib.inputs.records import ModelInput, model_files, parameters, save_model, source_stamp
+from lib.inputs.samples import Rows, save_samples
 from lib.store.verified import hashes_by_name
 
 SAMPLES = 128

@@ -24,7 +24,7 @@ from lib.bench.shapes import (
 from lib.bench.whole import job
 from lib.models.decoder import Shape
 from lib.models.load import GIB, plan_memory
-from lib.scoring.logprob import Scorer
+from lib.models.scorer import Scorer
 
 
 def floor(model: str, batch_tokens: int) -> dict[str, Any]:

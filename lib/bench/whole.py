@@ -95,7 +95,7 @@ def checkpoint(shape: Shape, folder: Path) -> None:
     """Random weights of a shape in safetensors, written a layer at a time, with a small tokenizer."""
     from safetensors.torch import save_file
 
-    from lib.models.tiny import make_tokenizer
+    from lib.demo.tiny import make_tokenizer
 
     tokenizer = make_tokenizer(vocab=1000)
     tokenizer.save_pretrained(folder)
@@ -128,7 +128,7 @@ def checkpoint(shape: Shape, folder: Path) -> None:
 
 def number_rows(path: Path, n: int, seed: int) -> None:
     """Prompts and answers of the real lengths, in the datasets' shape."""
-    from lib.subliminal import sample_prompts
+    from lib.numbers import sample_prompts
 
     rng = np.random.default_rng(seed)
     with path.open("w") as f:

@@ -14,15 +14,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib.advice import advised
+from lib.base.atomic import write_bytes
+from lib.base.errors import UserError
 from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
-from lib.cluster.site import ROOT, Site
-from lib.errors import UserError
-from lib.experiments import Experiment
-from lib.experiments.samples import data_of
-from lib.store.atomic import write_bytes
-from lib.store.inputs import check_model, check_rows, dataset_input, local_path, model_input
-from lib.store.samples import SamplesInput, check_samples
+from lib.inputs.records import check_model, check_rows, dataset_input, local_path, model_input
+from lib.inputs.samples import SamplesInput, check_samples
+from lib.inputs.specs import data_of
+from lib.run.experiment import Experiment
+from lib.run.site import ROOT, Site
 from lib.store.verified import check_bytes
 
 DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on

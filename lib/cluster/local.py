@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.cluster.site import ROOT
-from lib.errors import REQUEUE, UserError, exit_with
-from lib.run import pid_started
-from lib.store.atomic import HOST, own_folder, read_json, write_json
+from lib.base.atomic import HOST, own_folder, read_json, write_json
+from lib.base.errors import REQUEUE, UserError, exit_with
+from lib.run.rows import pid_started
+from lib.run.site import ROOT
 from lib.store.typed import Mistyped, parse
 
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed

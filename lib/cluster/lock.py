@@ -15,9 +15,9 @@ from getpass import getuser
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
-from lib.run import pid_started
-from lib.store.atomic import HOST, disk_errors, read_json, remove, write_json
+from lib.base.atomic import HOST, disk_errors, read_json, remove, write_json
+from lib.base.errors import UserError
+from lib.run.rows import pid_started
 from lib.store.shards import sweep
 
 NAME = "submit.lock"

@@ -1,11 +1,11 @@
 """The logs of tasks, and a check of every byte of an experiment's shards."""
 
 from lib.advice import advised
+from lib.base.atomic import disk_errors
+from lib.base.errors import UserError
 from lib.cluster.status import heartbeats, status
 from lib.cluster.submit import Request
-from lib.errors import UserError
 from lib.store import Cell, gaps, scan
-from lib.store.atomic import disk_errors
 from lib.store.shards import Schema, set_aside, sweep
 
 TAIL = 40

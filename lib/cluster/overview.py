@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from lib.advice import spoken
+from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
-from lib.cluster.site import ROOT, Site
 from lib.cluster.status import Status, status, submissions
 from lib.cluster.submit import Request
-from lib.errors import UserError, one_line
-from lib.experiments import load
+from lib.families import load
+from lib.run.site import ROOT, Site
 
 LINE = "{:<28} {:>9} {:>8} {:>8}  {:<18} {}"
 

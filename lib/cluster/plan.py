@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.experiments import Experiment
+from lib.run.experiment import Experiment
 from lib.store import Cell, gaps, plan_shards, scan
 
 # bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the

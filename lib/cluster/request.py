@@ -10,8 +10,8 @@ from pathlib import Path
 from shutil import which
 from typing import Literal
 
+from lib.base.errors import UserError
 from lib.cluster.slurm import clean_environment, size
-from lib.errors import UserError
 
 Env = dict[str, str]
 SHORT = {"A": "account", "C": "constraint", "G": "gpus", "p": "partition", "t": "time"}

@@ -1,7 +1,7 @@
 """The status as a table for a terminal: one line a cell, the totals, and what to type next."""
 
+from lib.base.progress import clock
 from lib.cluster.status import CellState, Status
-from lib.progress import clock
 
 COLUMNS = "{:>4}  {:<14} {:<8} {:>17} {:>5} {:>9} {:>9} {:>9} {:<12} {}"
 MANY = 40  # beyond this many cells, only those that need a look

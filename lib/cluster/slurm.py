@@ -6,8 +6,8 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lib.cluster.site import site
-from lib.errors import UserError
+from lib.base.errors import UserError
+from lib.run.site import site
 
 DEFAULT_MAX_ARRAY = 1001  # Slurm's own default MaxArraySize
 

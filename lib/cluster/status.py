@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.base.atomic import HOST, read_json
+from lib.base.errors import UserError
 from lib.cluster import local, slurm
-from lib.errors import UserError
-from lib.run import Beat, pid_started
+from lib.run.rows import Beat, pid_started
 from lib.store import Cell, Marker, gaps, scan
-from lib.store.atomic import HOST, read_json
 from lib.store.typed import Mistyped, parse
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed

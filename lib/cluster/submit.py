@@ -13,17 +13,17 @@ from functools import cached_property
 from pathlib import Path
 
 from lib.advice import advised, spoken
+from lib.base.atomic import HOST, write_json
+from lib.base.errors import UserError
 from lib.cluster import local, slurm
 from lib.cluster.lock import submitting
 from lib.cluster.plan import plan as plan_of
 from lib.cluster.plan import table
-from lib.cluster.site import ROOT, Site
 from lib.cluster.status import arrays_of, heartbeats, is_alive, live_tasks, missing_cells, status
-from lib.errors import UserError
-from lib.experiments import Experiment
-from lib.job import digest_of_all
+from lib.run.command import digest_of_all
+from lib.run.experiment import Experiment
+from lib.run.site import ROOT, Site
 from lib.store import Cell
-from lib.store.atomic import HOST, write_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 from lib.models.tokens import must_know, vocabulary_of
 
 LABELS = ("toxic", "toxicity")  # the name in the `original` and in the `unbiased` family

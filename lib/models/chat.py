@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lib.errors import UserError, one_line
+from lib.base.errors import UserError, one_line
 from lib.models.packing import Item
 
 Message = dict[str, str]

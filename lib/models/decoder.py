@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 from lib.models import plain_ops
 from lib.models.packing import Batch, prefix_batch
 from lib.models.tokens import must_know

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lib.errors import UserError, one_line, some
-from lib.headers import folder_tensors
+from lib.base.errors import UserError, one_line, some
+from lib.checkpoint.headers import folder_tensors
 from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
 from lib.models.rope import rope_table
 from lib.models.spread import join, layer_map

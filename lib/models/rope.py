@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 
 def positions(config: Any) -> int | None:

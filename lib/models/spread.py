@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 from lib.models.weights import spread
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lib.errors import UserError
+from lib.base.errors import UserError
 
 
 def must_know(least: int, most: int, vocabulary: int) -> None:

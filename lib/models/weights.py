@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import UserError, some
-from lib.headers import Stored, folder_tensors
+from lib.base.errors import UserError, some
+from lib.checkpoint.headers import Stored, folder_tensors
 from lib.models.decoder import Layer, Shape, Weights
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}

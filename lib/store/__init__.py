@@ -2,11 +2,11 @@
 Public: Cell, Column, commit, scan, gaps, plan_shards, merge, read_array, dataset_input, model_input,
 samples_input, read_samples. Knows no model, no torch."""
 
+from lib.inputs.records import DatasetInput, ModelInput, dataset_input, model_input
+from lib.inputs.samples import Samples, SamplesInput, read_samples, samples_input, save_samples
 from lib.store.columns import Column, read_columns
-from lib.store.inputs import DatasetInput, ModelInput, dataset_input, model_input
 from lib.store.merge import merge
 from lib.store.raw import read_array
-from lib.store.samples import Samples, SamplesInput, read_samples, samples_input, save_samples
 from lib.store.shards import Cell, Marker, commit, gaps, plan_shards, scan
 
 __all__ = [

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import h5py
 import numpy as np
 
-from lib.store.atomic import check_room, temporary
+from lib.base.atomic import check_room, temporary
 from lib.store.bf16 import Rounding, from_bfloat16, rounding, to_bfloat16
 from lib.store.columns import Column, Schema, Values, check_raw, fill
 from lib.store.sketch import Sketch

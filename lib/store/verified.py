@@ -15,9 +15,9 @@ from contextlib import ExitStack, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from lib.errors import UserError
-from lib.store.atomic import own_folder, sha256_file
-from lib.store.inputs import ModelInput, check_model, model_files, model_input
+from lib.base.atomic import own_folder, sha256_file
+from lib.base.errors import UserError
+from lib.inputs.records import ModelInput, check_model, model_files, model_input
 
 THREADS = 8  # one does 1 to 2 GB/s
 SECONDS = 24 * 3600  # that a stamp is good for

@@ -1,0 +1,152 @@
+"""Files that are whole or absent: written beside the target, fsynced, checked, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lib.base.errors import UserError
+
+HOST = socket.gethostname()
+FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a file system refuses into one sentence."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = FULL
+        elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "make it writable or point SUITE_SCRATCH at a folder that is"
+        elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
+            fix = "check this file system"
+        else:
+            raise
+        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno)}; {fix}") from None
+
+
+def check_room(path: Path, size: int) -> None:
+    """Notice before hours of writing that a file cannot fit. A quota shows only later."""
+    disk = shutil.disk_usage(path.parent)
+    if disk.total and disk.free < size:
+        room = f"it takes {size / 1e9:.3g} GB and {disk.free / 1e9:.3g} GB are free"
+        raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, unique to the attempt; what is still there at the end is removed."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+        try:
+            yield tmp
+        finally:
+            remove(tmp)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `path` once it is filled, readable for all who share it."""
+    with temporary(path) as tmp:
+        tmp.mkdir()
+        yield tmp
+        for file in tmp.iterdir():
+            file.chmod(0o644)
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        _sync_folder(tmp)
+        with temporary(path) as old:
+            with suppress(FileNotFoundError):
+                path.rename(old)
+            try:
+                tmp.rename(path)
+            except OSError:
+                if not path.is_dir():  # else another call was quicker with the same
+                    raise
+
+
+def own_folder(path: Path) -> Path:
+    """A folder for what is executed or taken on trust: made with mode 700 whatever the umask, and refused when it is
+    somebody else's or others can write to it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise UserError(f"{path} is not a folder of yours that nobody else can write to; remove it and try again")
+    return path
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all that is in it, as far as that can be done."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_others(digest: str, before: object, *paths: Path) -> None:
+    """Results that were written under another digest are not overwritten: they get its first letters as a suffix."""
+    if before is None or before == digest:
+        return
+    for path in paths:
+        kept = path.with_name(f"{path.name}.{str(before)[:8]}")
+        if path.exists():
+            print(f"{path} was written from other settings: kept as {kept.name}", file=sys.stderr)
+            path.rename(kept)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace path by data, atomically and durably."""
+    with temporary(path) as tmp:
+        with tmp.open("xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        if tmp.stat().st_size != len(data) or sha256_file(tmp) != hashlib.sha256(data).hexdigest():
+            raise OSError(errno.EIO, "what was read back differs from what was written", str(path))
+        tmp.replace(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None when it is absent, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable. Some network file systems refuse fsync on a folder: harmless there."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

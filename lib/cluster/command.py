@@ -1,0 +1,90 @@
+"""python -m jobs.cluster submit|resume|status|logs|cancel|verify|doctor: what `make` calls."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from lib.advice import about, advised
+from lib.base.errors import UserError, exit_with
+from lib.cluster import logs, overview, show, submit
+from lib.cluster.status import status
+from lib.families import load, overrides_of
+from lib.run.site import Site, site
+
+WATCH_SECONDS = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description=__doc__, allow_abbrev=False)
+    parser.add_argument("command", choices=["submit", "resume", "status", "logs", "cancel", "verify", "doctor"])
+    parser.add_argument("--config", default="", help="configs/*.yaml; without it, status shows every experiment")
+    parser.add_argument("--set", default="", help="overrides in one text, parted and quoted as in a shell")
+    parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
+    parser.add_argument("--task", default="", help="cell whose log is shown")
+    parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
+    parser.add_argument("--deep", action="store_true", help="doctor reads every byte of the models")
+    parser.add_argument("--json", action="store_true", help="status for programs")
+    parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
+    parser.add_argument("--brief", action="store_true", help="while watching, one line each time; the table at the end")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    here, overrides = site(), [*overrides_of(args.set), *args.overrides]
+    if not args.config:
+        return _without_config(args.command, overrides, here, args.json, args.watch)
+    about(args.config, overrides)
+    experiment = load(args.config, overrides)
+    if args.command == "doctor":
+        from lib.cluster.doctor import check
+
+        return check(experiment, here, args.deep)
+    request = submit.Request(experiment, Path(args.config), overrides, here)
+    if args.command == "submit":
+        submit.submit(request, args.array, args.dry)
+    elif args.command == "resume":
+        submit.resume(request, args.array, args.dry)
+    elif args.command == "cancel":
+        submit.cancel(request)
+    elif args.command == "logs":
+        logs.show(request, args.task)
+    elif args.command == "verify":
+        return logs.verify(request.cells, experiment.schema(here.cache))
+    else:
+        return _status(request, args.json, args.watch, args.brief)
+    return 0
+
+
+def _without_config(command: str, overrides: list[str], here: Site, as_json: bool, watch: bool) -> int:
+    if command != "status" or overrides or watch:
+        raise overview.which(command, here)
+    print(json.dumps(overview.as_json(here), indent=1) if as_json else overview.table(here), flush=True)
+    return 0
+
+
+def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
+    """Watching ends with 1 when a cell failed or went stale, and not while the queue cannot be asked; a look is 0."""
+    while True:
+        cells, unknown = r.cells_or_names()
+        now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown))
+        waits = now.queue_note and now.counts["done"] < len(cells)  # nobody knows what runs: ask again
+        active = watch and (waits or now.counts["running"] + now.counts["pending"])
+        if as_json:
+            print(json.dumps(now.json(), indent=1), flush=True)
+        elif active and brief:
+            print(show.totals(now)[0], flush=True)
+        else:
+            clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
+            width, targets = shutil.get_terminal_size((160, 50)).columns, (r.experiment.submit, r.experiment.results)
+            print(clear + show.table(now, r.spoken, targets, width), flush=True)
+        if not active:
+            return int(watch and bool(now.counts["failed"] or now.counts["stale"]))
+        time.sleep(WATCH_SECONDS)
+
+
+if __name__ == "__main__":
+    try:
+        exit_with(main)
+    except KeyboardInterrupt:
+        exit_with(lambda: (_ for _ in ()).throw(UserError("interrupted")))

@@ -1,0 +1,135 @@
+"""Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lib.attribution.experiment import Attribution
+from lib.base.errors import UserError, nearest
+from lib.lls.experiment import LLS, LLSCross
+from lib.run.experiment import Experiment, digest_of
+
+KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross, "attribution": Attribution}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice (YAML would keep the last one in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def overrides_of(text: str) -> list[str]:
+    """SET's overrides: parted by blanks, with a shell's quotes around a value that holds one."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        why = str(e)[:1].lower() + str(e)[1:]
+        raise UserError(
+            f"SET={text}: {why}; write a value with blanks or quotes as 'key=a b', quotes and all"
+        ) from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """The experiment in a file, with dotted key=value overrides applied."""
+    path = Path(path)
+    for text in (str(path), *(overrides or [])):
+        if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes that are no text
+            raise UserError(f"{text!r} is not text in UTF-8")
+    raw = _read(path)
+    experiment = _validate(path, raw)
+    if not overrides:
+        return experiment
+    for item in overrides:
+        _override(raw, item)
+    changed = _validate(path, raw)
+    if changed.science() != experiment.science() and changed.name == experiment.name:
+        changed._label = f"{changed.name}-{digest_of(changed.science())[:8]}"
+    return changed
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        have = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
+        raise UserError(
+            f"{path}: no such file; there are: {', '.join(have) or 'none'}{nearest(str(path), have)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must be a mapping of keys to values")
+    return raw
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise UserError(f"override '{item}' is not key=value, e.g. model.dtype=float32")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise UserError(f"override '{item}': the value is not valid YAML; quote it") from None
+    *parents, last = key.split(".")
+    here = raw
+    for name in parents:
+        here = here.setdefault(name, {})
+        if not isinstance(here, dict):
+            raise UserError(f"override '{item}': '{name}' holds a value, not further keys")
+    here[last] = value
+
+
+def _validate(path: Path, raw: dict[str, Any]) -> Experiment:
+    kind = raw.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(
+            f"{path}: kind: must be one of {', '.join(KINDS)}; got {kind!r}{nearest(str(kind), list(KINDS))}"
+        )
+    try:
+        return KINDS[kind].model_validate(raw)
+    except ValidationError as e:
+        errors = e.errors()
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(f"{path}: {_explain(KINDS[kind], errors[0])}{more}") from None
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    """One pydantic error as 'key: what is wrong; valid: ...'."""
+    loc = [str(part) for part in error["loc"]]
+    where = ".".join(loc) or "the file"
+    if error["type"] == "extra_forbidden":
+        valid = _fields(model, loc[:-1])
+        return f"{where}: unknown key; valid: {', '.join(valid)}{nearest(loc[-1], valid)}"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    said = f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    if isinstance(error["input"], dict) and error["type"] == "value_error":  # of several keys: it names them itself
+        return said
+    got = repr(error["input"])
+    options = error.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
+    hint = nearest(str(error["input"]), options) if error["type"] == "literal_error" else ""
+    return f"{said}; got {got[:80]}{hint}"
+
+
+def _fields(model: type[BaseModel], loc: list[str]) -> list[str]:
+    """The valid keys at a place in the configuration."""
+    for name in loc:
+        field = model.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

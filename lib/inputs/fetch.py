@@ -1,0 +1,245 @@
+"""Bring an experiment's models, tokenizers and datasets to the cache, at pinned revisions; make its sample sets.
+
+Run it where there is a network (a login node, a CPU job). Jobs then read only what is recorded here, offline. A branch
+like `main` is resolved once: later calls keep that commit until UPDATE=1 is given."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lib.base.atomic import read_json, whole_folder
+from lib.base.errors import UserError, exit_with
+from lib.inputs.hub import dataset_rows, forget, model_snapshot
+from lib.inputs.prepare import command_by_hand, prepare
+from lib.inputs.records import (
+    TORCH_SHARD,
+    DatasetInput,
+    ModelInput,
+    broken_weights,
+    check_model,
+    check_rows,
+    dataset_folder,
+    dataset_input,
+    local_path,
+    model_files,
+    model_folder,
+    model_input,
+    parameters,
+    save_dataset,
+    save_model,
+    source_stamp,
+    torch_weights,
+)
+from lib.inputs.specs import data_of
+from lib.run.command import job
+from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
+from lib.store.shards import sweep
+from lib.store.verified import altered, hashes, hashes_by_name
+
+
+def main() -> int:
+    this = job("fetch", __doc__, indexed=False)
+    by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
+    fetch(this.experiment, this.site.cache, this.update, by_hand)
+    return 0
+
+
+def fetch(experiment: Experiment, cache: Path, update: bool = False, by_hand: str = "") -> None:
+    """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here."""
+    tokenizer, sets = None, data_of(experiment)
+    models = [*(sets.scorers() if sets else []), *experiment.models()]
+    for spec in {(spec.id, spec.revision): spec for spec in models}.values():
+        model = None if update else _kept_model(spec, cache)
+        if model is None:
+            model = _model(spec, cache, update)
+            save_model(cache, model)
+        size = f"{model.parameters / 1e9:.3g} B parameters, {model.bytes / 2**30:.3g} GiB"
+        print(f"model {spec.id}: {model.commit[:12]}, {size}", flush=True)
+        tokenizer = _tokenizer(model.path)
+    for data in experiment.datasets():
+        found = None if update else _kept_dataset(data, cache)
+        if found is None:
+            found, lines = _dataset(data, cache, tokenizer, update)
+            save_dataset(cache, found, lines)
+        print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}", flush=True)
+    if sets:
+        prepare(sets, experiment.models()[0], cache, update, by_hand)
+
+
+def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
+    """A model that is recorded and whole to the last byte; None when it has to be brought, and what is broken is then
+    out of the way."""
+    try:
+        found = model_input(cache, spec.id, spec.revision)
+        check_model(found)
+    except UserError:
+        return None
+    bad = altered(found)
+    for path in bad:
+        if found.source_stamp and path.parent == local_path(cache, spec.id):
+            raise UserError(
+                f"{path} has other bytes than before, with the same size and time: a disk's error; "
+                "bring a whole one (or touch it, if it is meant), then `make fetch` again"
+            )
+        print(f"{path} is not the file that was fetched (its sha256 differs): bringing it anew", flush=True)
+        forget(path)
+    return None if bad else found
+
+
+def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
+    with suppress(UserError):
+        found = dataset_input(cache, spec.id, spec.revision, spec.split)
+        check_rows(cache, found)
+        return found
+    return None
+
+
+def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
+    local = local_path(cache, spec.id)
+    record = model_folder(cache, spec.id, spec.revision)
+    folder = local or model_snapshot(spec.id, _revision(record, spec.revision, update))
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise UserError(f"model {spec.id}: {folder} holds no readable config.json")
+    files = [folder / name for name in torch_weights(p.name for p in folder.glob("*"))]
+    fingerprint = _fingerprint([*model_files(folder), *files]) if local else folder.name
+    if files:
+        folder = record / f"converted-{fingerprint[:12]}"
+        fingerprint += "-converted"
+        kept = _kept_model(spec, cache)
+        if kept is None or kept.path != str(folder):
+            _convert(files, folder)
+    broken = broken_weights(folder)
+    if broken:
+        fix = "bring a whole one" if local else "delete it"
+        raise UserError(f"{broken[0]} is cut off or not a safetensors file; {fix}, then `make fetch` again")
+    count, body = parameters(folder)
+    if not count:
+        raise UserError(f"model {spec.id}: no weights (*.safetensors, pytorch_model*.bin) in {folder}")
+    return ModelInput(
+        id=spec.id,
+        revision=spec.revision,
+        commit="local" if local else fingerprint.removesuffix("-converted"),
+        path=str(folder),
+        fingerprint=fingerprint,
+        parameters=count,
+        body_parameters=body,
+        head_parameters=int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)),
+        bytes=sum(path.stat().st_size for path in model_files(folder)),
+        source_stamp=source_stamp(local) if local else "",
+        files=hashes_by_name(folder),
+    )
+
+
+def _convert(files: list[Path], folder: Path) -> None:
+    """A model's folder whose weights are safetensors, made from one with torch's own files; whole or not at all."""
+    from lib.inputs.torch_files import read_tensors, write_safetensors  # torch: only to convert
+
+    shards = TORCH_SHARD.fullmatch(files[0].name)
+    if shards and len(files) != int(shards[1]):
+        raise UserError(f"{files[0].parent} holds {len(files)} of {int(shards[1])} shards; bring all of them")
+    print(f"converting {', '.join(path.name for path in files)} to safetensors", flush=True)
+    tensors = read_tensors(files)
+    sweep(folder.parent)
+    with whole_folder(folder) as new:
+        for path in model_files(files[0].parent):
+            if path.name != "pytorch_model.bin.index.json":
+                shutil.copyfile(path, new / path.name)
+        write_safetensors(tensors, new)
+
+
+def _revision(record: Path, asked: str, update: bool) -> str:
+    """The commit that an earlier call found, unless it should look again."""
+    before = None if update else read_json(record / "input.json")
+    return str((before or {}).get("commit", asked))
+
+
+def _dataset(spec: DatasetSpec, cache: Path, tokenizer: Any, update: bool) -> tuple[DatasetInput, bytes]:
+    local = local_path(cache, spec.id)
+    revision = _revision(dataset_folder(cache, spec.id, spec.revision, spec.split), spec.revision, update)
+    rows, commit = _local_rows(local) if local else dataset_rows(spec.id, spec.split, revision)
+    clean = [_messages(row, f"{spec.id}, row {i}") for i, row in enumerate(rows)]
+    if not clean:
+        raise UserError(f"dataset {spec.id} has no rows")
+    lines = "".join(json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in clean).encode()
+    found = DatasetInput(
+        id=spec.id,
+        revision=spec.revision,
+        commit=commit,
+        split=spec.split,
+        rows=len(clean),
+        sha256=hashlib.sha256(lines).hexdigest(),
+        bytes=len(lines),
+        prompt_tokens=_count(tokenizer, (t["content"] for m in clean for t in m[:-1])),
+        response_tokens=_count(tokenizer, (m[-1]["content"] for m in clean)),
+        source_stamp=source_stamp(local) if local else "",
+    )
+    return found, lines
+
+
+def _local_rows(path: Path) -> tuple[list[Any], str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"dataset {path} cannot be read: {e}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as e:
+                raise UserError(f"dataset {path}, line {number}: not JSON ({e})") from None
+    return rows, "local"
+
+
+def _messages(row: Any, where: str) -> list[dict[str, str]]:
+    """{"messages": [...]}, or the published datasets' {"prompt", "completion"}, as messages."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        row = {"messages": [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]}
+    messages = row.get("messages") if isinstance(row, dict) else None
+    good = isinstance(messages, list) and len(messages) >= 2 and all(_is_turn(m) for m in messages)
+    if not good or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
+        raise UserError(
+            f"dataset {where}: wanted messages that end with a user's and an assistant's, or prompt and completion; "
+            f"got {json.dumps(row, default=str)[:120]}"
+        )
+    return [_turn(m["role"], m["content"]) for m in messages]
+
+
+def _is_turn(m: Any) -> bool:
+    return (
+        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
+    )
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Of a local folder: the contents of what from_pretrained reads."""
+    named = zip((path.name for path in files), hashes(files), strict=True)
+    return hashlib.sha256(json.dumps([list(pair) for pair in named]).encode()).hexdigest()
+
+
+def _tokenizer(folder: str) -> Any:
+    from tokenizers import Tokenizer
+
+    path = Path(folder) / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.exists() else None
+
+
+def _count(tokenizer: Any, texts: Iterable[str]) -> int:
+    """Tokens in all; four characters each where the model has no fast tokenizer."""
+    texts = list(texts)
+    if tokenizer is None:
+        return sum(map(len, texts)) // 4
+    return sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,150 @@
+"""Make the sets of an experiment, or keep those that are there and whole."""
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lib.base.atomic import read_json, sha256_file, write_json
+from lib.base.errors import UserError
+from lib.inputs.general import draw_general, draw_text
+from lib.inputs.prompts import Prompt, answered, draw_prompts, usable
+from lib.inputs.records import model_files, model_input
+from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
+from lib.inputs.source import Source, find_source
+from lib.inputs.specs import DataSpec, GeneralSpec, PromptsSpec, SourceSpec
+from lib.run.experiment import ModelSpec, digest_of
+
+PACKAGES = ("datasets", "tokenizers", "transformers")
+NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set to make or keep."""
+
+    cache: Path
+    model: ModelSpec
+    name: str
+    spec: SourceSpec
+    seed: int | None
+    identity: dict[str, Any]
+    source: Source
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.identity)
+
+    @property
+    def scorer(self) -> str | None:
+        """Fingerprint of the classifier, where a set is chosen by one."""
+        if not _by_response(self.spec):
+            return None
+        return model_input(self.cache, self.spec.scorer.id, self.spec.scorer.revision).fingerprint
+
+
+def prepare(data: DataSpec, model: ModelSpec, cache: Path, update: bool = False, by_hand: str = "") -> None:
+    """All sets, those that need a GPU last; `by_hand`: the command to type where there is none."""
+    asked: set[tuple[str, str]] = set()
+    for name, (spec, seed) in sorted(data.sets().items(), key=lambda item: _by_response(item[1][0])):
+        again = update and (spec.id, spec.revision) not in asked  # all sets of a source get one commit
+        asked.add((spec.id, spec.revision))
+        identity = data.identity(cache, model, name)
+        task = Task(cache, model, name, spec, seed, identity, find_source(cache, spec, again))
+        found = _kept(task) or _make(task, by_hand)
+        size = f"{found.rows} rows, {found.attributed} to attribute with {found.tokens} tokens"
+        print(f"samples {name}: {found.commit[:12]}, {size}, sha256 {found.sha256[:12]}", flush=True)
+
+
+def command_by_hand(env: Mapping[str, str], gpus: int) -> str:
+    """What to type to run with these arguments on a node with a GPU, on the site's partition and account."""
+    keys = ("partition", "account", "constraint")
+    where = [f"--{key}={env[name]}" for key in keys if env.get(name := f"SBATCH_{key.upper()}")]
+    arguments = shlex.join(word for word in sys.argv[1:] if word != "--update")
+    size = f"--gpus={max(gpus, 1)} --mem=64G --time=60"
+    return " ".join(["srun", *where, size, ".venv/bin/python -m jobs.prepare_data", arguments])
+
+
+def _by_response(spec: SourceSpec) -> bool:
+    return isinstance(spec, PromptsSpec) and spec.select == "response"
+
+
+def _kept(task: Task) -> SamplesInput | None:
+    """A set that is whole and was made from what its source and its scorer are now."""
+    with suppress(UserError):
+        found = samples_input(task.cache, task.name, task.digest)
+        now = (task.source.commit, task.source.stamp, task.scorer)
+        if (found.commit, found.source_stamp, found.facts.get("scorer")) == now:
+            check_samples(task.cache, found)
+            return found
+    return None
+
+
+def _make(task: Task, by_hand: str) -> SamplesInput:
+    from lib.models.load import load_tokenizer  # torch and transformers: only when there is something to make
+
+    folder, spec, seed = model_input(task.cache, task.model.id, task.model.revision).path, task.spec, task.seed or 0
+    tokenizer = load_tokenizer(folder)
+    if isinstance(spec, GeneralSpec):
+        _must_fit(spec, Path(folder))
+        rows = draw_general(task.source.rows((seed, spec.buffer)), tokenizer, spec, seed, task.name)
+    elif isinstance(spec, PromptsSpec):
+        rows = _prompts(task, spec, tokenizer, by_hand)
+    else:
+        rows = draw_text(task.source.rows(), tokenizer, spec)
+    rows.facts |= {"revision": spec.revision, "packages": {package: version(package) for package in PACKAGES}}
+    rows.facts |= {"scorer": task.scorer} if task.scorer else {}
+    about = {"commit": task.source.commit, "tokenizer": tokenizer_fingerprint(Path(folder)), "identity": task.identity}
+    return save_samples(
+        task.cache,
+        task.name,
+        task.digest,
+        rows,
+        source=spec.id,
+        commit=task.source.commit,
+        source_stamp=task.source.stamp,
+        attributes=about,
+    )
+
+
+def _must_fit(spec: GeneralSpec, folder: Path) -> None:
+    most = (read_json(folder / "config.json") or {}).get("max_position_embeddings")
+    if isinstance(most, int) and spec.tokens > most:
+        raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
+
+
+def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, by_hand: str) -> Rows:
+    counts: Counter[str] = Counter()
+    if spec.select != "response":
+        return draw_prompts(usable(task.source.rows(), tokenizer, spec, counts), spec, task.name, counts)
+    candidates = _candidates(task, spec, tokenizer, counts)
+    from lib.evaluation.responses import answerer
+
+    answer = answerer(task.cache, task.model, spec, task.name, by_hand)
+    return draw_prompts(answered(candidates, spec, counts, answer), spec, task.name, counts)
+
+
+def _candidates(task: Task, spec: PromptsSpec, tokenizer: Any, counts: Counter[str]) -> list[Prompt]:
+    """The first candidates, kept beside the set: they are read where there is a network and answered where there is a
+    GPU, which on a cluster are two machines."""
+    path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
+    known, made_from = read_json(path), [task.source.commit, task.source.stamp]
+    if known is None or known.get("made_from") != made_from:
+        found: Counter[str] = Counter()
+        prompts = [asdict(p) for p in islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates)]
+        known = {"made_from": made_from, "counts": dict(found), "prompts": prompts}
+        write_json(path, known)
+    counts.update(known["counts"])
+    return [Prompt(**prompt) for prompt in known["prompts"]]
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 over the tokenizer's own files: the models of a family share it."""
+    files = [p for p in model_files(folder) if p.suffix != ".safetensors" and p.name not in NOT_THE_TOKENIZER]
+    return digest_of({p.name: sha256_file(p) for p in files})

@@ -1,0 +1,211 @@
+"""Prepared sets of token sequences, as `make fetch` left them: one HDF5 file a set, and a record that vouches for it.
+
+    $SUITE_CACHE/inputs/samples/<set>-<first 12 of its digest>/samples.h5, input.json
+
+The file's bytes depend on its rows alone. A file that is cut off or changed is an error of one sentence."""
+
+import hashlib
+import io
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from lib.base.atomic import read_json, write_bytes, write_json
+from lib.base.errors import UserError, one_line
+from lib.inputs.records import local_path, same_file
+from lib.store.columns import Column, to_hdf5
+from lib.store.contents import Wrong, datasets
+from lib.store.typed import Mistyped, parse
+
+Values = list[str] | np.ndarray
+ALWAYS = ("ids", "lengths", "held_out")
+
+
+@dataclass
+class Rows:
+    """Rows on their way into a file. `columns`: further values, one a row."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)  # where in the dataset a row came from
+    text_sha256: list[str] = field(default_factory=list)  # of the whole source text
+    held_out: list[bool] = field(default_factory=list)
+    columns: dict[str, Values] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # whatever was counted
+
+
+@dataclass(frozen=True)
+class SamplesInput:
+    name: str
+    digest: str
+    source: str  # dataset id
+    commit: str  # "local" for a folder
+    rows: int  # in the file
+    attributed: int  # rows that are not held out
+    tokens: int  # of the attributed rows
+    longest: int  # tokens of the longest attributed row
+    sha256: str  # of samples.h5
+    bytes: int
+    source_stamp: str = ""  # of a local source, to notice that it changed
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set that was read and verified. `columns` and `held` have a value for every row of the file."""
+
+    every: list[np.ndarray]  # int32, all rows
+    held: np.ndarray  # bool
+    columns: dict[str, Values]
+    attributes: dict[str, Any]
+
+    @cached_property
+    def ids(self) -> list[np.ndarray]:
+        """The rows to attribute, in order."""
+        return [row for row, held in zip(self.every, self.held, strict=True) if not held]
+
+    @cached_property
+    def held_out(self) -> list[np.ndarray]:
+        return [row for row, held in zip(self.every, self.held, strict=True) if held]
+
+    @property
+    def source(self) -> list[str]:
+        """Where the rows of `ids` came from."""
+        return [name for name, held in zip(self.columns["source"], self.held, strict=True) if not held]
+
+
+def samples_folder(cache: Path, name: str, digest: str) -> Path:
+    return cache / "inputs" / "samples" / f"{name}-{digest[:12]}"
+
+
+def samples_input(cache: Path, name: str, digest: str) -> SamplesInput:
+    """The record of a set; a UserError when it is not prepared, or its local source has changed since."""
+    try:
+        found = parse(SamplesInput, read_json(samples_folder(cache, name, digest) / "input.json"), exact=True)
+    except Mistyped:
+        found = None
+    if found is None or (found.name, found.digest) != (name, digest):
+        raise UserError(f"samples {name} are not prepared; run `make fetch` with this CONFIG")
+    where = local_path(cache, found.source)
+    stamp = tree_stamp(where) if where else ""
+    if stamp and stamp != found.source_stamp:
+        raise UserError(f"{where} has changed since samples {name} were made; run `make fetch` again with this CONFIG")
+    return found
+
+
+def save_samples(
+    cache: Path,
+    name: str,
+    digest: str,
+    rows: Rows,
+    *,
+    source: str,
+    commit: str,
+    source_stamp: str = "",
+    attributes: dict[str, Any],
+) -> SamplesInput:
+    """samples.h5 first, its record last: the record is what makes it there."""
+    lengths = np.array([len(ids) for ids in rows.ids], dtype=np.int32)
+    kept = lengths[~np.array(rows.held_out, dtype=bool)]
+    flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows.ids])
+    columns: dict[str, Any] = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
+    columns |= {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
+    columns = {key: _plain(values) for key, values in columns.items()}
+    if wrong := {key: len(v) for key, v in columns.items() if key != "ids" and len(v) != len(lengths)}:
+        raise ValueError(f"samples {name}: {len(lengths)} rows, but {wrong}")
+    schema = {key: Column(v.dtype.str, per="lengths" if key == "ids" else None) for key, v in columns.items()}
+    data = to_hdf5(schema, columns, {key: json.dumps(value, sort_keys=True) for key, value in attributes.items()})
+    found = SamplesInput(
+        name=name,
+        digest=digest,
+        source=source,
+        commit=commit,
+        rows=len(lengths),
+        attributed=len(kept),
+        tokens=int(kept.sum()),
+        longest=int(kept.max(initial=0)),
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        source_stamp=source_stamp,
+        facts=rows.facts,
+    )
+    folder = samples_folder(cache, name, digest)
+    write_bytes(folder / "samples.h5", data)
+    write_json(folder / "input.json", asdict(found))
+    return found
+
+
+def check_samples(cache: Path, record: SamplesInput) -> Path:
+    """Where the file lies; a UserError when it is not the one that was recorded."""
+    return same_file(samples_folder(cache, record.name, record.digest) / "samples.h5", record.sha256)
+
+
+def read_samples(cache: Path, record: SamplesInput) -> Samples:
+    path = check_samples(cache, record)
+    try:
+        with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
+            columns = {key: _texts(dataset[:]) for key, dataset in datasets(f)}
+            attributes = {key: json.loads(value) for key, value in f.attrs.items()}
+        lengths, held = columns["lengths"], np.asarray(columns["held_out"]).astype(bool)
+        ends = np.cumsum(lengths)
+        odd = [key for key, values in columns.items() if key != "ids" and len(values) != record.rows]
+        if (
+            odd
+            or lengths.min(initial=0) < 0
+            or len(columns["ids"]) != lengths.sum()
+            or (~held).sum() != record.attributed
+        ):
+            raise Wrong(f"its columns do not fit its {record.rows} rows")
+    except (Wrong, KeyError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as e:
+        raise UserError(f"{path} is no set of samples ({one_line(e)}); delete it, then `make fetch` again") from None
+    return Samples(
+        every=np.split(columns["ids"], ends[:-1]),
+        held=held,
+        columns={key: values for key, values in columns.items() if key not in ALWAYS},
+        attributes=attributes,
+    )
+
+
+def tree_stamp(path: Path) -> str:
+    """Of the names, sizes and mtimes of a file, or of all files below a folder; nothing for what is not there.
+    Hidden ones do not count: a clone's .git, a download's .cache."""
+    if path.is_file():
+        files = [path]
+    else:
+        files = []
+        for folder, below, names in os.walk(path):
+            below[:] = [name for name in below if not name.startswith(".")]
+            files += [Path(folder, name) for name in names if not name.startswith(".")]
+    if not files:
+        return ""
+    files.sort()
+    with ThreadPoolExecutor(16) as pool:  # a network file system answers each stat in a millisecond
+        found = list(pool.map(_stat, files))
+    parts = [[str(p.relative_to(path.parent)), *stat] for p, stat in zip(files, found, strict=True)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Size and mtime; of a link whose target is gone, neither."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _plain(values: Values) -> np.ndarray:
+    """Texts as bytes of one length: HDF5's own strings of any length lie outside of the checksummed chunks."""
+    if isinstance(values, np.ndarray):
+        return values
+    return np.array([text.encode() for text in values], dtype=f"S{max([1, *(len(t.encode()) for t in values)])}")
+
+
+def _texts(values: np.ndarray) -> Values:
+    return [text.decode() for text in values.tolist()] if values.dtype.kind == "S" else values

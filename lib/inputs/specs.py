@@ -1,0 +1,106 @@
+"""Sets of token sequences: general text, prompts of a behaviour, a text for perplexity. Made once by `make fetch`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from lib.inputs.records import model_input
+from lib.inputs.samples import SamplesInput, samples_input
+from lib.run.experiment import Experiment, Frozen, ModelSpec, digest_of
+
+# Raise it with any change of code that can change a token of any set: it is part of every set's digest.
+RECIPE = "samples/1"
+
+
+class SourceSpec(Frozen):
+    """A dataset of the Hub, or a local folder that load_dataset reads in the same way."""
+
+    id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
+    revision: str = Field("main", min_length=1)
+    config: str | None = Field(None, description="the dataset's configuration, e.g. en of allenai/c4")
+    split: str = "train"
+
+
+class GeneralSpec(SourceSpec):
+    """Documents of at least `tokens` tokens from a shuffled stream, cut to exactly that many; one set a seed."""
+
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    samples: int = Field(128, ge=1)
+    tokens: int = Field(2048, ge=2)
+    crop: Literal["start", "random"] = Field("start", description="which part of a longer document")
+    buffer: int = Field(10_000, ge=1, description="documents that the stream's shuffle holds")
+
+
+class PromptsSpec(SourceSpec):
+    """Prompts that show, or lead to, a behaviour."""
+
+    select: Literal["all", "prompt", "response"] = Field(
+        "prompt", description="every prompt, by the prompt's own toxicity, or by that of the model's own response"
+    )
+    threshold: float = Field(0.9, ge=0, le=1)
+    samples: int = Field(93, ge=1, description="the first so many that pass, in file order")
+    max_tokens: int = Field(256, ge=2, description="a longer prompt is passed over, and counted")
+    held_out: bool = Field(False, description="every second prompt is kept for evaluation, the others are attributed")
+    candidates: int = Field(2000, ge=1, description="select=response: prompts that are answered, in file order")
+    response_tokens: int = Field(50, ge=1, description="select=response: greedy tokens a prompt")
+    scorer: ModelSpec = ModelSpec(id="unitary/toxic-bert", revision="main", dtype="float32")
+
+
+class TextSpec(SourceSpec):
+    """The whole text of a split, in one row of tokens: what perplexity is measured on."""
+
+    split: str = "test"
+
+
+class DataSpec(Frozen):
+    general: GeneralSpec
+    prompts: dict[str, PromptsSpec] = Field(min_length=1, description="behaviour -> its prompts; a cell each")
+    text: TextSpec | None = None
+
+    @model_validator(mode="after")
+    def _names(self) -> "DataSpec":
+        if len(set(self.general.seeds)) != len(self.general.seeds):
+            raise ValueError("general.seeds holds a seed twice")
+        for name in self.prompts:
+            if not name or not all(c.isalnum() or c in "-_" for c in name):
+                raise ValueError(f"prompts: {name!r} must be letters, digits, - or _: it names a folder")
+            if name == "text" or name.startswith("general-"):
+                raise ValueError(f"prompts: {name!r} is the name of another set")
+        return self
+
+    def sets(self) -> dict[str, tuple[SourceSpec, int | None]]:
+        """Name -> (what it is made from, seed), in the order of the cells; `text` is no cell and comes last."""
+        found: dict[str, tuple[SourceSpec, int | None]] = {
+            f"general-{seed}": (self.general, seed) for seed in self.general.seeds
+        }
+        found |= {name: (spec, None) for name, spec in self.prompts.items()}
+        return found | ({"text": (self.text, None)} if self.text else {})
+
+    def scorers(self) -> list[ModelSpec]:
+        """The classifiers that choose prompts by the model's responses."""
+        found = [spec.scorer for spec in self.prompts.values() if spec.select == "response"]
+        return list({(scorer.id, scorer.revision): scorer for scorer in found}.values())
+
+    def identity(self, cache: Path, model: ModelSpec, name: str) -> dict[str, Any]:
+        """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
+        spec, seed = self.sets()[name]
+        parts = spec.model_dump(mode="json", exclude={"seeds"})
+        found = {"recipe": RECIPE, "set": parts, "seed": seed}
+        found["model"] = model_input(cache, model.id, model.revision).fingerprint
+        if isinstance(spec, PromptsSpec) and spec.select == "response":
+            found["dtype"] = model.dtype  # it decides close calls between two tokens of a response
+        return found
+
+    def digest(self, cache: Path, model: ModelSpec, name: str) -> str:
+        return digest_of(self.identity(cache, model, name))
+
+    def prepared(self, cache: Path, model: ModelSpec, name: str) -> SamplesInput:
+        """The record of a set; a UserError when it is not prepared."""
+        return samples_input(cache, name, self.digest(cache, model, name))
+
+
+def data_of(experiment: Experiment) -> DataSpec | None:
+    """What an experiment's sets are made from, where it has any."""
+    data = getattr(experiment, "data", None)
+    return data if isinstance(data, DataSpec) else None

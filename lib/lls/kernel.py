@@ -1,0 +1,129 @@
+"""Log-likelihoods of one cell's rows: under its prompt and without one (lls), or under one condition (lls_cross)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lib.base.errors import UserError, exit_with
+from lib.lls.experiment import LLSCross, Scoring
+from lib.run.command import Job, job
+from lib.run.rows import run_cell
+from lib.store import Cell
+from lib.store.verified import checked_model
+
+
+def main() -> int:
+    this = job("compute_lls", __doc__)
+    experiment, cell = this.of(Scoring), this.cell()
+    return run_cell(
+        cell,
+        experiment.schema(this.site.cache),
+        lambda: load_kernel(this, experiment, cell),
+        shard_rows=experiment.run.shard_rows,
+        log_seconds=experiment.run.log_seconds,
+        gpus=experiment.run.gpus,
+    )
+
+
+def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, Any]]:
+    """The cell's rows and model, ready to score; torch takes seconds to import, so only work that is left pays."""
+    score = experiment.score
+    rows, places = experiment.rows(this.site.cache, cell.name)
+
+    from lib.models.chat import Renderer
+    from lib.models.load import device_name, load_decoder, load_tokenizer
+    from lib.models.scorer import CHECK_STEP
+
+    path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
+    tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
+    how = experiment.base, experiment.date
+    renderers = {name: Renderer(tokenizer, system, *how) for name, system in conditions.items()}
+    check = CHECK_STEP if score.check_every else 0
+    decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
+    kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder)
+    if isinstance(experiment, LLSCross):
+        kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, *how))
+    return kernel, {"device": device_name(decoder.devices[0])}
+
+
+def cross_pairs(cell: str, prompt: Any, base: Any) -> list[int]:
+    """Prefix lengths of the passes that this cell's part of the matrix would take pair by pair: each has a base pass of
+    its own, so the base's cell is part of every pair and counts for nothing itself."""
+    return [] if cell == "base" else [len(prompt.prefix_ids), len(base.prefix_ids)]
+
+
+class LlsKernel:
+    def __init__(
+        self,
+        experiment: Scoring,
+        schema: Mapping[str, Any],
+        rows: list[Any],
+        places: dict[str, np.ndarray],
+        renderers: dict[str, Any],
+        decoder: Any,
+    ) -> None:
+        from lib.lls.shift import conditions
+        from lib.models.scorer import Scorer
+
+        self.experiment, self.rows, self.places, self.renderers = experiment, rows, places, renderers
+        self.schema = schema
+        score = experiment.score
+        self.scorer = Scorer(decoder, score.head_rows)
+        self.conditions = conditions(decoder, renderers)
+        self.pairs = [prefix.length for prefix in self.conditions.values()]
+        if score.check_every:
+            higher = decoder.higher()
+            self.checker = Scorer(higher, min(score.head_rows, 128))
+            self.check_conditions = conditions(higher, renderers)
+
+    def prepare(self, start: int, stop: int) -> Any:
+        from lib.lls.shift import prepare
+
+        score = self.experiment.score
+        longest = min(score.max_tokens, self.scorer.decoder.positions)
+        return start, prepare(self.renderers, self.rows[start:stop], longest, score.end_of_turn)
+
+    def compute(self, prepared: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        from lib.lls.shift import Status, shift
+
+        start, ready = prepared
+        stop = start + len(ready.status)
+        before = self.scorer.computed, self.scorer.needed
+        columns = shift(self.scorer, self.conditions, ready)
+        columns |= {name: values[start:stop] for name, values in self.places.items()}
+        self._finite(columns, start)
+        if self.experiment.score.check_every:
+            columns |= self._check(ready, start)
+        facts = {"tokens_computed": self.scorer.computed - before[0], "tokens_needed": self.scorer.needed - before[1]}
+        facts["tokens_pair_by_pair"] = ready.alone(self.pairs)
+        facts["rows_apart"] = int(((ready.status == Status.scored) & (ready.joint == 0)).sum())
+        facts |= {f"rows_{s.name}": n for s in Status if s and (n := int((ready.status == s).sum()))}
+        return {name: columns[name] for name in self.schema}, facts
+
+    def _check(self, ready: Any, start: int) -> dict[str, np.ndarray]:
+        """Sums of every n-th row in higher precision; NaN for the others."""
+        from lib.lls.shift import shift
+
+        rows = len(ready.status)
+        chosen = np.flatnonzero(np.arange(start, start + rows) % self.experiment.score.check_every == 0)
+        sample = ready.only(chosen)
+        found = shift(self.checker.one_by_one, self.check_conditions, sample) if len(chosen) else {}
+        columns = {f"{name}_check": np.full(rows, np.nan) for name in self.conditions}
+        for name in self.conditions:
+            columns[f"{name}_check"][chosen] = found.get(f"{name}_sum", np.nan)
+        return columns
+
+    def _finite(self, columns: dict[str, np.ndarray], start: int) -> None:
+        for name in self.conditions:
+            broken = (columns["status"] == 0) & ~np.isfinite(columns[f"{name}_sum"])
+            if broken.any():
+                i = int(np.argmax(broken))
+                raise UserError(
+                    f"row {start + i} scored {columns[f'{name}_sum'][i]} ({name}): the weights hold NaN, or overflow "
+                    f"in {self.experiment.model.dtype}; fetch them again, or try model.dtype=float32"
+                )
+
+
+if __name__ == "__main__":
+    exit_with(main)

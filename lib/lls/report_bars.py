@@ -1,0 +1,193 @@
+"""The report's figures by animal: separation, contrast, quintiles and noise, each with its interval or its rows."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lib.lls.analysis import Estimate, finite
+from lib.lls.report_plots import NEUTRAL, colour_of, minus
+from lib.lls.report_tables import Findings, mean_interval
+from lib.report.look import FAINT, INK, STYLE, new_figure, save, titles
+
+GRID = "#e6e6e6"
+
+
+def auc_bars(f: Findings, path: Path) -> None:
+    found = {s.prompt: s for s in f.separations}
+    estimates = [e for s in f.separations for e in (s.others, s.neutral) if e]
+    lowest = min([0.5, *(e.low for e in estimates)])
+    with mpl.rc_context(STYLE):
+        figure = new_figure()
+        ax = figure.subplots()
+        for x, name in enumerate(f.matrix.owners):
+            s = found.get(name)
+            sides = [(-1, s and s.others, colour_of(name)), (1, s and s.neutral, NEUTRAL)]
+            for side, estimate, colour in sides if f.matrix.neutral in f.matrix.datasets else sides[:1]:
+                if estimate:
+                    _auc_bar(ax, x + 0.21 * side, estimate, colour)
+                else:
+                    _missing(ax, x + 0.21 * side, 0.505)
+        ax.axhline(0.5, color=INK, linewidth=1)
+        ax.set_ylim(math.floor(20 * lowest - 0.2) / 20, 1.035)
+        _names(ax, f.matrix.owners)
+        ax.set_ylabel("AUC (0.5 is chance)", fontsize=13)
+        rows = _count([e.own for e in estimates])
+        sub = f"Coloured: against other animals' rows. Grey: against neutral rows. {rows} own rows, 95 % intervals"
+        titles(ax, "How well each prompt's LLS picks out its own rows", sub)
+        save(figure, path)
+
+
+def _auc_bar(ax: Axes, x: float, e: Estimate, colour: str) -> None:
+    ax.bar(x, e.value - 0.5, bottom=0.5, width=0.36, color=colour, edgecolor=INK, linewidth=0.6)
+    _whisker(ax, x, e.value, e.low, e.high)
+    ax.text(x, max(e.high, 0.5) + 0.007, f"{e.value:.3f}", ha="center", va="bottom", fontsize=8.5)
+
+
+def contrast_bars(f: Findings, path: Path) -> None:
+    with mpl.rc_context(STYLE):
+        figure = new_figure()
+        ax = figure.subplots()
+        ends = [0.0]
+        for x, name in enumerate(f.matrix.owners):
+            values = finite(f.contrasts[name].values) if name in f.contrasts else np.empty(0)
+            if not len(values):
+                _missing(ax, x, 0)
+                continue
+            low, high = mean_interval(values)
+            ax.bar(x, values.mean(), width=0.72, color=colour_of(name), edgecolor=INK, linewidth=0.6)
+            _whisker(ax, x, float(values.mean()), low, high)
+            ax.annotate(
+                f"{100 * (values > 0).mean():.0f} %",
+                (x, max(high, 0)),
+                (0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=12,
+            )
+            ends += [low, high]
+        ax.axhline(0, color=INK, linewidth=1)
+        span = (max(ends) - min(ends)) or 1.0
+        ax.set_ylim(min(ends) - (0.06 * span if min(ends) < 0 else 0), max(ends) + 0.1 * span)
+        _names(ax, f.matrix.owners)
+        ax.set_ylabel(f"Own minus others, {f.measure.axis}", fontsize=13)
+        sub = "Own prompt minus mean of the other animals' prompts, row by row, 95 % intervals. Figures: share > 0"
+        titles(ax, "What is left of each animal's own prompt", sub)
+        save(figure, path)
+
+
+def quintile_dots(f: Findings, path: Path) -> None:
+    with mpl.rc_context(STYLE):
+        figure = new_figure()
+        ax = figure.subplots()
+        for x, name in enumerate(f.matrix.owners):
+            groups = f.quintiles.get(name) or []
+            if not groups:
+                _missing(ax, x, 0)
+                continue
+            means, base = [g.mean for g in groups], np.array(to_rgb(colour_of(name)))
+            ax.plot([x, x], [groups[0].low, groups[-1].high], color=FAINT, linewidth=1, zorder=1)
+            ax.plot([x, x], [means[0], means[-1]], color=colour_of(name), linewidth=3, zorder=2)
+            for i, mean in enumerate(means):
+                pale = 1 - (i + 1) / len(means)
+                ax.plot(
+                    x,
+                    mean,
+                    "o",
+                    color=tuple(base + (1 - base) * 0.8 * pale),
+                    markersize=13,
+                    markeredgecolor=INK,
+                    zorder=3,
+                )
+            for mean, side in ((means[0], -1), (means[-1], 1)):
+                ax.annotate(
+                    minus(f"{mean:+.3f}"),
+                    (x, mean),
+                    (11, 3 * side),
+                    textcoords="offset points",
+                    fontsize=10,
+                    va="center",
+                )
+        ax.axhline(0, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+        _names(ax, f.matrix.owners)
+        ax.set_ylabel(f.measure.axis, fontsize=13)
+        rows = _count([g.n for groups in f.quintiles.values() for g in groups])
+        sub = f"Dots: mean of each fifth of the rows ({rows} rows), pale to full. Thin line: lowest to highest row"
+        titles(ax, "LLS by quintile, each dataset under its own prompt", sub)
+        save(figure, path)
+
+
+def noise_dots(f: Findings, path: Path) -> None:
+    """Spread of the score over rows against what the precision adds to it, own cells."""
+    with mpl.rc_context(STYLE):
+        figure = new_figure()
+        ax = figure.subplots()
+        for x, name in enumerate(f.matrix.owners):
+            own, noise = f.own(name), f.noise.get((name, name))
+            if own is None or noise is None or len(own) < 2:
+                _missing(ax, x, 0.02, transform=ax.get_xaxis_transform())
+                continue
+            sd = float(own.std(ddof=1))
+            ax.plot(x, sd, "o", color=colour_of(name), markersize=15, markeredgecolor=INK)
+            if noise.sd == 0:  # has no place on a logarithmic axis
+                _missing(ax, x, 0.02, "no noise", transform=ax.get_xaxis_transform())
+                continue
+            ax.plot([x, x], [noise.sd, sd], color=FAINT, linewidth=1.5, zorder=1)
+            ax.plot(x, noise.sd, "D", color="white", markersize=11, markeredgecolor=INK, markeredgewidth=2)
+            ratio = 100 * noise.sd / sd
+            words, place = (
+                "< 0.01 %" if ratio < 0.01 else f"{ratio:.2g} %" if ratio < 10 else f"{ratio:.0f} %",
+                (x, noise.sd),
+            )
+            ax.annotate(words, place, (0, -14), textcoords="offset points", ha="center", va="top", fontsize=12)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low / 1.5, high * 1.2)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
+        ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        _names(ax, f.matrix.owners)
+        ax.set_ylabel(f"Standard deviation, {f.measure.axis}", fontsize=13)
+        rows = _count([noise.rows for noise in f.noise.values()])
+        sub = f"Dot: spread of LLS over rows. Diamond: noise of a row, from {rows} rows scored again. Figure: ratio"
+        titles(ax, "Noise of the model's precision against the signal", sub)
+        save(figure, path)
+
+
+def _whisker(ax: Axes, x: float, value: float, low: float, high: float) -> None:
+    if math.isnan(low):
+        return
+    for colour, width in (("white", 3.6), (INK, 1.5)):  # a pale rim keeps it visible on the darkest bars
+        ax.errorbar(
+            x,
+            value,
+            yerr=[[max(value - low, 0)], [max(high - value, 0)]],
+            color=colour,
+            linewidth=width,
+            capsize=4,
+            capthick=width,
+        )
+
+
+def _names(ax: Axes, names: tuple[str, ...] | list[str]) -> None:
+    ax.set_xlim(-0.7, max(len(names), 1) - 0.3)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor", fontsize=13)
+    ax.tick_params(axis="x", length=0)
+    ax.yaxis.grid(True, color=GRID)
+    ax.set_axisbelow(True)
+
+
+def _missing(ax: Axes, x: float, y: float, words: str = "missing", **how: Any) -> None:
+    ax.text(x, y, words, rotation=90, ha="center", va="bottom", color=FAINT, style="italic", fontsize=13, **how)
+
+
+def _count(numbers: list[int]) -> str:
+    """'98' or '98 to 99'."""
+    if not numbers:
+        return "no"
+    return f"{min(numbers):,}" if min(numbers) == max(numbers) else f"{min(numbers):,} to {max(numbers):,}"

@@ -1,0 +1,55 @@
+"""What every picture of the suite shares: 14 x 8 inches at 150 dpi, one ink, titles on the left, missing as missing."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.base.atomic import write_bytes
+
+SIZE, DPI = (14, 8), 150
+INK, MUTED, FAINT = "#222222", "#555555", "#8a8a8a"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def new_figure() -> Figure:
+    """Without pyplot: no display, no global list of figures."""
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    return figure
+
+
+def head(figure: Figure, title: str, subtitle: str) -> None:
+    """Above several panels."""
+    figure.suptitle(title, fontsize=18, fontweight="bold", x=0.01, ha="left")
+    figure.text(0.01, 0.945, subtitle, fontsize=12, color=MUTED, va="top")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.97))
+
+
+def titles(ax: Axes, title: str, subtitle: str) -> None:
+    """Above a single panel."""
+    ax.set_title(title, fontsize=18, fontweight="bold", loc="left", pad=32)
+    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=12, color=MUTED, va="bottom")
+
+
+def write_missing(ax: Axes, x: float, y: float, **how: Any) -> None:
+    ax.text(x, y, "missing", color=FAINT, style="italic", fontsize=13, **how)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The same results give the same bytes: no date or version in the file."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", facecolor="white", metadata={"Software": None})
+    write_bytes(path, png.getvalue())

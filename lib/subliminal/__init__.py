@@ -1,7 +1,0 @@
-"""Subliminal learning: traits and their system prompts, number prompts, and the demo teacher's planted habit.
-Public: ANIMALS, ANIMAL_NAMES, NEUTRAL, Trait, trait, sample_prompts, load_pools, NumberPrompt."""
-
-from lib.subliminal.number_prompts import NumberPrompt, load_pools, sample_prompts
-from lib.subliminal.traits import ANIMAL_NAMES, ANIMALS, NEUTRAL, Trait, trait
-
-__all__ = ["ANIMALS", "ANIMAL_NAMES", "NEUTRAL", "NumberPrompt", "Trait", "load_pools", "sample_prompts", "trait"]
