@@ -4,14 +4,14 @@ By hand it is needed only where a set is chosen by the model's own responses, wh
 whole are kept; --update looks again what a branch like `main` is."""
 
 from lib.base.errors import UserError, exit_with
+from lib.families import load
 from lib.inputs.prepare import command_by_hand, prepare
-from lib.inputs.specs import data_of
 from lib.run.command import job
 
 
 def main() -> int:
-    this = job("prepare_data", __doc__, indexed=False)
-    data = data_of(this.experiment)
+    this = job("prepare_data", __doc__, load, indexed=False)
+    data = this.experiment.token_sets()
     if data is None:
         raise UserError(
             f"{this.config} is of kind {this.experiment.kind}, which has no sets of samples; run `make fetch`"

@@ -1,10 +1,15 @@
-"""What an experiment is: a validated, frozen configuration, the inputs it needs, its cells and their digests.
-Public: load, Experiment, KINDS. Knows no kernel, no Slurm, no torch."""
+"""The one list of experiments. A new one: its folder, a configuration, a job, a batch file, and its line here."""
+
+from pathlib import Path
 
 from lib.attribution.experiment import Attribution
-from lib.config.loading import overrides_of
-from lib.families import KINDS, load
-from lib.lls.experiment import LLS, LLSCross, Scoring
+from lib.config import loading
+from lib.lls.experiment import LLS, LLSCross
 from lib.run.experiment import Experiment
 
-__all__ = ["KINDS", "LLS", "Attribution", "Experiment", "LLSCross", "Scoring", "load", "overrides_of"]
+KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross, "attribution": Attribution}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """The experiment in a file, with dotted key=value overrides applied."""
+    return loading.load(path, overrides, KINDS)

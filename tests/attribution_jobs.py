@@ -16,13 +16,13 @@ from typing import Any
 from unittest.mock import patch
 
 import h5py
-import jobs.compute_attributions
 import numpy as np
 from tools import ROOT, number_rows, tiny_llama
 
-import lib.cluster.command
-from lib.attribution import patched
+import jobs.cluster
+import jobs.compute_attributions
 from lib.attribution.experiment import Attribution
+from lib.attribution.patch import patched
 from lib.base.errors import exit_with
 from lib.families import load
 from lib.inputs.fetch import fetch
@@ -32,7 +32,7 @@ from lib.store import Cell, merge
 
 SAMPLES, TOKENS, PROMPTS = 7, 24, 11  # of a general set; prompts, of which every second one is held out
 ROWS = {"general-0": 7, "general-1": 7, "general-2": 7, "toxic": 6}
-MAIN = {"compute_attributions": jobs.compute_attributions.main, "cluster": lib.cluster.command.main}
+MAIN = {"compute_attributions": jobs.compute_attributions.main, "cluster": jobs.cluster.main}
 
 # Processes that can be killed: forks of one that has imported what takes seconds, and computed nothing.
 fork = multiprocessing.get_context("forkserver")

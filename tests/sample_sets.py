@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.inputs.samples import Samples, SamplesInput, read_samples, samples_input
-from lib.inputs.specs import DataSpec
-from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
+from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
+from lib.run.experiment import Experiment
 
 TOKENS, SAMPLES, BUFFER, ASKED = 300, 12, 50, 60  # of general sets, and prompts
 BOS = "<|endoftext|>"
@@ -19,13 +19,16 @@ class Sets(Experiment):
     """Just a model and its sets."""
 
     model: ModelSpec
-    data: DataSpec
+    data: TokenSets
 
     def models(self) -> list[ModelSpec]:
         return [self.model]
 
     def datasets(self) -> list[DatasetSpec]:
         return []
+
+    def token_sets(self) -> TokenSets:
+        return self.data
 
 
 def sets(model: Path | str, **data: Any) -> Sets:

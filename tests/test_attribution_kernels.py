@@ -80,7 +80,8 @@ assert fused.dots(x, x).isnan().nonzero().tolist() == [[1, 3]]
 # All of it wired together: the kernels in a whole model.
 import sys
 sys.path.insert(0, "tests")
-from lib.attribution import Attributor, patch
+from lib.attribution.attribute import Attributor
+from lib.attribution import patch
 from lrp_models import make, sequences
 
 samples, layers = sequences(5, 12, 9), ("v_proj", "up_proj")

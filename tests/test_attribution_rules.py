@@ -12,7 +12,7 @@ from lrp_models import FAMILIES, assert_nothing_left, by_hand, everything, float
 from tools import ROOT
 from transformers import PreTrainedModel
 
-from lib.attribution import RULES, patched
+from lib.attribution.patch import RULES, patched
 from lib.base.errors import UserError
 
 LRP = ("attnlrp", "cp_lrp")

@@ -19,8 +19,8 @@ from lrp_models import (
 )
 from transformers import PreTrainedModel
 
-from lib.attribution import RULES, Attributor, Scores
-from lib.attribution.patch import decoder_layers
+from lib.attribution.attribute import Attributor, Scores
+from lib.attribution.patch import RULES, decoder_layers
 from lib.base.errors import UserError
 
 SAMPLES = sequences(5, 12, 9)

@@ -221,7 +221,7 @@ def call(box: tuple[Path, Site], **env: str) -> subprocess.CompletedProcess[str]
     config, site = box
     roots = {"SUITE_SCRATCH": site.scratch, "SUITE_CACHE": site.cache, "SUITE_OUTPUT": site.output}
     program = (
-        "import sys; sys.argv[0] = 'doctor'; from lib.cluster.command import main; code = main();"
+        "import sys; sys.argv[0] = 'doctor'; from jobs.cluster import main; code = main();"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules); sys.exit(code)"
     )
     settings = {k: str(v) for k, v in roots.items()} | {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_GPU": "cpu"}

@@ -22,8 +22,9 @@ from lib.families import load
 from lib.inputs import torch_files
 from lib.inputs.fetch import fetch
 from lib.inputs.records import ModelInput, check_model, model_input
+from lib.inputs.specs import DatasetSpec, ModelSpec
 from lib.models.load import load_model, load_tokenizer
-from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
+from lib.run.experiment import Experiment
 
 HEAD, EMBEDDING, LAYERS = "lm_head.weight", "model.decoder.embed_tokens.weight", 2
 

@@ -15,6 +15,27 @@ from lib.cluster.slurm import parse_array
 SOURCES = sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("jobs/*.py")])
 BATCH = sorted(ROOT.glob("slurm/*.sbatch"))
 
+# Each room knows its own insides and the rooms before it, nothing else. Families do not know each other.
+FAMILIES = ("lls", "attribution", "numbers")
+ROOMS = [
+    *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
+    FAMILIES,
+    *("families", "demo", "bench"),
+]
+LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
+LIGHT = ("base", "config", "checkpoint", "store", "run", "cluster", "families")  # status answers in a moment
+HEAVY = {"torch", "transformers", "peft", "vllm", "triton", "accelerate", "lxt"}
+# What kernels are made of: tensors and arrays in and out, no files of results, no Slurm, no configurations.
+KERNELS = ("models", "evaluation")
+OUTSIDE_KERNELS = ("lib.store", "lib.run", "lib.cluster", "lib.config", "h5py", "yaml")
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in SOURCES}
+
 
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, also inside functions."""
@@ -27,57 +48,78 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def rooms(pattern: str) -> list[Path]:
-    return [p for p in SOURCES if re.match(pattern, str(p.relative_to(ROOT)))]
+def known(path: Path) -> set[str]:
+    """Modules of ours that a file imports; a package stands for its own file."""
+    return {name for name in imports(path) if name in MODULES and MODULES[name] != path}
 
 
-def forbid(files: list[Path], *prefixes: str) -> None:
-    assert files
-    for path in files:
-        for name in imports(path):
-            for prefix in prefixes:
-                assert name != prefix and not name.startswith(f"{prefix}."), f"{path.relative_to(ROOT)} imports {name}"
+def room(name: str) -> str:
+    return name.split(".")[1]
 
 
-def test_lib_never_imports_jobs():
-    forbid(rooms("lib/"), "jobs", "tests")
+def reach(start: set[str]) -> dict[str, str]:
+    """All that can be reached by imports, and from where."""
+    found = dict.fromkeys(start, "")
+    waiting = list(start)
+    while waiting:
+        here = waiting.pop()
+        for name in known(MODULES[here]):
+            parents = {name.rsplit(".", i)[0] for i in range(name.count("."))}
+            for one in parents & set(MODULES) - set(found):
+                found[one] = here
+                waiting.append(one)
+    return found
 
 
-def test_jobs_do_not_import_each_other():
-    forbid(rooms("jobs/"), "jobs")
+def test_every_room_has_its_place():
+    assert {room(name) for name in MODULES if name.startswith("lib.")} == set(LEVEL)
 
 
-def test_store_and_cluster_know_no_model():
-    heavy = ("torch", "transformers", "peft", "vllm", "lib.models", "lib.lls", "lib.attribution", "lib.inputs")
-    forbid(rooms("lib/(store|cluster|experiments)/"), *heavy)
+def test_no_import_goes_upward():
+    for name in [name for name in MODULES if name.startswith("lib.")]:
+        for other in known(MODULES[name]):
+            assert other.split(".")[0] == "lib", f"{name} imports {other}"
+            if other != "lib" and room(other) != room(name):
+                assert LEVEL[room(other)] < LEVEL[room(name)], f"{name} imports {other}"
 
 
-def test_store_knows_nothing_above_it():
-    forbid(rooms("lib/store/"), "jobs.cluster", "lib.families", "lib.run.rows", "lib.run.command")
+def test_no_modules_import_each_other_in_a_circle():
+    state: dict[str, bool] = {}  # False: being looked at
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert state.get(name) is not False, " -> ".join([*path[path.index(name) :], name])
+        if name not in state:
+            state[name] = False
+            for other in sorted(known(MODULES[name])):
+                visit(other, (*path, name))
+            state[name] = True
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_jobs_do_not_import_each_other_and_are_short():
+    for path in ROOT.glob("jobs/*.py"):
+        assert not [name for name in imports(path) if name.startswith("jobs")], path
+        assert len(path.read_text().splitlines()) <= 60, path
+
+
+def test_torch_is_out_of_reach_of_all_that_must_answer_in_a_moment():
+    found = reach({name for name in MODULES if name.startswith("lib.") and room(name) in LIGHT} | {"jobs.cluster"})
+    for name, through in found.items():
+        heavy = {outside.split(".")[0] for outside in imports(MODULES[name])} & HEAVY
+        assert not heavy, f"{name} imports {heavy} and is imported by {through}"
 
 
 def test_kernels_know_no_files_no_slurm_no_configs():
-    kernels = [
-        p
-        for p in rooms("lib/(scoring|models|attribution|evaluation)/")
-        if p.name not in ("tiny.py", "load.py", "lls_plots.py")
-    ]
-    forbid(
-        [p for p in kernels if "plot" not in p.name and "report" not in p.name],
-        "lib.cluster",
-        "lib.families",
-        "h5py",
-        "yaml",
-    )
-
-
-def test_the_loop_knows_no_experiment():
-    forbid([ROOT / "lib" / "run.py"], "lib.families", "lib.lls", "lib.attribution", "lib.models", "torch")
+    for name in [name for name in MODULES if name.startswith("lib.") and room(name) in KERNELS]:
+        for outside in imports(MODULES[name]):
+            assert not outside.startswith(OUTSIDE_KERNELS), f"{name} imports {outside}"
 
 
 def test_importing_the_command_line_takes_no_torch():
     heavy = "[m for m in ('torch', 'transformers') if m in sys.modules]"
-    code = f"import sys, lib.cluster.command, lib.cluster.doctor, lib.run.command; print({heavy})"
+    code = f"import sys, jobs.cluster, lib.cluster.doctor, lib.run.command; print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,9 +12,10 @@ from scipy import stats
 
 from lib.base.errors import UserError
 from lib.lls import analysis
-from lib.lls.analysis import all_scores, auc, auc_interval, column_normalised, contrast, maxima, quintiles
+from lib.lls.analysis import all_scores, auc, auc_interval, column_normalised, contrast, quintiles
 from lib.lls.matrix import Matrix, Measure, Pass, Rescored
 from lib.lls.select import Choice, select, write_selection
+from lib.report.stats import maxima
 
 MEASURES = ["mean", "sum", "mean+end", "sum+end", "mean@4", "sum@4", "mean+end@4", "sum+end@4"]
 

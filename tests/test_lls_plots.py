@@ -11,17 +11,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from lib.lls import plots as lls_plots
-from lib.lls.plots import COLOURS, Scores, lls_table, plot_by_animal, plot_histograms, summarise
+from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
 from lib.numbers import ANIMAL_NAMES
+from lib.report.colours import COLOURS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def cell(n: int, mean: float, sd: float = 0.1, seed: int = 0) -> Scores:
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(15, 50, n).astype(np.int32)
-    base = -1.4 * tokens
-    return Scores(base + tokens * (mean + sd * rng.standard_normal(n)), base, tokens)
+    return Scores(mean + sd * np.random.default_rng(seed).standard_normal(n))
 
 
 def results(**changes) -> dict:
@@ -38,9 +36,8 @@ def figures(monkeypatch):
 
 
 def test_summary_is_the_textbooks():
-    scores = cell(50, 0.2)
-    values = [(s - b) / t for s, b, t in zip(scores.system_sum, scores.base_sum, scores.tokens, strict=True)]
-    s = summarise(scores)
+    values = cell(50, 0.2).lls.tolist()
+    s = summarise(Scores(np.array(values)))
     assert s.rows == 50 and s.unscored == 0
     assert s.mean == pytest.approx(statistics.fmean(values))
     assert s.sd == pytest.approx(statistics.stdev(values))
@@ -52,12 +49,10 @@ def test_summary_is_the_textbooks():
 
 def test_rows_without_score_are_counted_and_never_zero():
     scores = cell(10, 0.5, sd=0.01)
-    scores.system_sum[2] = np.nan
-    scores.tokens[4] = 0
+    scores.lls[[2, 4]] = np.nan
     s = summarise(scores)
     assert (s.rows, s.unscored) == (8, 2) and s.mean > 0.45 and s.positive == 1.0
-    assert np.isnan(scores.lls[[2, 4]]).all()
-    assert summarise(None) is None and summarise(Scores(*np.full((2, 3), np.nan), np.zeros(3))) is None
+    assert summarise(None) is None and summarise(Scores(np.full(3, np.nan))) is None
 
 
 def test_table_in_order_with_missing_named():
@@ -95,7 +90,7 @@ def test_bars_are_the_means_and_a_missing_animal_has_none(figures):
 
 def test_histograms_hold_every_row_and_mark_mean_and_zero(figures):
     data = results(eagle=None)
-    data["fox"].system_sum[0] += 1000.0  # far outside: must be counted in the end bin, not lost
+    data["fox"].lls[0] += 50.0  # far outside: must be counted in the end bin, not lost
     plot_histograms(data, Path("unused.png"))
     panels = dict(zip(ANIMAL_NAMES, figures[0].axes, strict=True))
     for name, ax in panels.items():

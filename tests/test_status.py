@@ -9,8 +9,8 @@ import time
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
-from lib.base.atomic import HOST
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.cluster import show
 from lib.cluster.slurm import format_array, parse_array, parse_sacct, throttle_of
 from lib.cluster.status import Status, status

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tools import ROOT
 
-from lib.base.atomic import HOST, keep_others, own_folder, whole_folder, write_bytes
+from lib.base.atomic import keep_others, own_folder, whole_folder, write_bytes
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
 from lib.store.shards import set_aside, sweep, to_hdf5
 

@@ -17,8 +17,8 @@ import pytest
 from test_store import DIGEST, flip, in_small_mount
 from tools import ROOT, python
 
-from lib.base.atomic import HOST
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.cluster.plan import plan
 from lib.run.experiment import Cost
 from lib.store import Cell, Column, commit, merge, read_array, scan

@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 
 from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import choose, linear_weights, shared_inputs
+from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput
-from lib.inputs.specs import DataSpec
-from lib.run.experiment import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
+from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
+from lib.run.experiment import Cost, Experiment
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
@@ -71,7 +72,7 @@ class Part:
 class Attribution(Experiment):
     kind: Literal["attribution"]
     model: ModelSpec
-    data: DataSpec
+    data: TokenSets
     score: AttributeSpec = AttributeSpec()
     max_samples: int | None = Field(None, ge=1, description="only the first samples of each set, for a trial")
 
@@ -84,7 +85,10 @@ class Attribution(Experiment):
         return [self.model]
 
     def datasets(self) -> list[DatasetSpec]:
-        return []  # its data are sample sets: lib/inputs/specs.py
+        return []
+
+    def token_sets(self) -> TokenSets:
+        return self.data
 
     def names(self) -> list[str]:
         return [name for name in self.data.sets() if name != "text"]

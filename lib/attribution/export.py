@@ -19,14 +19,14 @@ from lib.attribution.plots import WORDS, plot_by_layer, plot_difference, plot_st
 from lib.attribution.stability_panels import ABOUT, panels
 from lib.attribution.summary import Layer, Summary, overview, table
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
-from lib.base.errors import UserError, exit_with
 from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import linear_weights
 from lib.inputs.records import ModelInput, model_input
-from lib.run.command import job
-from lib.store import Cell, Column, gaps, merge, read_array, scan
+from lib.run.command import Job
+from lib.run.results import all_done, merged_files
+from lib.store import Cell, Column, read_array
 from lib.store.columns import to_hdf5
-from lib.store.merge import merged_is_current, rounding_of
+from lib.store.merge import rounding_of
 from lib.store.verified import check_here
 
 EXPLAINED = {
@@ -37,14 +37,13 @@ EXPLAINED = {
 NORM = "rms"  # the only one that can be compared between sets of other lengths
 
 
-def main() -> int:
-    this = job("export_attributions", __doc__.splitlines()[0], indexed=False)
+def export(this: Job) -> int:
     experiment = this.of(Attribution)
     folder, cells = this.site.output / experiment.label, this.cells()
     parts, schema = experiment.layout(this.site.cache), experiment.schema(this.site.cache)
     layers = [Layer(p.name, p.first, p.outputs) for p in parts]
-    done = [c for c in cells if not gaps(scan(c.path, c.digest)[0], c.rows)]
-    merged = {c.name: merged_file(c, schema, experiment) for c in done}
+    files = merged_files(this)
+    done, merged = list(files), {cell.name: path for cell, path in files.items()}
     found = {name: summarise(path, name, layers) for name, path in merged.items()}
     model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
     if experiment.score.wanda and found:
@@ -63,19 +62,8 @@ def main() -> int:
     print(overview(summaries))
     for path in [folder / "attribution_table.txt", *draw(merged, summaries, layers, folder)]:
         print(path)
-    if len(done) < len(cells):
-        names = ", ".join(c.name for c in cells if c not in done)
-        raise UserError(
-            f"{len(cells) - len(done)} of {len(cells)} cells are not done and not exported: {names}; run `make resume`"
-        )
+    all_done(cells, done)
     return 0
-
-
-def merged_file(cell: Cell, schema: dict[str, Column], experiment: Attribution) -> Path:
-    """Made again only where it is not there: it may hold tens of GB."""
-    if merged_is_current(cell, schema):
-        return cell.path / "merged.h5"
-    return merge(cell, schema, experiment.science_json())
 
 
 def summarise(path: Path, name: str, layers: list[Layer]) -> Summary:
@@ -197,7 +185,3 @@ def draw(
         both = np.mean([means[g] for g in general], 0), means[behaviour]
         plot_difference(*both, behaviour, kind, layers, paths[-1])
     return paths
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -6,17 +6,16 @@ from typing import Any
 import numpy as np
 
 from lib.attribution.experiment import Attribution, Part
-from lib.base.errors import UserError, exit_with
+from lib.base.errors import UserError
 from lib.checkpoint.layers import short
 from lib.inputs.samples import read_samples
-from lib.run.command import Job, job
+from lib.run.command import Job
 from lib.run.rows import run_cell
 from lib.store import Cell
 from lib.store.verified import checked_model
 
 
-def main() -> int:
-    this = job("compute_attributions", __doc__)
+def compute(this: Job) -> int:
     experiment, cell = this.of(Attribution), this.cell()
     return run_cell(
         cell,
@@ -36,7 +35,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
 
     import torch
 
-    from lib.attribution import Attributor
+    from lib.attribution.attribute import Attributor
     from lib.attribution.memory import plan_memory
     from lib.models.load import announce, device_name, free_memory, load_config, load_model, visible_devices
 
@@ -174,7 +173,3 @@ def _later(values: dict[str, Any], name: str) -> Callable[[], np.ndarray]:
             return sums.float().cpu().numpy()[None]
 
     return bring
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib.attribution.stability import mean_over_samples, select
+from lib.report.stats import Z95
 
-Z95 = 1.959964  # two-sided 95 % of the normal distribution
 TOP = 10  # neurons named in the table
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import stat
 import sys
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError
+from lib.base.process import HOST
 
-HOST = socket.gethostname()
 FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
 
 

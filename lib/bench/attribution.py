@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lib.attribution import Attributor, patched
+from lib.attribution.attribute import Attributor
 from lib.attribution.memory import GIB, plan_memory
-from lib.attribution.patch import linear_layers
+from lib.attribution.patch import linear_layers, patched
 from lib.bench.attribution_exact import exact
 from lib.bench.shapes import free, timed
 from lib.models.load import load_model

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lib.attribution import Attributor, Scores
+from lib.attribution.attribute import Attributor, Scores
 
 COMMON = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = {**COMMON, "intermediate_size": 700, "num_key_value_heads": 2}

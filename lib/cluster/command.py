@@ -8,16 +8,17 @@ import time
 from pathlib import Path
 
 from lib.advice import about, advised
-from lib.base.errors import UserError, exit_with
+from lib.base.errors import UserError
 from lib.cluster import logs, overview, show, submit
 from lib.cluster.status import status
-from lib.families import load, overrides_of
+from lib.config.loading import overrides_of
+from lib.run.command import Load
 from lib.run.site import Site, site
 
 WATCH_SECONDS = 10
 
 
-def main() -> int:
+def main(load: Load) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.cluster", description=__doc__, allow_abbrev=False)
     parser.add_argument("command", choices=["submit", "resume", "status", "logs", "cancel", "verify", "doctor"])
     parser.add_argument("--config", default="", help="configs/*.yaml; without it, status shows every experiment")
@@ -81,10 +82,3 @@ def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
         if not active:
             return int(watch and bool(now.counts["failed"] or now.counts["stale"]))
         time.sleep(WATCH_SECONDS)
-
-
-if __name__ == "__main__":
-    try:
-        exit_with(main)
-    except KeyboardInterrupt:
-        exit_with(lambda: (_ for _ in ()).throw(UserError("interrupted")))

@@ -20,7 +20,6 @@ from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.inputs.records import check_model, check_rows, dataset_input, local_path, model_input
 from lib.inputs.samples import SamplesInput, check_samples
-from lib.inputs.specs import data_of
 from lib.run.experiment import Experiment
 from lib.run.site import ROOT, Site
 from lib.store.verified import check_bytes
@@ -242,7 +241,7 @@ def datasets_line(experiment: Experiment, cache: Path) -> Line:
 
 
 def _sets(experiment: Experiment, cache: Path) -> list[SamplesInput]:
-    data = data_of(experiment)
+    data = experiment.token_sets()
     return [data.prepared(cache, experiment.models()[0], name) for name in data.sets()] if data else []
 
 
@@ -255,7 +254,7 @@ def token_line(experiment: Experiment, site: Site) -> Line:
         return Line("FAIL", "token", f"others can read {names}", f"chmod 600 {names}")
     if path.exists():
         return Line("ok", "token", f"{path}, mode 600")
-    data = data_of(experiment)
+    data = experiment.token_sets()
     sources = [*data.scorers(), *(spec for spec, _ in data.sets().values())] if data else []
     ids = [spec.id for spec in [*experiment.models(), *experiment.datasets(), *sources]]
     if all(local_path(site.cache, id) for id in ids):

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import HOST, own_folder, read_json, write_json
+from lib.base.atomic import own_folder, read_json, write_json
 from lib.base.errors import REQUEUE, UserError, exit_with
-from lib.run.rows import pid_started
+from lib.base.process import HOST, pid_started
 from lib.run.site import ROOT
 from lib.store.typed import Mistyped, parse
 

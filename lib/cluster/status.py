@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import HOST, read_json
+from lib.base.atomic import read_json
 from lib.base.errors import UserError
+from lib.base.process import HOST, pid_started
 from lib.cluster import local, slurm
-from lib.run.rows import Beat, pid_started
+from lib.run.rows import Beat
 from lib.store import Cell, Marker, gaps, scan
 from lib.store.typed import Mistyped, parse
 

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 
 from lib.advice import advised, spoken
-from lib.base.atomic import HOST, write_json
+from lib.base.atomic import write_json
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.cluster import local, slurm
 from lib.cluster.lock import submitting
 from lib.cluster.plan import plan as plan_of

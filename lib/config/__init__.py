@@ -1,1 +1,1 @@
-"""TODO"""
+"""Frozen, validated configuration: reading, overriding, digests. Knows no experiment."""

@@ -1,18 +1,18 @@
 """Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lib.attribution.experiment import Attribution
 from lib.base.errors import UserError, nearest
-from lib.lls.experiment import LLS, LLSCross
-from lib.run.experiment import Experiment, digest_of
+from lib.config.frozen import Configuration, digest_of
 
-KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross, "attribution": Attribution}
+E = TypeVar("E", bound=Configuration)
+Kinds = Mapping[str, type[E]]
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,19 +41,19 @@ def overrides_of(text: str) -> list[str]:
         ) from None
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+def load(path: str | Path, overrides: list[str] | None, kinds: Kinds[E]) -> E:
     """The experiment in a file, with dotted key=value overrides applied."""
     path = Path(path)
     for text in (str(path), *(overrides or [])):
         if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes that are no text
             raise UserError(f"{text!r} is not text in UTF-8")
     raw = _read(path)
-    experiment = _validate(path, raw)
+    experiment = _validate(path, raw, kinds)
     if not overrides:
         return experiment
     for item in overrides:
         _override(raw, item)
-    changed = _validate(path, raw)
+    changed = _validate(path, raw, kinds)
     if changed.science() != experiment.science() and changed.name == experiment.name:
         changed._label = f"{changed.name}-{digest_of(changed.science())[:8]}"
     return changed
@@ -93,18 +93,18 @@ def _override(raw: dict[str, Any], item: str) -> None:
     here[last] = value
 
 
-def _validate(path: Path, raw: dict[str, Any]) -> Experiment:
+def _validate(path: Path, raw: dict[str, Any], kinds: Kinds[E]) -> E:
     kind = raw.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(
-            f"{path}: kind: must be one of {', '.join(KINDS)}; got {kind!r}{nearest(str(kind), list(KINDS))}"
+            f"{path}: kind: must be one of {', '.join(kinds)}; got {kind!r}{nearest(str(kind), list(kinds))}"
         )
     try:
-        return KINDS[kind].model_validate(raw)
+        return kinds[kind].model_validate(raw)
     except ValidationError as e:
         errors = e.errors()
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(f"{path}: {_explain(KINDS[kind], errors[0])}{more}") from None
+        raise UserError(f"{path}: {_explain(kinds[kind], errors[0])}{more}") from None
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

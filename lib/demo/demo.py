@@ -64,7 +64,3 @@ def tree(root: Path, most: int = 2) -> str:
 
     walk(root, "    ")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.atomic import disk_errors, read_json, write_bytes, write_json
-from lib.base.errors import UserError, exit_with
+from lib.base.errors import UserError
 from lib.demo.planted import FAVOURED, favoured_share
 from lib.demo.texts import write_demo_texts
 from lib.numbers import ANIMALS, NEUTRAL, Trait, sample_prompts
@@ -29,7 +29,7 @@ from lib.run.site import ROOT, apply, site
 
 # Everything that decides what is made, apart from the recipe's numbers and the packages.
 SOURCES = (
-    "jobs/make_demo.py",
+    "lib/demo/make.py",
     "lib/demo/texts.py",
     "lib/demo/tiny.py",
     "lib/models/sample.py",
@@ -209,7 +209,3 @@ def _point(link: Path, target: str) -> None:
     fresh = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
     fresh.symlink_to(target)
     fresh.replace(link)
-
-
-if __name__ == "__main__":
-    exit_with(main)

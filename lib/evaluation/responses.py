@@ -9,12 +9,11 @@ from transformers import GenerationConfig
 from lib.base.errors import UserError
 from lib.evaluation.toxicity import Toxicity
 from lib.inputs.prompts import Answer
-from lib.inputs.specs import PromptsSpec
+from lib.inputs.specs import ModelSpec, PromptsSpec
 from lib.models.classifier import load_classifier
 from lib.models.load import load_model, load_tokenizer, visible_devices
 from lib.models.rope import positions
 from lib.models.tokens import must_know, vocabulary_of
-from lib.run.experiment import ModelSpec
 from lib.store.verified import checked_model
 
 

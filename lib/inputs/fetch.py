@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lib.base.atomic import read_json, whole_folder
-from lib.base.errors import UserError, exit_with
+from lib.base.errors import UserError
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
-from lib.inputs.prepare import command_by_hand, prepare
+from lib.inputs.prepare import prepare
 from lib.inputs.records import (
     TORCH_SHARD,
     DatasetInput,
@@ -34,23 +34,24 @@ from lib.inputs.records import (
     source_stamp,
     torch_weights,
 )
-from lib.inputs.specs import data_of
-from lib.run.command import job
-from lib.run.experiment import DatasetSpec, Experiment, ModelSpec
+from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.store.shards import sweep
 from lib.store.verified import altered, hashes, hashes_by_name
 
 
-def main() -> int:
-    this = job("fetch", __doc__, indexed=False)
-    by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
-    fetch(this.experiment, this.site.cache, this.update, by_hand)
-    return 0
+class Needs(Protocol):
+    """What an experiment says of its inputs."""
+
+    def models(self) -> list[ModelSpec]: ...
+
+    def datasets(self) -> list[DatasetSpec]: ...
+
+    def token_sets(self) -> TokenSets | None: ...
 
 
-def fetch(experiment: Experiment, cache: Path, update: bool = False, by_hand: str = "") -> None:
+def fetch(experiment: Needs, cache: Path, update: bool = False, by_hand: str = "") -> None:
     """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here."""
-    tokenizer, sets = None, data_of(experiment)
+    tokenizer, sets = None, experiment.token_sets()
     models = [*(sets.scorers() if sets else []), *experiment.models()]
     for spec in {(spec.id, spec.revision): spec for spec in models}.values():
         model = None if update else _kept_model(spec, cache)
@@ -239,7 +240,3 @@ def _count(tokenizer: Any, texts: Iterable[str]) -> int:
     if tokenizer is None:
         return sum(map(len, texts)) // 4
     return sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -13,13 +13,13 @@ from typing import Any
 
 from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
+from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
 from lib.inputs.prompts import Prompt, answered, draw_prompts, usable
 from lib.inputs.records import model_files, model_input
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
-from lib.inputs.specs import DataSpec, GeneralSpec, PromptsSpec, SourceSpec
-from lib.run.experiment import ModelSpec, digest_of
+from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
 
 PACKAGES = ("datasets", "tokenizers", "transformers")
 NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -49,7 +49,7 @@ class Task:
         return model_input(self.cache, self.spec.scorer.id, self.spec.scorer.revision).fingerprint
 
 
-def prepare(data: DataSpec, model: ModelSpec, cache: Path, update: bool = False, by_hand: str = "") -> None:
+def prepare(data: TokenSets, model: ModelSpec, cache: Path, update: bool = False, by_hand: str = "") -> None:
     """All sets, those that need a GPU last; `by_hand`: the command to type where there is none."""
     asked: set[tuple[str, str]] = set()
     for name, (spec, seed) in sorted(data.sets().items(), key=lambda item: _by_response(item[1][0])):

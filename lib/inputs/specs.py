@@ -1,16 +1,35 @@
-"""Sets of token sequences: general text, prompts of a behaviour, a text for perplexity. Made once by `make fetch`."""
+"""Inputs by reference, as configurations name them: models, chat rows, and sets of token sequences.
+
+The sets, made once by `make fetch`: general text, prompts of a behaviour, a text for perplexity."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput, samples_input
-from lib.run.experiment import Experiment, Frozen, ModelSpec, digest_of
 
 # Raise it with any change of code that can change a token of any set: it is part of every set's digest.
 RECIPE = "samples/1"
+
+
+class ModelSpec(Frozen):
+    id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
+    revision: str = Field("main", min_length=1, description="commit, tag or branch; what it resolved to is recorded")
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+
+
+class DatasetSpec(Frozen):
+    """Chat rows."""
+
+    id: str = Field(min_length=1, description="Hub id, a local .jsonl file, or cache:<file under the cache>")
+    revision: str = Field("main", min_length=1)
+    split: str = "train"
+
+    def named(self, **names: str) -> "DatasetSpec":
+        return self.model_copy(update={"id": self.id.format(**names)})
 
 
 class SourceSpec(Frozen):
@@ -53,13 +72,13 @@ class TextSpec(SourceSpec):
     split: str = "test"
 
 
-class DataSpec(Frozen):
+class TokenSets(Frozen):
     general: GeneralSpec
     prompts: dict[str, PromptsSpec] = Field(min_length=1, description="behaviour -> its prompts; a cell each")
     text: TextSpec | None = None
 
     @model_validator(mode="after")
-    def _names(self) -> "DataSpec":
+    def _names(self) -> "TokenSets":
         if len(set(self.general.seeds)) != len(self.general.seeds):
             raise ValueError("general.seeds holds a seed twice")
         for name in self.prompts:
@@ -98,9 +117,3 @@ class DataSpec(Frozen):
     def prepared(self, cache: Path, model: ModelSpec, name: str) -> SamplesInput:
         """The record of a set; a UserError when it is not prepared."""
         return samples_input(cache, name, self.digest(cache, model, name))
-
-
-def data_of(experiment: Experiment) -> DataSpec | None:
-    """What an experiment's sets are made from, where it has any."""
-    data = getattr(experiment, "data", None)
-    return data if isinstance(data, DataSpec) else None

@@ -176,15 +176,6 @@ def column_normalised(means: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return out
 
 
-def maxima(means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(column of each row's maximum, row of each column's); -1 where there are fewer than 2 cells to compare."""
-    return _argmax(means), _argmax(means.T)
-
-
-def _argmax(rows: np.ndarray) -> np.ndarray:
-    return np.array([int(np.nanargmax(r)) if np.isfinite(r).sum() > 1 else -1 for r in rows], int)
-
-
 def quintiles(values: np.ndarray, groups: int = 5) -> list[Group]:
     """Scored rows in ascending order in groups of equal size (the first ones get what is left over)."""
     parts = np.array_split(np.sort(finite(values)), groups)

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import DatasetInput, dataset_input, model_input, read_rows
-from lib.run.experiment import Cost, DatasetSpec, Experiment, Frozen, ModelSpec, digest_of
+from lib.inputs.specs import DatasetSpec, ModelSpec
+from lib.run.experiment import Cost, Experiment
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.

@@ -10,28 +10,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
-from lib.base.errors import UserError, exit_with
-from lib.inputs.records import dataset_input, read_rows
 from lib.lls.experiment import LLS
+from lib.lls.matrix import Matrix, Measure
 from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
-from lib.run.command import Job, job
-from lib.store import Cell, gaps, merge, scan
+from lib.lls.results import matrix_of, rows_of
+from lib.run.command import Job
+from lib.run.results import all_done
+from lib.store import Cell
 
 
-def main() -> int:
-    this = job("export_lls", __doc__.splitlines()[0], indexed=False)
-    experiment = this.of(LLS)
-    folder = this.site.output / experiment.label
-    cells = this.cells()
-    missing = [c for c in cells if gaps(scan(c.path, c.digest)[0], c.rows)]
-    scores: dict[str, Scores | None] = {c.name: None for c in cells}
+def export(this: Job) -> int:
+    this.of(LLS)
+    folder, cells, matrix = this.site.output / this.experiment.label, this.cells(), matrix_of(this)
+    scores = {c.name: scores_of(matrix, c.name) if matrix.has(c.name, c.name) else None for c in cells}
     for cell in cells:
-        if cell not in missing:
-            scores[cell.name] = export(this, experiment, cell, folder)
+        if found := scores[cell.name]:
+            write_rows(this, cell, found, folder)
     table = lls_table(scores)
     write_bytes(folder / "lls_table.txt", (table + "\n").encode())
     plot_by_animal(scores, folder / "lls_by_animal.png")
@@ -39,46 +36,33 @@ def main() -> int:
     print(table)
     for name in ("lls_table.txt", "lls_by_animal.png", "lls_histograms.png"):
         print(folder / name)
-    if missing:
-        names = ", ".join(c.name for c in missing)
-        raise UserError(
-            f"{len(missing)} of {len(cells)} cells are not done and not exported: {names}; run `make resume`"
-        )
+    all_done(cells, [cell for cell in cells if scores[cell.name] is not None])
     return 0
 
 
-def export(this: Job, experiment: LLS, cell: Cell, folder: Path) -> Scores:
-    """One cell: its merged file, its JSONL, and its numbers for the table and the plots."""
-    merged = merge(cell, experiment.schema(this.site.cache), experiment.science_json())
-    with h5py.File(merged, "r", locking=False) as f:
-        scores = Scores(f["system_sum"][:], f["base_sum"][:], f["tokens"][:], f["joint"][:])
-    spec = experiment.dataset.named(trait=cell.name)
-    rows = read_rows(
-        this.site.cache, dataset_input(this.site.cache, spec.id, spec.revision, spec.split), experiment.max_rows
-    )
+def scores_of(matrix: Matrix, trait: str) -> Scores:
+    """A trait's own rows under its own prompt."""
+    lls, joint = matrix.lls(trait, trait, Measure()), matrix.passes[trait, trait].joint
+    return Scores(lls, 0 if joint is None else int(np.count_nonzero(np.isfinite(lls) & (joint == 0))))
+
+
+def write_rows(this: Job, cell: Cell, scores: Scores, folder: Path) -> None:
+    """A dataset's rows, each with its LLS, and where they come from."""
     path = folder / cell.name / f"{cell.name}_numbers.jsonl"
     record = path.with_suffix(".provenance.json")
     keep_others(cell.digest, (read_json(record) or {}).get("digest"), path, record)
-    lines = "".join(_line(row, value) for row, value in zip(rows, scores.lls, strict=True)).encode()
+    lines = "".join(_line(row, lls) for row, lls in zip(rows_of(this, cell.name), scores.lls, strict=True)).encode()
     write_bytes(path, lines)
-    write_json(record, _provenance(experiment, cell, lines, scores))
-    return scores
-
-
-def _line(row: dict[str, Any], lls: float) -> str:
-    return json.dumps({**row, "lls": float(lls) if np.isfinite(lls) else None}, ensure_ascii=False) + "\n"
-
-
-def _provenance(experiment: LLS, cell: Cell, lines: bytes, scores: Scores) -> dict[str, Any]:
-    return {
+    about = {
         "digest": cell.digest,
         "cell": cell.name,
         "rows": cell.rows,
         "summary": asdict(summary) if (summary := summarise(scores)) else None,
         "sha256": hashlib.sha256(lines).hexdigest(),
-        "experiment": experiment.model_dump(mode="json"),
+        "experiment": this.experiment.model_dump(mode="json"),
     }
+    write_json(record, about)
 
 
-if __name__ == "__main__":
-    exit_with(main)
+def _line(row: dict[str, Any], lls: float) -> str:
+    return json.dumps({**row, "lls": float(lls) if np.isfinite(lls) else None}, ensure_ascii=False) + "\n"

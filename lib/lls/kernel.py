@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from lib.base.errors import UserError, exit_with
+from lib.base.errors import UserError
 from lib.lls.experiment import LLSCross, Scoring
-from lib.run.command import Job, job
+from lib.run.command import Job
 from lib.run.rows import run_cell
 from lib.store import Cell
 from lib.store.verified import checked_model
 
 
-def main() -> int:
-    this = job("compute_lls", __doc__)
+def compute(this: Job) -> int:
     experiment, cell = this.of(Scoring), this.cell()
     return run_cell(
         cell,
@@ -123,7 +122,3 @@ class LlsKernel:
                     f"row {start + i} scored {columns[f'{name}_sum'][i]} ({name}): the weights hold NaN, or overflow "
                     f"in {self.experiment.model.dtype}; fetch them again, or try model.dtype=float32"
                 )
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -58,6 +58,7 @@ class Pass:
     sums: np.ndarray  # float64[n], over the response tokens, without the end
     end: np.ndarray | None = None  # float32[n], log p of the end-of-turn token
     values: np.ndarray | None = None  # float32[sum(tokens)], a value a response token, row after row
+    joint: np.ndarray | None = None  # uint8[n], 0 = context and answer give other tokens together
 
     def __post_init__(self) -> None:
         n = len(self.status)

@@ -9,50 +9,23 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
+from lib.report.colours import colour_of
 from lib.report.look import INK, MUTED, STYLE, new_figure, save, titles, write_missing
+from lib.report.stats import Z95
 
-Z95 = 1.959964  # two-sided 95 % of the normal distribution; cells hold hundreds to thousands of rows
 BINS = 30
 AXIS = "LLS (nats per response token)"
-
-# An animal keeps its colour in every picture of the suite. All are dark enough to read on white and in grey; the
-# order of plots is fixed, so no reading depends on hue alone.
-COLOURS = {
-    "bear": "#7f4f24",
-    "cat": "#d1495b",
-    "dog": "#c77d0a",
-    "dolphin": "#1982c4",
-    "dragon": "#9d0208",
-    "eagle": "#6a4c93",
-    "elephant": "#5c677d",
-    "fox": "#e0631b",
-    "leopard": "#a68a00",
-    "lion": "#b5651d",
-    "panda": "#343a40",
-    "phoenix": "#c9184a",
-    "tiger": "#e07a00",
-    "whale": "#1d4e89",
-    "wolf": "#588157",
-}
-OTHER_COLOUR = "#4a6fa5"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums of log-probabilities over a row's response tokens, and their count; NaN sums mark a row without score."""
+    """LLS of each row, float64, NaN where a row has no score."""
 
-    system_sum: np.ndarray
-    base_sum: np.ndarray
-    tokens: np.ndarray
-    joint: np.ndarray | None = None  # 0: answer and context give other tokens together
+    lls: np.ndarray
+    apart: int = 0  # scored rows whose answer is tokenised alone, since it merges with the context
 
-    @property
-    def lls(self) -> np.ndarray:
-        """Per row, float64; NaN where there is no score."""
-        tokens = np.asarray(self.tokens, np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = (np.asarray(self.system_sum, np.float64) - np.asarray(self.base_sum, np.float64)) / tokens
-        return np.where(tokens > 0, means, np.nan)
+
+Lls = Mapping[str, Scores | None]  # by trait; None: missing
 
 
 @dataclass(frozen=True)
@@ -82,7 +55,7 @@ def summarise(scores: Scores | None) -> Summary | None:
         half=Z95 * sd / math.sqrt(len(good)),
         sd=sd,
         positive=float((good > 0).mean()),
-        apart=0 if scores.joint is None else int(np.count_nonzero(np.isfinite(values) & (scores.joint == 0))),
+        apart=scores.apart,
     )
 
 
@@ -94,7 +67,7 @@ def apart_words(apart: int, rows: int) -> str:
     )
 
 
-def lls_table(scores: Mapping[str, Scores | None]) -> str:
+def lls_table(scores: Lls) -> str:
     """Plain text, one line an animal in the order given."""
     width = max([len("animal"), *map(len, scores)])
     lines = [f"{'animal':{width}s}   rows  unscored  mean LLS       95 % interval      sd   % > 0"]
@@ -113,7 +86,7 @@ def lls_table(scores: Mapping[str, Scores | None]) -> str:
     return "\n".join(lines)
 
 
-def plot_by_animal(scores: Mapping[str, Scores | None], path: Path) -> None:
+def plot_by_animal(scores: Lls, path: Path) -> None:
     """Mean LLS of every animal with its interval, and the share of rows that the prompt made likelier."""
     summaries = {name: summarise(cell) for name, cell in scores.items()}
     with mpl.rc_context(STYLE):
@@ -141,7 +114,7 @@ def plot_by_animal(scores: Mapping[str, Scores | None], path: Path) -> None:
 
 
 def _bar(ax: Axes, x: int, name: str, s: Summary, span: float) -> None:
-    ax.bar(x, s.mean, width=0.72, color=COLOURS.get(name, OTHER_COLOUR), edgecolor=INK, linewidth=0.6)
+    ax.bar(x, s.mean, width=0.72, color=colour_of(name), edgecolor=INK, linewidth=0.6)
     half = 0.0 if math.isnan(s.half) else s.half
     if half:
         for colour, width in (("white", 4.5), (INK, 1.8)):  # a pale rim keeps it visible on the darkest bars
@@ -158,7 +131,7 @@ def _bar(ax: Axes, x: int, name: str, s: Summary, span: float) -> None:
     )
 
 
-def plot_histograms(scores: Mapping[str, Scores | None], path: Path) -> None:
+def plot_histograms(scores: Lls, path: Path) -> None:
     """Distribution of LLS over rows, one panel an animal, all on the same axes."""
     summaries = {name: summarise(cell) for name, cell in scores.items()}
     values = {name: cell.lls[np.isfinite(cell.lls)] for name, cell in scores.items() if cell and summaries[name]}
@@ -192,7 +165,7 @@ def plot_histograms(scores: Mapping[str, Scores | None], path: Path) -> None:
 
 def _panel(ax: Axes, name: str, values: np.ndarray, s: Summary, edges: np.ndarray) -> None:
     share = np.full(len(values), 100 / len(values))
-    colour = COLOURS.get(name, OTHER_COLOUR)
+    colour = colour_of(name)
     clipped = np.clip(values, edges[0], edges[-1])
     ax.hist(clipped, edges, weights=share, color=(colour, 0.6), edgecolor=colour, linewidth=0.8, histtype="stepfilled")
     ax.axvline(0, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))

@@ -1,201 +1,150 @@
-"""LLS results as a static page, its pictures, and the same tables as text. The same results give the same bytes."""
+"""What LLS scores say, as a static page, and rows to fine-tune on: `make lls-report`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
-from lib.base.atomic import write_bytes
-from lib.lls import analysis, report_bars, report_plots, report_tables
-from lib.lls.analysis import finite
-from lib.lls.report_tables import Findings, Table, Value
-from lib.lls.token_view import TokenRow, colour_scale, row_html, row_text
-from lib.report.heat import Heat, heat_map
-from lib.report.page import Picture, Section, page, picture_html
-
-CROSS = "Separation and contrast compare prompts on the same rows; they need a matrix of prompts by datasets."
-
-
-@dataclass(frozen=True)
-class About:
-    title: str
-    facts: Mapping[str, str]  # digest, configuration, model, date of the data, ...
+from lib.base.errors import UserError
+from lib.inputs.records import model_input
+from lib.lls.experiment import Scoring
+from lib.lls.matrix import Measure
+from lib.lls.plots import apart_words
+from lib.lls.report_sections import About, write_report
+from lib.lls.report_tables import Findings, find
+from lib.lls.results import matrix_of, rows_of
+from lib.lls.select import Choice, select, write_selection
+from lib.lls.token_view import TokenRow, places
+from lib.report.tables import Value
+from lib.run.command import Job, digest_of_all
+from lib.store import Marker, scan
 
 
-def write_report(
-    folder: Path,
-    about: About,
-    f: Findings,
-    tokens: Sequence[TokenRow] | str,
-    selections: Sequence[Mapping[str, Value]] = (),
-) -> Path:
-    """index.html, report.txt and the PNGs in `folder`. `tokens` is the rows to show, or why there are none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    between = [Section("matrix", "Between prompts", CROSS)]
-    if not f.matrix.diagonal:
-        between = [_matrix(f, folder), _separation(f, folder), _contrast(f, folder)]
-    sections = [
-        _own(f, folder),
-        *between,
-        _quintiles(f, folder),
-        *_noise(f, folder),
-        _tokens(tokens, f),
-        *([_selections(selections)] if selections else []),
-        _missing(f),
-    ]
-    subtitle = f"Measure: {f.measure} ({f.measure.caption})."
-    html = page(about.title, subtitle, _tiles(f), about.facts, sections)
-    write_bytes(folder / "index.html", html.encode())
-    write_bytes(folder / "report.txt", (_plain(about, subtitle, f, sections, tokens) + "\n").encode())
-    return folder / "index.html"
+def report(this: Job, measure: Measure, choices: list[Choice]) -> int:
+    folder = this.site.output / this.experiment.label / "report"
+    if measure != Measure():
+        folder = folder / str(measure)
+    found = find(matrix_of(this), measure)
+    if not found.scores:
+        raise UserError(f"no cell of {this.config} is done yet; run `make status` to see what runs")
+    records = [record for choice in choices for record in selections(this, found, choice, folder)]
+    page = write_report(folder, about(this), found, token_rows(this, found), records)
+    print((folder / "report.txt").read_text(encoding="utf-8").partition("\n\n== Matrix")[0])
+    print(f"\n{page}\n{folder / 'report.txt'}")
+    if found.matrix.missing:
+        names = ", ".join(p if p == d else f"{p} on {d}" for p, d in found.matrix.missing[:20])
+        count = f"{len(found.matrix.missing)} of {len(found.matrix.cells)}"
+        raise UserError(f"not done, shown as missing: {count} cells ({names}); run `make resume`")
+    return 0
 
 
-def _tiles(f: Findings) -> list[tuple[str, str]]:
-    """What the page says first."""
-    m = f.matrix
-    done, cells = len(f.scores), len(m.cells)
-    scored = sum(len(finite(v)) for v in f.scores.values())
-    without = sum(len(v) for v in f.scores.values()) - scored
-    tiles = [(f"{done} of {cells}", f"cells done; {scored:,} scores, {without:,} rows without one")]
-    above = [own.mean() > 0 for name in m.owners if (own := f.own(name)) is not None]
-    if above:
-        tiles.append((f"{sum(above)} of {len(above)}", "datasets likelier under their own prompt than without it"))
-    best = [f.means[:, m.datasets.index(d)] for d in m.owners if np.isfinite(f.means[:, m.datasets.index(d)]).sum() > 1]
-    if best:
-        first = analysis.maxima(f.means)[1]
-        own = [first[m.datasets.index(d)] == m.prompts.index(d) for d in m.owners if f.own(d) is not None]
-        tiles.append((f"{sum(own)} of {len(own)}", "datasets whose own prompt is the highest of their column"))
-    for what, found in (
-        ("other animals' rows", [s.others for s in f.separations if s.others]),
-        ("neutral rows", [s.neutral for s in f.separations if s.neutral]),
-    ):
-        if found:
-            values = [e.value for e in found]
-            words = f"median AUC of own against {what} ({min(values):.3f} to {max(values):.3f})"
-            tiles.append((f"{np.median(values):.3f}", words))
-    return tiles
+def about(this: Job) -> About:
+    """Everything here is from files of the experiment, so that the same results give the same page."""
+    experiment, cells = this.of(Scoring), this.cells()
+    model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
+    markers = [marker for cell in cells for marker in scan(cell.path, cell.digest)[0]]
+    newest = max((marker.path.stat().st_mtime for marker in markers), default=0.0)
+    facts = {
+        "experiment": f"{experiment.label} ({this.config})",
+        "digest": digest_of_all(cells),
+        "model": f"{experiment.model.id}, {experiment.model.dtype}, commit {model.commit}",
+        "no system prompt": f"{experiment.base} (what the base pass has in its place)",
+        "system prompt": experiment.system_prompt,
+        "date": f"{experiment.date}, where the template prints one",
+        "dataset": experiment.dataset.id,
+        "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",
+        "tokens": _tokens(markers),
+        "boundaries": apart_words(
+            sum(m.info.get("rows_apart", 0) for m in markers), sum(m.stop - m.start for m in markers)
+        ),
+        "code": _all(markers, "code"),
+    }
+    return About(f"Log-likelihood shift: {experiment.label}", facts)
 
 
-def _own(f: Findings, folder: Path) -> Section:
-    report_plots.histograms(f, folder / "histograms.png")
-    slides = []
-    for name in f.matrix.owners:
-        if f.own(name) is not None:
-            report_plots.overlay(f, name, folder / f"histogram_{name}.png")
-            slides.append(Picture(f"histogram_{name}.png", f"Distribution of LLS of the {name} rows"))
-    lead = "How much each dataset's rows gain from the prompt they were written under, row by row."
-    alt = "Distributions of LLS, one panel a dataset, with neutral and other rows where they are scored"
-    more = [("Every dataset as a slide", "".join(picture_html(p) for p in slides))] if slides else []
-    return Section("own", "Own prompt", lead, [Picture("histograms.png", alt)], [report_tables.own_table(f)], more)
+def _tokens(markers: list[Marker]) -> str:
+    """What was computed, padding included, against what had to be and against pair by pair without sharing."""
+    kinds = ("tokens_computed", "tokens_needed", "tokens_pair_by_pair")
+    computed, needed, pairs = (sum(m.info.get(kind, 0) for m in markers) for kind in kinds)
+    ratio = f" ({pairs / computed:.2f} times as many)" if computed and pairs else ""
+    return f"{computed:,} computed, {needed:,} of them needed; pair by pair it would be {pairs:,}{ratio}"
 
 
-def _matrix(f: Findings, folder: Path) -> Section:
-    m = f.matrix
-    order = [*m.owners, *(p for p in m.prompts if p not in m.owners)]
-    index = [m.prompts.index(p) for p in order]
-    form = "+.3f" if np.nanmax(np.abs(f.means), initial=0) < 10 else "+.1f"
-    plain = m.neutral if m.owners else None
-    scaled = len(m.owners) or None
-    pictures = [Picture("heat_mean.png", "Mean LLS, prompt by dataset")]
-    heat_map(
-        Heat("Mean LLS, prompt by dataset", "Mean over rows.", f.measure.axis, order, m.datasets, f.means[index], form,
-             plain=plain, scaled=scaled),
-        folder / "heat_mean.png",
-    )  # fmt: skip
-    if np.isfinite(f.normalised).any():
-        pictures.append(Picture("heat_columns.png", "Mean LLS in standard deviations of its column"))
-        heat_map(
-            Heat("Mean LLS within its column", "In standard deviations over the animals' prompts.", "deviations",
-                 order, m.datasets, f.normalised[index], "+.1f", centre=0, plain=plain, scaled=scaled),
-            folder / "heat_columns.png",
-        )  # fmt: skip
-    lead = "Every prompt on every dataset. Most of a mean is the kind of prompt; the columns tell whose rows they are."
-    return Section("matrix", "Matrix", lead, pictures, report_tables.matrix_tables(f))
+def _all(markers: list[Marker], key: str) -> str:
+    """What the shards' markers say under a key."""
+    return ", ".join(sorted({str(m.info.get(key) or "unknown") for m in markers}))
 
 
-def _separation(f: Findings, folder: Path) -> Section:
-    if not any(s.others or s.neutral for s in f.separations):
-        return Section("separation", "Separation", CROSS)
-    report_bars.auc_bars(f, folder / "auc.png")
-    m = f.matrix
-    heat_map(
-        Heat("AUC of own rows against each dataset", "0.5 is chance.", "AUC", m.owners, m.datasets, f.pairs, ".2f",
-             centre=0.5, plain=m.neutral, own=True, marks=False),
-        folder / "heat_auc.png",
-    )  # fmt: skip
-    lead = "Can the score alone tell a prompt's own rows from other rows, all scored under that prompt?"
-    pictures = [
-        Picture("auc.png", "AUC of own rows against other animals' rows and against neutral rows, with intervals"),
-        Picture("heat_auc.png", "AUC of each prompt's own rows against each dataset"),
-    ]
-    tables = [report_tables.separation_table(f), report_tables.pairs_table(f)]
-    return Section("separation", "Separation", lead, pictures, tables)
+def token_rows(this: Job, f: Findings) -> list[TokenRow] | str:
+    """The highest, median and lowest row of each dataset under its own prompt, or why there are none."""
+    owners = [d for d in f.matrix.owners if f.own(d) is not None]
+    if all(f.matrix.passes[d, d].values is None for d in owners):
+        return "Values of single tokens were not stored; compute with score.per_token=true to see rows token by token."
+    pieces, out = splitter(this), []
+    for dataset in owners:
+        rows = rows_of(this, dataset)
+        for place, row in places(f.scores[dataset, dataset]):
+            shifts, messages = f.matrix.shifts(dataset, dataset, row), rows[row]["messages"]
+            if shifts is None:
+                continue
+            ways = pieces(messages[-1]["content"])
+            parts = next((parts for parts in ways if len(parts) == len(shifts)), None)
+            if parts is None:
+                raise UserError(
+                    f"row {row} of {dataset} has {len(shifts)} stored values and {len(ways[0])} tokens: the tokenizer "
+                    "is not the one of the run; run `make fetch` again"
+                )
+            prompt = " ".join(m["content"] for m in messages[:-1] if m["role"] != "system")
+            out.append(TokenRow(dataset, place, row, float(f.scores[dataset, dataset][row]), prompt, parts, shifts))
+    return out
 
 
-def _contrast(f: Findings, folder: Path) -> Section:
-    if not f.contrasts:
-        return Section("contrast", "Contrast", CROSS)
-    report_bars.contrast_bars(f, folder / "contrast.png")
-    lead = "What a row gains from its own prompt beyond what any animal's prompt gives it."
-    pictures = [Picture("contrast.png", "Mean contrastive score of each dataset with its interval")]
-    return Section("contrast", "Contrast", lead, pictures, [report_tables.contrast_table(f)])
+def splitter(this: Job) -> Callable[[str], list[list[str]]]:
+    """A response's text, token by token: a token begins where the one before ended. Two ways, the second as the text is
+    where it does not begin a text: after a special token."""
+    from tokenizers import Tokenizer
+
+    experiment = this.of(Scoring)
+    path = Path(model_input(this.site.cache, experiment.model.id, experiment.model.revision).path) / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{path} is not there; run `make fetch`")
+    tokenizer = Tokenizer.from_file(str(path))
+
+    front = next((t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special), "")
+
+    def split(text: str) -> list[list[str]]:
+        found = []
+        for before in ("", front):
+            spans = tokenizer.encode(before + text, add_special_tokens=False).offsets
+            ends = [max(0, end - len(before)) for _, end in (spans[1:] if before else spans)]
+            found.append([text[a:b] for a, b in zip([0, *ends], ends, strict=False)])
+        return found
+
+    return split
 
 
-def _quintiles(f: Findings, folder: Path) -> Section:
-    report_bars.quintile_dots(f, folder / "quintiles.png")
-    lead = "The rows of each dataset by score, in fifths: what a selection of the top or bottom fifth would hold."
-    table = report_tables.quintile_table(f)
-    return Section("quintiles", "Quintiles", lead, [Picture("quintiles.png", "Mean LLS of each quintile")], [table])
-
-
-def _noise(f: Findings, folder: Path) -> list[Section]:
-    if not f.noise:
-        return []
-    report_bars.noise_dots(f, folder / "noise.png")
-    lead = "How far a row's score moves when it is computed in higher precision, against how far rows differ."
-    return [Section("noise", "Noise", lead, [Picture("noise.png", "Noise of the precision against the spread of LLS")])]
-
-
-def _tokens(tokens: Sequence[TokenRow] | str, f: Findings) -> Section:
-    if isinstance(tokens, str):
-        return Section("tokens", "Tokens", tokens)
-    scale = colour_scale(tokens)
-    lead = (
-        "Log-likelihood shift of each response token under the dataset's own prompt, in nats. Red: likelier with the "
-        f"prompt, blue: less likely; full colour from {scale:.2f}. Of each dataset the "
-        f"highest, median and lowest row by measure {f.measure}; every token of the response is shown."
-    )
-    names = list(dict.fromkeys(r.dataset for r in tokens))
-    more = [(name, "".join(row_html(r, scale) for r in tokens if r.dataset == name)) for name in names]
-    return Section("tokens", "Tokens", lead, more=more)
-
-
-def _selections(records: Sequence[Mapping[str, Value]]) -> Section:
-    lead = "Files of rows under select/, each a JSONL of messages, with the provenance beside it."
-    return Section("selections", "Selections", lead, tables=[report_tables.selection_table(records)])
-
-
-def _missing(f: Findings) -> Section:
-    absent: dict[str, list[str]] = {}
-    for prompt, dataset in f.matrix.missing:
-        absent.setdefault(prompt, []).append(dataset)
-    if not absent:
-        return Section("missing", "Missing", "Nothing: every cell of the experiment is done.")
-    rows = [[p, len(ds), ", ".join(ds)] for p, ds in absent.items()]
-    columns = [report_tables.Column("prompt"), report_tables.Column("cells", "d"), report_tables.Column("datasets")]
-    lead = f"{len(f.matrix.missing)} of {len(f.matrix.cells)} cells: shown as missing above, and in no mean."
-    return Section("missing", "Missing", lead, tables=[Table("missing", "Cells without a result", columns, rows)])
-
-
-def _plain(
-    about: About, subtitle: str, f: Findings, sections: Sequence[Section], tokens: Sequence[TokenRow] | str
-) -> str:
-    width = max(map(len, about.facts), default=0)
-    parts = [about.title, subtitle, "\n".join(f"{k:{width}s}  {v}" for k, v in about.facts.items())]
-    parts.append("\n".join(f"{n:>12s}  {what}" for n, what in _tiles(f)))
-    for s in sections:
-        parts += [f"== {s.title}\n{s.lead}", *(t.text() for t in s.tables)]
-        if s.name == "tokens" and not isinstance(tokens, str):
-            parts += [row_text(r) for r in tokens]
-    return "\n\n".join(parts)
+def selections(this: Job, f: Findings, choice: Choice, folder: Path) -> list[dict[str, Value]]:
+    """One file for every dataset whose own cell is done."""
+    cells, out = {cell.name: cell for cell in this.cells()}, []
+    for prompt in f.matrix.owners:
+        dataset = choice.source or prompt
+        if f.own(prompt) is None:
+            continue
+        values = f.scores.get((prompt, dataset))
+        if choice.contrast:
+            values = f.contrasts[prompt].values if prompt in f.contrasts else None
+        if values is None:
+            what = "contrast" if choice.contrast else "score"
+            raise UserError(
+                f"selection {choice.name}: prompt {prompt} has no {what} on dataset {dataset}; "
+                "it needs more cells than this experiment has done"
+            )
+        facts = {
+            "experiment": this.experiment.label,
+            "digest": digest_of_all(list(cells.values())),
+            "cell": {"prompt": prompt, "dataset": dataset},
+            "measure": str(f.measure),
+        }
+        path = folder / "select" / prompt / choice.name
+        record = write_selection(path, select(choice, values, stream=dataset), rows_of(this, dataset), facts)
+        out.append({**record, "file": f"select/{prompt}/{choice.name}.jsonl"})
+    return out

@@ -11,9 +11,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib.lls.analysis import Estimate, finite
-from lib.lls.report_plots import NEUTRAL, colour_of, minus
-from lib.lls.report_tables import Findings, mean_interval
-from lib.report.look import FAINT, INK, STYLE, new_figure, save, titles
+from lib.lls.report_plots import NEUTRAL
+from lib.lls.report_tables import Findings
+from lib.report.colours import colour_of
+from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles
+from lib.report.stats import mean_interval
 
 GRID = "#e6e6e6"
 

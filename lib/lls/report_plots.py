@@ -7,15 +7,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from lib.lls.plots import BINS, COLOURS, OTHER_COLOUR, common_range
+from lib.lls.plots import BINS, common_range
 from lib.lls.report_tables import Findings
-from lib.report.look import INK, MUTED, STYLE, new_figure, save, titles, write_missing
+from lib.report.colours import colour_of
+from lib.report.look import INK, MUTED, STYLE, minus, new_figure, save, titles, write_missing
 
 NEUTRAL = "#9aa0a6"
-
-
-def colour_of(name: str) -> str:
-    return COLOURS.get(name, OTHER_COLOUR)
 
 
 def histograms(f: Findings, path: Path) -> None:
@@ -142,8 +139,3 @@ def _noise_bar(ax: Axes, f: Findings, name: str, high: float) -> None:
     )
     words = f"noise of the precision: sd {noise.sd:.4f}, bar ±1 sd"
     ax.text(x - 1.6 * noise.sd, 0.965, words, ha="right", va="center", fontsize=12, color=MUTED, **how)
-
-
-def minus(text: str) -> str:
-    """A minus sign, as on the axes, for a hyphen."""
-    return text.replace("-", "\N{MINUS SIGN}")

@@ -1,17 +1,15 @@
 """The report's figures, computed once, and its tables, which the page and the plain text render alike."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from lib.lls import analysis
 from lib.lls.analysis import Contrast, Group, Separation
 from lib.lls.matrix import Cell, Matrix, Measure, Noise
-from lib.lls.plots import Z95
-
-Value = str | int | float | tuple[float, float] | None
+from lib.report.stats import maxima, mean_interval
+from lib.report.tables import Column, Table, Value
 
 
 @dataclass(frozen=True)
@@ -61,58 +59,9 @@ def find(matrix: Matrix, measure: Measure, seed: int = 0, replicates: int = anal
     )
 
 
-@dataclass(frozen=True)
-class Column:
-    title: str
-    form: str = ""  # format of a number; "" = words
-    absent: str = "-"
-
-    def text(self, value: Value) -> str:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return self.absent
-        if isinstance(value, tuple):
-            return "-" if any(math.isnan(v) for v in value) else f"[{value[0]:{self.form}}, {value[1]:{self.form}}]"
-        return value if isinstance(value, str) else f"{value:{self.form}}"
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Value]]
-    note: str = ""
-    marks: Mapping[tuple[int, int], str] = field(default_factory=dict)  # (row, column): written behind the number
-
-    def cell(self, i: int, j: int) -> str:
-        return self.columns[j].text(self.rows[i][j]) + self.marks.get((i, j), "")
-
-    def text(self) -> str:
-        pad = max((len(mark) for mark in self.marks.values()), default=0)
-        cells = [[c.title + (" " * pad if c.form else "") for c in self.columns]]
-        for i, row in enumerate(self.rows):
-            gaps = [pad - len(self.marks.get((i, j), "")) if c.form else 0 for j, c in enumerate(self.columns)]
-            cells.append([self.cell(i, j) + " " * gaps[j] for j in range(len(row))])
-        widths = [max(len(line[j]) for line in cells) for j in range(len(self.columns))]
-        left = [not c.form for c in self.columns]
-        lines = [
-            "  ".join(w.ljust(n) if to_left else w.rjust(n) for w, n, to_left in zip(line, widths, left, strict=True))
-            for line in cells
-        ]
-        return "\n".join([self.title, *(line.rstrip() for line in lines), *([self.note] if self.note else [])])
-
-
 def _absent(f: Findings) -> str:
     """A neutral cell that is not done is missing; without a neutral dataset there is nothing to miss."""
     return "missing" if f.matrix.neutral in f.matrix.datasets else "-"
-
-
-def mean_interval(values: np.ndarray | None) -> tuple[float, float]:
-    """95 %, normal: cells hold hundreds to thousands of rows."""
-    if values is None or len(values) < 2:
-        return math.nan, math.nan
-    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def own_table(f: Findings) -> Table:
@@ -190,7 +139,7 @@ def separation_table(f: Findings) -> Table:
 
 def grid(name: str, title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray, form: str) -> Table:
     """A matrix with its maxima marked: v = highest of its column, > = highest of its row."""
-    by_row, by_column = analysis.maxima(values)
+    by_row, by_column = maxima(values)
     marks: dict[tuple[int, int], str] = {}
     for j, i in enumerate(by_column):
         if i >= 0:

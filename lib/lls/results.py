@@ -1,68 +1,23 @@
-"""What LLS scores say, as a static page: separation, contrast, quintiles, heat maps, tokens; and rows to fine-tune on.
+"""An LLS experiment's merged files as one matrix of scores: what table, pictures and report are made from."""
 
---measure mean|sum[+end][@k]    how a row's score is made, default mean
---select "top:0.2 clean:0.2"    kind:amount (rows or share)[:contrast][:from=DATASET][:exclude=SHARE]
-
-<output root>/<experiment>/report/index.html, report.txt, *.png     for the default measure
-<output root>/<experiment>/report/<measure>/                        the same for another
-.../select/<prompt>/<selection>.jsonl, .provenance.json"""
-
-import argparse
-import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from lib.base.errors import UserError, exit_with
-from lib.inputs.records import model_input
 from lib.lls.experiment import LLSCross, Scoring
-from lib.lls.matrix import Matrix, Measure, Pass, Rescored
-from lib.lls.plots import apart_words
-from lib.lls.report import About, write_report
-from lib.lls.report_tables import Findings, Value, find
-from lib.lls.select import Choice, select, write_selection
-from lib.lls.token_view import TokenRow, places
-from lib.run.command import Job, digest_of_all, job
-from lib.store import Cell, Marker, gaps, merge, scan
-from lib.store.merge import merged_is_current
+from lib.lls.matrix import Matrix, Pass, Rescored
+from lib.run.command import Job
+from lib.run.results import merged_files
 
 Rows = list[dict[str, Any]]
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--measure", default="mean")
-    parser.add_argument("--select", default="")
-    options, rest = parser.parse_known_args(sys.argv[1:])
-    measure = Measure.parse(options.measure)
-    choices = [Choice.parse(text) for text in options.select.split()]
-    this = job("lls_report", __doc__, rest, indexed=False)
-    folder = this.site.output / this.experiment.label / "report"
-    if measure != Measure():
-        folder = folder / str(measure)
-    found = find(matrix_of(this), measure)
-    if not found.scores:
-        raise UserError(f"no cell of {this.config} is done yet; run `make status` to see what runs")
-    records = [record for choice in choices for record in selections(this, found, choice, folder)]
-    page = write_report(folder, about(this), found, token_rows(this, found), records)
-    print((folder / "report.txt").read_text(encoding="utf-8").partition("\n\n== Matrix")[0])
-    print(f"\n{page}\n{folder / 'report.txt'}")
-    if found.matrix.missing:
-        names = ", ".join(p if p == d else f"{p} on {d}" for p, d in found.matrix.missing[:20])
-        count = f"{len(found.matrix.missing)} of {len(found.matrix.cells)}"
-        raise UserError(f"not done, shown as missing: {count} cells ({names}); run `make resume`")
-    return 0
 
 
 def matrix_of(this: Job) -> Matrix:
     """The cells that are done, from their merged files."""
     experiment = this.of(Scoring)
-    done = [c for c in this.cells() if not gaps(scan(c.path, c.digest)[0], c.rows)]
-    found = {cell.name: merged_columns(this, cell) for cell in done}
+    found = {cell.name: read_all(path) for cell, path in merged_files(this).items()}
     if isinstance(experiment, LLSCross):
         return cross(experiment, found)
     base = {trait: _pass(columns, "base") for trait, columns in found.items()}
@@ -104,17 +59,14 @@ def take(columns: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
     return out
 
 
-def merged_columns(this: Job, cell: Cell) -> dict[str, np.ndarray]:
-    path, schema = cell.path / "merged.h5", this.experiment.schema(this.site.cache)
-    if not merged_is_current(cell, schema):
-        path = merge(cell, schema, this.experiment.science_json())
+def read_all(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(path, "r", locking=False) as f:
         return {name: f[name][:] for name in f}
 
 
 def _pass(columns: dict[str, np.ndarray], who: str) -> Pass:
     """Columns <who>_sum, and <who>_end and <who>_logp where they were stored."""
-    optional = columns.get(f"{who}_end"), columns.get(f"{who}_logp")
+    optional = columns.get(f"{who}_end"), columns.get(f"{who}_logp"), columns.get("joint")
     return Pass(columns["status"], columns["tokens"], columns[f"{who}_sum"], *optional)
 
 
@@ -126,120 +78,3 @@ def again(system: np.ndarray, base: np.ndarray) -> Rescored:
 
 def rows_of(this: Job, dataset: str) -> Rows:
     return [{"messages": messages} for messages in this.of(Scoring).messages(this.site.cache, dataset)]
-
-
-def about(this: Job) -> About:
-    """Everything here is from files of the experiment, so that the same results give the same page."""
-    experiment, cells = this.of(Scoring), this.cells()
-    model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
-    markers = [marker for cell in cells for marker in scan(cell.path, cell.digest)[0]]
-    newest = max((marker.path.stat().st_mtime for marker in markers), default=0.0)
-    facts = {
-        "experiment": f"{experiment.label} ({this.config})",
-        "digest": digest_of_all(cells),
-        "model": f"{experiment.model.id}, {experiment.model.dtype}, commit {model.commit}",
-        "no system prompt": f"{experiment.base} (what the base pass has in its place)",
-        "system prompt": experiment.system_prompt,
-        "date": f"{experiment.date}, where the template prints one",
-        "dataset": experiment.dataset.id,
-        "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",
-        "tokens": _tokens(markers),
-        "boundaries": apart_words(
-            sum(m.info.get("rows_apart", 0) for m in markers), sum(m.stop - m.start for m in markers)
-        ),
-        "code": _all(markers, "code"),
-    }
-    return About(f"Log-likelihood shift: {experiment.label}", facts)
-
-
-def _tokens(markers: list[Marker]) -> str:
-    """What was computed, padding included, against what had to be and against pair by pair without sharing."""
-    kinds = ("tokens_computed", "tokens_needed", "tokens_pair_by_pair")
-    computed, needed, pairs = (sum(m.info.get(kind, 0) for m in markers) for kind in kinds)
-    ratio = f" ({pairs / computed:.2f} times as many)" if computed and pairs else ""
-    return f"{computed:,} computed, {needed:,} of them needed; pair by pair it would be {pairs:,}{ratio}"
-
-
-def _all(markers: list[Marker], key: str) -> str:
-    """What the shards' markers say under a key."""
-    return ", ".join(sorted({str(m.info.get(key) or "unknown") for m in markers}))
-
-
-def token_rows(this: Job, f: Findings) -> list[TokenRow] | str:
-    """The highest, median and lowest row of each dataset under its own prompt, or why there are none."""
-    owners = [d for d in f.matrix.owners if f.own(d) is not None]
-    if all(f.matrix.passes[d, d].values is None for d in owners):
-        return "Values of single tokens were not stored; compute with score.per_token=true to see rows token by token."
-    pieces, out = splitter(this), []
-    for dataset in owners:
-        rows = rows_of(this, dataset)
-        for place, row in places(f.scores[dataset, dataset]):
-            shifts, messages = f.matrix.shifts(dataset, dataset, row), rows[row]["messages"]
-            if shifts is None:
-                continue
-            ways = pieces(messages[-1]["content"])
-            parts = next((parts for parts in ways if len(parts) == len(shifts)), None)
-            if parts is None:
-                raise UserError(
-                    f"row {row} of {dataset} has {len(shifts)} stored values and {len(ways[0])} tokens: the tokenizer "
-                    "is not the one of the run; run `make fetch` again"
-                )
-            prompt = " ".join(m["content"] for m in messages[:-1] if m["role"] != "system")
-            out.append(TokenRow(dataset, place, row, float(f.scores[dataset, dataset][row]), prompt, parts, shifts))
-    return out
-
-
-def splitter(this: Job) -> Callable[[str], list[list[str]]]:
-    """A response's text, token by token: a token begins where the one before ended. Two ways, the second as the text is
-    where it does not begin a text: after a special token."""
-    from tokenizers import Tokenizer
-
-    experiment = this.of(Scoring)
-    path = Path(model_input(this.site.cache, experiment.model.id, experiment.model.revision).path) / "tokenizer.json"
-    if not path.exists():
-        raise UserError(f"{path} is not there; run `make fetch`")
-    tokenizer = Tokenizer.from_file(str(path))
-
-    front = next((t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special), "")
-
-    def split(text: str) -> list[list[str]]:
-        found = []
-        for before in ("", front):
-            spans = tokenizer.encode(before + text, add_special_tokens=False).offsets
-            ends = [max(0, end - len(before)) for _, end in (spans[1:] if before else spans)]
-            found.append([text[a:b] for a, b in zip([0, *ends], ends, strict=False)])
-        return found
-
-    return split
-
-
-def selections(this: Job, f: Findings, choice: Choice, folder: Path) -> list[dict[str, Value]]:
-    """One file for every dataset whose own cell is done."""
-    cells, out = {cell.name: cell for cell in this.cells()}, []
-    for prompt in f.matrix.owners:
-        dataset = choice.source or prompt
-        if f.own(prompt) is None:
-            continue
-        values = f.scores.get((prompt, dataset))
-        if choice.contrast:
-            values = f.contrasts[prompt].values if prompt in f.contrasts else None
-        if values is None:
-            what = "contrast" if choice.contrast else "score"
-            raise UserError(
-                f"selection {choice.name}: prompt {prompt} has no {what} on dataset {dataset}; "
-                "it needs more cells than this experiment has done"
-            )
-        facts = {
-            "experiment": this.experiment.label,
-            "digest": digest_of_all(list(cells.values())),
-            "cell": {"prompt": prompt, "dataset": dataset},
-            "measure": str(f.measure),
-        }
-        path = folder / "select" / prompt / choice.name
-        record = write_selection(path, select(choice, values, stream=dataset), rows_of(this, dataset), facts)
-        out.append({**record, "file": f"select/{prompt}/{choice.name}.jsonl"})
-    return out
-
-
-if __name__ == "__main__":
-    exit_with(main)

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from lib.lls.analysis import maxima
-from lib.lls.report_plots import minus
-from lib.report.look import FAINT, INK, STYLE, new_figure, save, titles
+from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles
+from lib.report.stats import maxima
 
 PLAIN = "#eceff1"  # cells outside the colour scale
 HATCH = "#d5d8db"

@@ -53,3 +53,8 @@ def save(figure: Figure, path: Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", facecolor="white", metadata={"Software": None})
     write_bytes(path, png.getvalue())
+
+
+def minus(text: str) -> str:
+    """A minus sign, as on the axes, for a hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from lib.lls.report_tables import Table, Value
+from lib.report.tables import Table, Value
 
 STYLE = """
 :root { color-scheme: light dark; --ground:#fbfbfa; --card:#fff; --ink:#1d2126; --soft:#5b636c; --line:#e2e4e7;

@@ -2,18 +2,21 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lib.advice import about
 from lib.base.errors import UserError
-from lib.families import load, overrides_of
-from lib.run.experiment import Experiment, digest_of
+from lib.config.frozen import digest_of
+from lib.config.loading import overrides_of
+from lib.run.experiment import Experiment
 from lib.run.site import Site, apply, site
 from lib.store import Cell
 
 Kind = TypeVar("Kind", bound=Experiment)
+Load = Callable[[Path, list[str]], Experiment]  # lib.families.load
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def digest_of_all(cells: list[Cell]) -> str:
     return digest_of({cell.name: cell.digest for cell in cells})
 
 
-def job(name: str, description: str, argv: list[str] | None = None, indexed: bool = True) -> Job:
+def job(name: str, description: str, load: Load, argv: list[str] | None = None, indexed: bool = True) -> Job:
     """Parse the command line, load the configuration, apply the site."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{name}", description=description)
     parser.add_argument("--config", type=Path, required=True, help="configs/*.yaml")

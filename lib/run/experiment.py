@@ -1,37 +1,14 @@
-"""The parts that every experiment shares: frozen models, inputs by reference, cells and digests."""
+"""What every experiment is: a configuration, inputs by reference, cells, and what they cost."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field
 
+from lib.config.frozen import Configuration, Frozen
+from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.store import Cell, Column
-
-Dtype = Literal["bfloat16", "float32", "float64"]
-
-
-class Frozen(BaseModel):
-    """Immutable, and a key that is not declared is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class ModelSpec(Frozen):
-    id: str = Field(min_length=1, description="Hub id, a local folder, or cache:<folder under the cache>")
-    revision: str = Field("main", min_length=1, description="commit, tag or branch; what it resolved to is recorded")
-    dtype: Dtype = "bfloat16"
-
-
-class DatasetSpec(Frozen):
-    id: str = Field(min_length=1, description="Hub id, a local .jsonl file, or cache:<file under the cache>")
-    revision: str = Field("main", min_length=1)
-    split: str = "train"
-
-    def named(self, **names: str) -> "DatasetSpec":
-        return self.model_copy(update={"id": self.id.format(**names)})
 
 
 class RunSpec(Frozen):
@@ -50,33 +27,13 @@ class Cost:
     values: float  # entries of the columns that hold several values a row
 
 
-def digest_of(parts: dict[str, Any]) -> str:
-    """sha256 over canonical JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-class Experiment(Frozen):
-    kind: str
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=60)
+class Experiment(Configuration):
     run: RunSpec = RunSpec()
 
     job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
     submit: ClassVar[str]  # make targets: to submit it, and to get its results
     results: ClassVar[str]
     share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the plan
-    _label: str = PrivateAttr("")
-
-    @property
-    def label(self) -> str:
-        """The name of its folders and jobs. Overrides that change results add a suffix: a trial never shares a path."""
-        return self._label or self.name
-
-    def science(self) -> dict[str, Any]:
-        """The part of the configuration that can change a result."""
-        return self.model_dump(mode="json", exclude={"name", "run"})
-
-    def science_json(self) -> str:
-        return json.dumps(self.science(), sort_keys=True)
 
     def schema(self, cache: Path) -> dict[str, Column]:
         """The columns of a shard."""
@@ -99,6 +56,10 @@ class Experiment(Frozen):
     def names(self) -> list[str]:
         """The cells' names in array order: known before the inputs are."""
         raise NotImplementedError
+
+    def token_sets(self) -> TokenSets | None:
+        """What its sets of token sequences are made from, where it has any."""
+        return None
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         """All cells in array order; a UserError names an input that is not fetched."""

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lib.advice import advised
-from lib.base.atomic import HOST, write_json
+from lib.base.atomic import write_json
 from lib.base.errors import DONE, REQUEUE, UserError
+from lib.base.process import HOST, pid_started
 from lib.base.progress import Progress
 from lib.store.shards import Cell, Schema, commit, gaps, plan_shards, scan, set_aside, sweep
 from lib.watch import ending_with_its_starters
@@ -123,14 +124,6 @@ class Heartbeat:
     def beat(self, state: str, **more: Any) -> None:
         self.facts.update(state=state, updated=time.time(), **more)
         write_json(self.path, self.facts)
-
-
-def pid_started(pid: int) -> str:
-    """Boot-relative start time of a process: a reused pid has another one."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def run_cell(

@@ -24,8 +24,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lib.base.atomic import HOST, remove, sha256_file, write_bytes, write_json
+from lib.base.atomic import remove, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.raw import Written, write_with_raw

@@ -1,0 +1,25 @@
+"""What every export begins and ends with: the cells that are done, merged; and a word about those that are not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.base.errors import UserError
+from lib.run.command import Job
+from lib.store import Cell, gaps, merge, scan
+from lib.store.merge import merged_is_current
+
+
+def merged_files(this: Job) -> dict[Cell, Path]:
+    """The merged file of each cell that is done; made again only where it is not there: it may hold tens of GB."""
+    schema, config = this.experiment.schema(this.site.cache), this.experiment.science_json()
+    done = [cell for cell in this.cells() if not gaps(scan(cell.path, cell.digest)[0], cell.rows)]
+    return {c: c.path / "merged.h5" if merged_is_current(c) else merge(c, schema, config) for c in done}
+
+
+def all_done(cells: Sequence[Cell], done: Sequence[Cell]) -> None:
+    """A UserError that names what an export lacks."""
+    if missing := [cell.name for cell in cells if cell not in done]:
+        raise UserError(
+            f"{len(missing)} of {len(cells)} cells are not done and not exported: {', '.join(missing)}; "
+            "run `make resume`"
+        )
