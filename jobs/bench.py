@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from lib.bench import attribution, scoring
+from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
-SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(attribution.LLAMAS, attribution.RUNGS)}
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, attribution.RUNGS)}
 
 
 def main() -> int:

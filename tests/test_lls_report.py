@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from lib.lls import report_bars, report_plots
 from lib.lls.analysis import all_scores, auc, contrast, finite
 from lib.lls.matrix import Measure, Rescored
-from lib.lls.report import About, write_report
+from lib.lls.report_sections import About, write_report
 from lib.lls.report_tables import find
 from lib.lls.token_view import TokenRow, places
 from lib.report import heat as report_heat
@@ -175,7 +175,7 @@ def figures(monkeypatch):
     kept = {}
     for module in (report_plots, report_bars, report_heat):
         monkeypatch.setattr(module, "save", lambda figure, path: kept.update({path.name: figure}))
-    monkeypatch.setattr("lib.lls.report.write_bytes", lambda path, data: None)
+    monkeypatch.setattr("lib.lls.report_sections.write_bytes", lambda path, data: None)
     return kept
 
 

@@ -62,7 +62,7 @@ def shown(folder, *flags: str) -> subprocess.CompletedProcess[str]:
         "-X",
         "importtime",
         "-m",
-        "lib.cluster",
+        "jobs.cluster",
         "status",
         "--config",
         str(folder / "many.yaml"),

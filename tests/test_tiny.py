@@ -198,7 +198,7 @@ def test_rows_are_answers_in_the_asked_format_and_losses_are_counted(made):
 def test_a_second_call_finds_it_at_once_and_without_torch(made):
     before = {f: f.stat().st_mtime_ns for f in made.rglob("*")}
     code = (
-        "import sys; from pathlib import Path; from jobs.make_demo import Recipe, make_demo;"
+        "import sys; from pathlib import Path; from lib.demo.make import Recipe, make_demo;"
         f"found = make_demo(Path({str(made.parent.parent)!r}), {RECIPE!r});"
         f"assert found == Path({str(made)!r});"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
@@ -215,7 +215,7 @@ def test_the_digest_covers_recipe_and_sources(tmp_path, monkeypatch):
     for pattern in demo.SOURCES:
         assert list(ROOT.glob(pattern)), pattern
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    (tmp_path / "lib/models").mkdir(parents=True)
+    (tmp_path / "lib/demo").mkdir(parents=True)
     seen = set()
     for text in ("a", "b"):
         (tmp_path / "lib/demo/tiny.py").write_text(text)

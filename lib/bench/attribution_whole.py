@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lib.attribution.experiment import Attribution
-from lib.bench.attribution import PROMPT_TOKENS, PROMPTS, TOKENS, random_model
+from lib.bench.llamas import PROMPT_TOKENS, PROMPTS, TOKENS, random_model
 from lib.bench.whole import run
 from lib.families import load
 from lib.inputs.records import ModelInput, model_files, parameters, save_model, source_stamp

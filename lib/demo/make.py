@@ -33,8 +33,9 @@ SOURCES = (
     "lib/demo/texts.py",
     "lib/demo/tiny.py",
     "lib/models/sample.py",
-    "lib/subliminal/*.py",
-    "lib/subliminal/*.yaml",
+    "lib/numbers/*.py",
+    "lib/demo/planted.py",
+    "lib/numbers/*.yaml",
 )
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MAX_NEW_TOKENS = 64  # ten numbers of three digits, their separators and brackets are at most 51 tokens
