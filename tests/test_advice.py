@@ -10,8 +10,8 @@ import pytest
 from conftest import wait_until
 from tools import ROOT, small_lls
 
-from lib import advice
-from lib.advice import about, advised, spoken
+from lib.base import advice
+from lib.base.advice import about, advised, spoken
 
 
 @pytest.fixture

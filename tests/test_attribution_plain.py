@@ -8,7 +8,8 @@ from lrp_models import make, sequences
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from lib.attribution import RULES, Attributor, patched
+from lib.attribution.attribute import Attributor
+from lib.attribution.patch import RULES, patched
 from lib.base.errors import UserError
 
 IDS = torch.tensor(sequences(9))

@@ -20,7 +20,7 @@ from lib.cluster.doctor import models_line
 from lib.families import load
 from lib.inputs import hub as hub_client
 from lib.inputs.records import ModelInput, model_files
-from lib.store.verified import check_bytes, check_here, hashes_by_name
+from lib.inputs.verified import check_bytes, check_here, hashes_by_name
 
 
 @pytest.fixture(scope="module")

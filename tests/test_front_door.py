@@ -12,7 +12,7 @@ import pytest
 from conftest import wait_until
 from tools import ROOT, small_lls
 
-from lib.advice import spoken
+from lib.base.advice import spoken
 from lib.families import load
 
 MARK = "/tmp/suite-was-run"

@@ -8,7 +8,7 @@ from test_scoring import DAY, SYSTEM
 from tools import number_rows, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib.attribution import Attributor
+from lib.attribution.attribute import Attributor
 from lib.base.errors import UserError
 from lib.evaluation.responses import greedy
 from lib.lls.shift import Status, conditions, prepare, shift

@@ -22,12 +22,12 @@ from lib.base.atomic import keep_others, read_json, write_bytes, write_json
 from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import linear_weights
 from lib.inputs.records import ModelInput, model_input
+from lib.inputs.verified import check_here
 from lib.run.command import Job
 from lib.run.results import all_done, merged_files
 from lib.store import Cell, Column, read_array
 from lib.store.columns import to_hdf5
 from lib.store.merge import rounding_of
-from lib.store.verified import check_here
 
 EXPLAINED = {
     "last": "the largest logit at the last position",

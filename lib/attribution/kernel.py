@@ -9,10 +9,10 @@ from lib.attribution.experiment import Attribution, Part
 from lib.base.errors import UserError
 from lib.checkpoint.layers import short
 from lib.inputs.samples import read_samples
+from lib.inputs.verified import checked_model
 from lib.run.command import Job
 from lib.run.rows import run_cell
 from lib.store import Cell
-from lib.store.verified import checked_model
 
 
 def compute(this: Job) -> int:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
-from lib.advice import advised
+from lib.base.advice import advised
 
 DONE, UNEXPECTED, USER, REQUEUE = 0, 1, 2, 75  # 75 = EX_TEMPFAIL of sysexits.h: stopped by a signal, work is left
 

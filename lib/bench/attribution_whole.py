@@ -16,7 +16,7 @@ from lib.bench.whole import run
 from lib.families import load
 from lib.inputs.records import ModelInput, model_files, parameters, save_model, source_stamp
 from lib.inputs.samples import Rows, save_samples
-from lib.store.verified import hashes_by_name
+from lib.inputs.verified import hashes_by_name
 
 SAMPLES = 128
 CONFIG = """

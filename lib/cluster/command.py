@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.advice import about, advised
-from lib.base.errors import UserError
+from lib.base.advice import about, advised
 from lib.cluster import logs, overview, show, submit
 from lib.cluster.status import status
 from lib.config.loading import overrides_of

@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib.advice import advised
+from lib.base.advice import advised
 from lib.base.atomic import write_bytes
 from lib.base.errors import UserError
 from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.inputs.records import check_model, check_rows, dataset_input, local_path, model_input
 from lib.inputs.samples import SamplesInput, check_samples
+from lib.inputs.verified import check_bytes
 from lib.run.experiment import Experiment
 from lib.run.site import ROOT, Site
-from lib.store.verified import check_bytes
 
 DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
 CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}

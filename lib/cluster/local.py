@@ -16,8 +16,8 @@ from typing import Any
 from lib.base.atomic import own_folder, read_json, write_json
 from lib.base.errors import REQUEUE, UserError, exit_with
 from lib.base.process import HOST, pid_started
+from lib.base.typed import Mistyped, parse
 from lib.run.site import ROOT
-from lib.store.typed import Mistyped, parse
 
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed
 BUSY_MIB = 2000  # a GPU with more than this in use belongs to somebody

@@ -1,6 +1,6 @@
 """The logs of tasks, and a check of every byte of an experiment's shards."""
 
-from lib.advice import advised
+from lib.base.advice import advised
 from lib.base.atomic import disk_errors
 from lib.base.errors import UserError
 from lib.cluster.status import heartbeats, status

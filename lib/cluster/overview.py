@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.advice import spoken
+from lib.base.advice import spoken
 from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
 from lib.cluster.status import Status, status, submissions

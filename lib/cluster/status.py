@@ -14,10 +14,10 @@ from typing import Any
 from lib.base.atomic import read_json
 from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
+from lib.base.typed import Mistyped, parse
 from lib.cluster import local, slurm
 from lib.run.rows import Beat
 from lib.store import Cell, Marker, gaps, scan
-from lib.store.typed import Mistyped, parse
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")

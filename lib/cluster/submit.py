@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib.advice import advised, spoken
+from lib.base.advice import advised, spoken
 from lib.base.atomic import write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST

@@ -10,11 +10,11 @@ from lib.base.errors import UserError
 from lib.evaluation.toxicity import Toxicity
 from lib.inputs.prompts import Answer
 from lib.inputs.specs import ModelSpec, PromptsSpec
+from lib.inputs.verified import checked_model
 from lib.models.classifier import load_classifier
 from lib.models.load import load_model, load_tokenizer, visible_devices
 from lib.models.rope import positions
 from lib.models.tokens import must_know, vocabulary_of
-from lib.store.verified import checked_model
 
 
 def answerer(cache: Path, model: ModelSpec, spec: PromptsSpec, name: str, by_hand: str) -> Answer:

@@ -35,8 +35,8 @@ from lib.inputs.records import (
     torch_weights,
 )
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
+from lib.inputs.verified import altered, hashes, hashes_by_name
 from lib.store.shards import sweep
-from lib.store.verified import altered, hashes, hashes_by_name
 
 
 class Needs(Protocol):

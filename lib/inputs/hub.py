@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from lib.base.errors import UserError
 from lib.inputs.records import MODEL_FILES, torch_weights
-from lib.store.verified import hashes
+from lib.inputs.verified import hashes
 
 T = TypeVar("T")
 

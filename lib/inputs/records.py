@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
+from lib.base.typed import Mistyped, parse
 from lib.checkpoint.headers import folder_tensors, stored_tensors
-from lib.store.typed import Mistyped, parse
 
 Record = TypeVar("Record", "DatasetInput", "ModelInput")
 

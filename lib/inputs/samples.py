@@ -19,10 +19,10 @@ import numpy as np
 
 from lib.base.atomic import read_json, write_bytes, write_json
 from lib.base.errors import UserError, one_line
+from lib.base.typed import Mistyped, parse
 from lib.inputs.records import local_path, same_file
 from lib.store.columns import Column, to_hdf5
 from lib.store.contents import Wrong, datasets
-from lib.store.typed import Mistyped, parse
 
 Values = list[str] | np.ndarray
 ALWAYS = ("ids", "lengths", "held_out")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.inputs.verified import checked_model
 from lib.lls.experiment import LLSCross, Scoring
 from lib.run.command import Job
 from lib.run.rows import run_cell
 from lib.store import Cell
-from lib.store.verified import checked_model
 
 
 def compute(this: Job) -> int:

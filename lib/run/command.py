@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lib.advice import about
+from lib.base.advice import about
 from lib.base.errors import UserError
 from lib.config.frozen import digest_of
 from lib.config.loading import overrides_of

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lib.advice import advised
+from lib.base.advice import advised
 from lib.base.atomic import write_json
 from lib.base.errors import DONE, REQUEUE, UserError
 from lib.base.process import HOST, pid_started
 from lib.base.progress import Progress
+from lib.run.watch import ending_with_its_starters
 from lib.store.shards import Cell, Schema, commit, gaps, plan_shards, scan, set_aside, sweep
-from lib.watch import ending_with_its_starters
 
 
 class Kernel(Protocol):

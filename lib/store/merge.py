@@ -13,11 +13,11 @@ import numpy as np
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
+from lib.base.typed import Mistyped, parse
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.raw import read_array, write_with_raw
 from lib.store.shards import Cell, Marker, gaps, scan, set_aside
-from lib.store.typed import Mistyped, parse
 
 
 @dataclass(frozen=True)

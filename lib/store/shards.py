@@ -27,10 +27,10 @@ import numpy as np
 from lib.base.atomic import remove, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST
+from lib.base.typed import parse
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.raw import Written, write_with_raw
-from lib.store.typed import parse
 
 MARKER_NAME = re.compile(r"(\d{8})-(\d{8})\.json")
 MOST_ROWS = 10**8  # that a marker's name has room for
