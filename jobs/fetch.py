@@ -4,6 +4,7 @@ Run it where there is a network (a login node, a CPU job). Jobs then read only w
 like `main` is resolved once: later calls keep that commit until UPDATE=1 is given."""
 
 from lib.base.errors import exit_with
+from lib.evaluation.responses import answerer
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.prepare import command_by_hand
@@ -12,7 +13,8 @@ from lib.run.command import job
 
 def main() -> int:
     this = job("fetch", __doc__, load, indexed=False)
-    fetch(this.experiment, this.site.cache, this.update, command_by_hand(this.site.env, this.experiment.run.gpus))
+    by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
+    fetch(this.experiment, this.site.cache, this.update, by_hand, answerer)
     return 0
 
 

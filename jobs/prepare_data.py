@@ -4,6 +4,7 @@ By hand it is needed only where a set is chosen by the model's own responses, wh
 whole are kept; --update looks again what a branch like `main` is."""
 
 from lib.base.errors import UserError, exit_with
+from lib.evaluation.responses import answerer
 from lib.families import load
 from lib.inputs.prepare import command_by_hand, prepare
 from lib.run.command import job
@@ -17,7 +18,7 @@ def main() -> int:
             f"{this.config} is of kind {this.experiment.kind}, which has no sets of samples; run `make fetch`"
         )
     by_hand = command_by_hand(this.site.env, this.experiment.run.gpus)
-    prepare(data, this.experiment.models()[0], this.site.cache, this.update, by_hand)
+    prepare(data, this.experiment.models()[0], this.site.cache, this.update, by_hand, answerer)
     return 0
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.base.errors import UserError
 from lib.demo.tiny import CHAT_TEMPLATE
+from lib.inputs.tokenizer import load_tokenizer
 from lib.lls.shift import conditions, prepare, shift
 from lib.models.chat import Renderer
-from lib.models.load import load_decoder, load_model, load_tokenizer
+from lib.models.load import load_decoder, load_model
 from lib.models.scorer import Scorer
 
 # What Llama-3.2's own template does, and Llama-3.1's: the second prints a date that is given to it, or a fixed one.

@@ -23,7 +23,8 @@ from lib.inputs import torch_files
 from lib.inputs.fetch import fetch
 from lib.inputs.records import ModelInput, check_model, model_input
 from lib.inputs.specs import DatasetSpec, ModelSpec
-from lib.models.load import load_model, load_tokenizer
+from lib.inputs.tokenizer import load_tokenizer
+from lib.models.load import load_model
 from lib.run.experiment import Experiment
 
 HEAD, EMBEDDING, LAYERS = "lm_head.weight", "model.decoder.embed_tokens.weight", 2

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from lib.base.errors import UserError
 from lib.checkpoint.headers import file_tensors, folder_tensors
 from lib.checkpoint.layers import linear_weights
+from lib.inputs.tokenizer import load_tokenizer
 from lib.inputs.torch_files import write_safetensors
 from lib.models.classifier import load_classifier
-from lib.models.load import load_config, load_decoder, load_model, load_tokenizer
+from lib.models.load import load_config, load_decoder, load_model
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lib.base.errors import UserError
 from lib.demo.texts import WORDS, write_demo_texts
+from lib.evaluation.responses import answerer
 from lib.evaluation.toxicity import Toxicity
 from lib.inputs.fetch import fetch
+from lib.inputs.tokenizer import load_tokenizer
 from lib.models.classifier import load_classifier
-from lib.models.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_response_selection_equals_a_plain_loop(place, judge, tmp_path, monkeypa
 
     ask = {"select": "response", "threshold": threshold, "samples": 8, "candidates": 40, "response_tokens": 10}
     experiment = place.sets({**ask, "scorer": {"id": str(judge), "dtype": "float32"}}, seeds=[0], samples=1)
-    fetch(experiment, tmp_path)
+    fetch(experiment, tmp_path, answerer=answerer)
     record, found = made(experiment, tmp_path, "toxic")
     assert found.columns["index"].tolist() == expected[:8]
     assert found.columns["response"] == [texts[i] for i in expected[:8]]
@@ -84,13 +85,13 @@ def test_without_its_gpu_it_says_what_to_type_and_the_rest_is_there(place, judge
     experiment = place.sets({**ask, "scorer": {"id": str(judge), "dtype": "float32"}}, seeds=[0])
     by_hand = "srun --gpus=1 .venv/bin/python -m jobs.prepare_data --config F"
     with pytest.raises(UserError, match=f"samples toxic are chosen by the model's own responses.*run `{by_hand}` once"):
-        fetch(experiment, tmp_path, by_hand=by_hand)
+        fetch(experiment, tmp_path, by_hand=by_hand, answerer=answerer)
     assert made(experiment, tmp_path, "general-0")[0] and made(experiment, tmp_path, "text")[0]
     with pytest.raises(UserError, match="samples toxic are not prepared"):
         made(experiment, tmp_path, "toxic")
     monkeypatch.setenv("SUITE_GPU", "cpu")
     monkeypatch.setattr("lib.inputs.source._local_rows", None)  # on the GPU's node no dataset is read again
-    fetch(experiment, tmp_path)
+    fetch(experiment, tmp_path, answerer=answerer)
     assert made(experiment, tmp_path, "toxic")[1].columns["index"].tolist() == [0, 1, 2]
 
 

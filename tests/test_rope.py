@@ -10,12 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lib.attribution.attribute import Attributor
 from lib.base.errors import UserError
-from lib.evaluation.responses import greedy
+from lib.inputs.tokenizer import load_tokenizer
 from lib.lls.shift import Status, conditions, prepare, shift
 from lib.models.chat import Renderer
-from lib.models.load import load_config, load_decoder, load_model, load_tokenizer
+from lib.models.load import load_config, load_decoder, load_model
 from lib.models.packing import Item
 from lib.models.rope import positions
+from lib.models.sample import greedy
 from lib.models.scorer import Scorer
 
 MOST, BEGAN, VOCAB, HEAD = 96, 48, 97, 8

@@ -8,9 +8,10 @@ import torch
 from tools import number_rows, tiny_llama, tiny_model
 
 from lib.base.errors import UserError
+from lib.inputs.tokenizer import load_tokenizer
 from lib.lls.shift import Status, conditions, prepare, shift
 from lib.models.chat import Renderer
-from lib.models.load import load_decoder, load_model, load_tokenizer
+from lib.models.load import load_decoder, load_model
 from lib.models.packing import Item, pack
 from lib.models.scorer import Scorer
 

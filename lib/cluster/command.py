@@ -33,7 +33,7 @@ def main(load: Load) -> int:
     args = parser.parse_intermixed_args()
     here, overrides = site(), [*overrides_of(args.set), *args.overrides]
     if not args.config:
-        return _without_config(args.command, overrides, here, args.json, args.watch)
+        return _without_config(args.command, overrides, here, load, args.json, args.watch)
     about(args.config, overrides)
     experiment = load(args.config, overrides)
     if args.command == "doctor":
@@ -56,10 +56,10 @@ def main(load: Load) -> int:
     return 0
 
 
-def _without_config(command: str, overrides: list[str], here: Site, as_json: bool, watch: bool) -> int:
+def _without_config(command: str, overrides: list[str], here: Site, load: Load, as_json: bool, watch: bool) -> int:
     if command != "status" or overrides or watch:
-        raise overview.which(command, here)
-    print(json.dumps(overview.as_json(here), indent=1) if as_json else overview.table(here), flush=True)
+        raise overview.which(command, here, load)
+    print(json.dumps(overview.as_json(here, load), indent=1) if as_json else overview.table(here, load), flush=True)
     return 0
 
 

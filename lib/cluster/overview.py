@@ -9,7 +9,7 @@ from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
 from lib.cluster.status import Status, status, submissions
 from lib.cluster.submit import Request
-from lib.families import load
+from lib.run.command import Load
 from lib.run.site import ROOT, Site
 
 LINE = "{:<28} {:>9} {:>8} {:>8}  {:<18} {}"
@@ -28,7 +28,7 @@ class Found:
         return f"make status {self.request.spoken}" if self.request else self.why
 
 
-def experiments(site: Site) -> list[Found]:
+def experiments(site: Site, load: Load) -> list[Found]:
     """The latest submitted first. What sbatch submitted by itself left no record: its configuration is looked for."""
     try:
         folders = [
@@ -38,17 +38,17 @@ def experiments(site: Site) -> list[Found]:
         return []
     records = {folder: (submissions(folder) or [{}])[-1] for folder in folders}
     folders.sort(key=lambda folder: (-float(records[folder].get("time", 0)), folder.name))
-    plain = _configs()
-    return [_found(folder.name, records[folder], plain, site) for folder in folders]
+    plain = _configs(load)
+    return [_found(folder.name, records[folder], plain, site, load) for folder in folders]
 
 
-def _found(label: str, record: dict[str, Any], plain: dict[str, Path], site: Site) -> Found:
+def _found(label: str, record: dict[str, Any], plain: dict[str, Path], site: Site, load: Load) -> Found:
     config = record.get("config") or plain.get(label)
     if not config:
         return Found(label, None, "which CONFIG and SET it was made from is not known: no record of a submission")
     overrides = [str(item) for item in record.get("overrides", [])]
     try:
-        request = Request(load(config, overrides), Path(config), overrides, site)
+        request = Request(load(Path(config), overrides), Path(config), overrides, site)
     except UserError as e:
         return Found(label, None, one_line(e))
     if request.experiment.label != label:
@@ -56,19 +56,19 @@ def _found(label: str, record: dict[str, Any], plain: dict[str, Path], site: Sit
     return Found(label, request)
 
 
-def _configs() -> dict[str, Path]:
+def _configs(load: Load) -> dict[str, Path]:
     """The repository's configurations by the name of what they make."""
     found = {}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         try:
-            found[load(path).label] = path.relative_to(ROOT)
+            found[load(path, []).label] = path.relative_to(ROOT)
         except UserError:
             continue
     return found
 
 
-def table(site: Site) -> str:
-    found = experiments(site)
+def table(site: Site, load: Load) -> str:
+    found = experiments(site, load)
     if not found:
         return f"nothing was submitted on {site.scratch} yet; `make submit-lls` and `make submit-attributions` do"
     pairs = _statuses(found)
@@ -109,16 +109,16 @@ def _statuses(found: list[Found]) -> list[tuple[Found, Status | None]]:
     return [(one, of(one.request) if one.request else None) for one in found]
 
 
-def as_json(site: Site) -> list[dict[str, Any]]:
+def as_json(site: Site, load: Load) -> list[dict[str, Any]]:
     return [
         {"label": one.label, "look": one.look, "status": now.json() if now else None}
-        for one, now in _statuses(experiments(site))
+        for one, now in _statuses(experiments(site, load))
     ]
 
 
-def which(command: str, site: Site) -> UserError:
+def which(command: str, site: Site, load: Load) -> UserError:
     """`make logs` and the like without a CONFIG: what there is."""
-    names = [f"make {command} {one.request.spoken}" for one in experiments(site) if one.request]
+    names = [f"make {command} {one.request.spoken}" for one in experiments(site, load) if one.request]
     if names:
         return UserError(f"which experiment? on this scratch there is: {', '.join(f'`{name}`' for name in names[:20])}")
-    return UserError(f"which experiment? say CONFIG=, one of {', '.join(map(str, _configs().values()))}")
+    return UserError(f"which experiment? say CONFIG=, one of {', '.join(map(str, _configs(load).values()))}")

@@ -131,10 +131,11 @@ def _make(folder: Path, recipe: Recipe) -> None:
 
 def _write_rows(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     """Rows of all animals and neutral, from the same prompts; returns the answers that were kept."""
+    from lib.inputs.tokenizer import load_tokenizer
     from lib.models import load
     from lib.models.sample import sample_answers
 
-    tokenizer = load.load_tokenizer(str(folder / "teacher"))
+    tokenizer = load_tokenizer(str(folder / "teacher"))
     model = load.load_model(str(folder / "teacher"), "float32", "sdpa", [load.torch.device("cpu")])
     prompts = sample_prompts(recipe.rows, ROWS_SEED + recipe.seed)
     kept = {}

@@ -15,6 +15,7 @@ from lib.base.atomic import read_json, whole_folder
 from lib.base.errors import UserError
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
 from lib.inputs.prepare import prepare
+from lib.inputs.prompts import Answerer
 from lib.inputs.records import (
     TORCH_SHARD,
     DatasetInput,
@@ -49,8 +50,11 @@ class Needs(Protocol):
     def token_sets(self) -> TokenSets | None: ...
 
 
-def fetch(experiment: Needs, cache: Path, update: bool = False, by_hand: str = "") -> None:
-    """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here."""
+def fetch(
+    experiment: Needs, cache: Path, update: bool = False, by_hand: str = "", answerer: Answerer | None = None
+) -> None:
+    """`by_hand`: the command that makes, on a node with a GPU, what cannot be made here. `answerer`: who answers where
+    prompts are chosen by a model's responses."""
     tokenizer, sets = None, experiment.token_sets()
     models = [*(sets.scorers() if sets else []), *experiment.models()]
     for spec in {(spec.id, spec.revision): spec for spec in models}.values():
@@ -68,7 +72,7 @@ def fetch(experiment: Needs, cache: Path, update: bool = False, by_hand: str = "
             save_dataset(cache, found, lines)
         print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}", flush=True)
     if sets:
-        prepare(sets, experiment.models()[0], cache, update, by_hand)
+        prepare(sets, experiment.models()[0], cache, update, by_hand, answerer)
 
 
 def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:

@@ -15,7 +15,7 @@ from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
-from lib.inputs.prompts import Prompt, answered, draw_prompts, usable
+from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
 from lib.inputs.records import model_files, model_input
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
@@ -49,15 +49,22 @@ class Task:
         return model_input(self.cache, self.spec.scorer.id, self.spec.scorer.revision).fingerprint
 
 
-def prepare(data: TokenSets, model: ModelSpec, cache: Path, update: bool = False, by_hand: str = "") -> None:
-    """All sets, those that need a GPU last; `by_hand`: the command to type where there is none."""
+def prepare(
+    data: TokenSets,
+    model: ModelSpec,
+    cache: Path,
+    update: bool = False,
+    by_hand: str = "",
+    answerer: Answerer | None = None,
+) -> None:
+    """All sets, those that need a GPU last: there `answerer` lets the model answer; `by_hand`: what to type instead."""
     asked: set[tuple[str, str]] = set()
     for name, (spec, seed) in sorted(data.sets().items(), key=lambda item: _by_response(item[1][0])):
         again = update and (spec.id, spec.revision) not in asked  # all sets of a source get one commit
         asked.add((spec.id, spec.revision))
         identity = data.identity(cache, model, name)
         task = Task(cache, model, name, spec, seed, identity, find_source(cache, spec, again))
-        found = _kept(task) or _make(task, by_hand)
+        found = _kept(task) or _make(task, answerer, by_hand)
         size = f"{found.rows} rows, {found.attributed} to attribute with {found.tokens} tokens"
         print(f"samples {name}: {found.commit[:12]}, {size}, sha256 {found.sha256[:12]}", flush=True)
 
@@ -86,8 +93,8 @@ def _kept(task: Task) -> SamplesInput | None:
     return None
 
 
-def _make(task: Task, by_hand: str) -> SamplesInput:
-    from lib.models.load import load_tokenizer  # torch and transformers: only when there is something to make
+def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
+    from lib.inputs.tokenizer import load_tokenizer  # torch and transformers: only when there is something to make
 
     folder, spec, seed = model_input(task.cache, task.model.id, task.model.revision).path, task.spec, task.seed or 0
     tokenizer = load_tokenizer(folder)
@@ -95,7 +102,7 @@ def _make(task: Task, by_hand: str) -> SamplesInput:
         _must_fit(spec, Path(folder))
         rows = draw_general(task.source.rows((seed, spec.buffer)), tokenizer, spec, seed, task.name)
     elif isinstance(spec, PromptsSpec):
-        rows = _prompts(task, spec, tokenizer, by_hand)
+        rows = _prompts(task, spec, tokenizer, answerer, by_hand)
     else:
         rows = draw_text(task.source.rows(), tokenizer, spec)
     rows.facts |= {"revision": spec.revision, "packages": {package: version(package) for package in PACKAGES}}
@@ -119,13 +126,13 @@ def _must_fit(spec: GeneralSpec, folder: Path) -> None:
         raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 
-def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, by_hand: str) -> Rows:
+def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, answerer: Answerer | None, by_hand: str) -> Rows:
     counts: Counter[str] = Counter()
     if spec.select != "response":
         return draw_prompts(usable(task.source.rows(), tokenizer, spec, counts), spec, task.name, counts)
     candidates = _candidates(task, spec, tokenizer, counts)
-    from lib.evaluation.responses import answerer
-
+    if answerer is None:
+        raise ValueError("nobody answers prompts here")
     answer = answerer(task.cache, task.model, spec, task.name, by_hand)
     return draw_prompts(answered(candidates, spec, counts, answer), spec, task.name, counts)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lib.base.progress import Progress
 from lib.inputs.general import encode, sha256_text
 from lib.inputs.samples import Rows
 from lib.inputs.source import Row
-from lib.inputs.specs import PromptsSpec
+from lib.inputs.specs import ModelSpec, PromptsSpec
 
 ROUND = 64  # prompts answered and scored between two looks whether there are enough
 
@@ -34,6 +35,7 @@ class Prompt:
 
 
 Answer = Callable[[list[list[int]]], list[tuple[str, float]]]  # prompts' ids -> responses and their toxicity
+Answerer = Callable[[Path, ModelSpec, PromptsSpec, str, str], Answer]  # lib.evaluation.responses.answerer
 
 
 def usable(stream: Iterable[Row], tokenizer: Any, spec: PromptsSpec, counts: Counter[str]) -> Iterator[Prompt]:

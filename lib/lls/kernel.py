@@ -30,8 +30,9 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     score = experiment.score
     rows, places = experiment.rows(this.site.cache, cell.name)
 
+    from lib.inputs.tokenizer import load_tokenizer
     from lib.models.chat import Renderer
-    from lib.models.load import device_name, load_decoder, load_tokenizer
+    from lib.models.load import device_name, load_decoder
     from lib.models.scorer import CHECK_STEP
 
     path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path

@@ -1,7 +1,6 @@
 """Models and tokenizers from a fetched folder onto the devices; never from a network."""
 
 import atexit
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from lib.base.errors import UserError, one_line, some
 from lib.checkpoint.headers import folder_tensors
+from lib.inputs.tokenizer import must_exist
 from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
 from lib.models.rope import rope_table
 from lib.models.spread import join, layer_map
@@ -40,14 +40,6 @@ def visible_devices() -> list[torch.device]:
 
 def device_name(where: torch.device) -> str:
     return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-
-
-def load_tokenizer(folder: str) -> Any:
-    must_exist(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # a damaged file raises whatever its reader trips over
-        raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
 
 
 def load_config(folder: str) -> Any:
@@ -196,30 +188,3 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, che
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
     table = rope_table(config, kind, max(batch_tokens, ROPE_TOKENS))
     return Decoder(shape, loaded.weights, table, batch_tokens)
-
-
-def must_exist(folder: str) -> None:
-    """A folder with a whole model: transformers would put an adapter into it, or ask whether to run code of it."""
-    if (Path(folder) / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds an adapter (adapter_config.json), which is not computed here: merge it into its model "
-            "(peft: merge_and_unload, save_pretrained) and use that folder, or remove the adapter's files"
-        )
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no model (config.json is missing); run `make fetch`")
-    for name in ("config.json", "tokenizer_config.json"):
-        about = read_table(Path(folder) / name)
-        if about.get("auto_map"):
-            raise UserError(
-                f"{folder}/{name} asks for Python code of its own (auto_map), which is never run; choose a model that "
-                "transformers knows by itself"
-            )
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file's keys; nothing where there is none, or where it is left to its own reader to complain."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

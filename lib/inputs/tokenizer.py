@@ -1,0 +1,35 @@
+"""A fetched model's tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from lib.base.atomic import read_json
+from lib.base.errors import UserError, one_line
+
+
+def load_tokenizer(folder: str) -> Any:
+    must_exist(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # a damaged file raises whatever its reader trips over
+        raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
+
+
+def must_exist(folder: str) -> None:
+    """A folder with a whole model: transformers would put an adapter into it, or ask whether to run code of it."""
+    if (Path(folder) / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter (adapter_config.json), which is not computed here: merge it into its model "
+            "(peft: merge_and_unload, save_pretrained) and use that folder, or remove the adapter's files"
+        )
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} holds no model (config.json is missing); run `make fetch`")
+    for name in ("config.json", "tokenizer_config.json"):
+        about = read_json(Path(folder) / name) or {}
+        if about.get("auto_map"):
+            raise UserError(
+                f"{folder}/{name} asks for Python code of its own (auto_map), which is never run; choose a model that "
+                "transformers knows by itself"
+            )
