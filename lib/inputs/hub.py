@@ -29,11 +29,11 @@ def model_snapshot(id: str, revision: str) -> Path:
         _quiet()
         info = _patiently(lambda: HfApi().model_info(id, revision=revision, files_metadata=True))
         commit, siblings = commit_of(what, info.sha), info.siblings or []
-        sizes = {name_of(what, s.rfilename): s.size for s in siblings}
+        sizes = {s.rfilename: s.size for s in siblings}
         known = {s.rfilename: s.lfs.sha256 for s in siblings if s.lfs}
         convert = torch_weights(sizes)
         wanted = {
-            name: size
+            name_of(what, name): size
             for name, size in sizes.items()
             if name in convert or any(Path(name).match(p) for p in MODEL_FILES)
         }
