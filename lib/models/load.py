@@ -73,7 +73,8 @@ def load_model(folder: str, dtype: str, attention: str, devices: list[torch.devi
 def load_whole(kind: Any, what: str, folder: str, **how: Any) -> Any:
     """from_pretrained, in eval mode, with every tensor from the folder. transformers itself makes up what is missing or
     of another shape, and goes on; what it knows to be made elsewhere (a tied head, old buffers) it does not count."""
-    names = folder_tensors(Path(folder)).keys()
+    names, said = folder_tensors(Path(folder)).keys(), logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what follows is a page
     try:
         model, info = kind.from_pretrained(
             folder,
@@ -86,6 +87,8 @@ def load_whole(kind: Any, what: str, folder: str, **how: Any) -> Any:
         )
     except Exception as e:
         raise UserError(f"{what} in {folder} cannot be loaded ({one_line(e)}); run `make fetch` again") from None
+    finally:
+        logging.set_verbosity(said)
     shapes = [f"{name} of shape {tuple(has)}, not {tuple(wants)}" for name, has, wants in info["mismatched_keys"]]
     prefix = f"{model.base_model_prefix}."
     twice = [name for name in names if prefix + name in names]  # both would be the same parameter
