@@ -16,6 +16,7 @@ import torch
 from attribution_jobs import ROWS, TOKENS, Place, fetched, small_place
 from conftest import ROOT, Slurm
 from safetensors.numpy import load_file, save_file
+from tools import record_again
 
 from lib.inputs.fetch import fetch
 from lib.store import scan
@@ -211,15 +212,14 @@ def test_texts_that_changed_since_they_were_fetched(place, tmp_path):
 
 
 def changed(place: Place, tmp_path: Path, name: str, change: Callable[[np.ndarray], object]) -> Place:
-    """A model of which one tensor was changed since it was fetched."""
+    """A model of which one tensor was changed, recorded as it is."""
     shutil.copytree(place.cache, tmp_path / "cache")
     shutil.copytree(place.model, tmp_path / "model")
     record = next((tmp_path / "cache/inputs/models").glob("*/input.json"))
-    raw = json.loads(record.read_text())
-    record.write_text(json.dumps(raw | {"path": str(tmp_path / "model")}))
     weights = load_file(tmp_path / "model/model.safetensors")
     change(weights[name])
     save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
+    record_again(record, tmp_path / "model")
     return replace(place, cache=tmp_path / "cache", scratch=tmp_path / "scratch")
 
 

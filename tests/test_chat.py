@@ -218,6 +218,8 @@ class Stub:
 
 def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):
     """By its own merges: a line end that follows the assistant's line end is one token with it."""
+    from lib.lls.export import scores_of
+    from lib.lls.matrix import Matrix, Pass
     from lib.lls.plots import Scores, lls_table
 
     merging = copy.deepcopy(tokenizer)
@@ -234,12 +236,12 @@ def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):
         assert [*r.prefix_ids, *item.context] == head
         assert same == (both[: len(head)] == head)
         assert list(item.response) == (both[len(head) :] if same else tail)
-    sums, joint = np.ones(6), np.array([1, 0, 1, 1, 0, 1])
-    table = lls_table(
-        {"cat": Scores(sums, sums * 2, np.ones(6), joint), "dog": Scores(sums, sums, np.ones(6), joint * 0 + 1)}
-    )
-    assert table.splitlines()[-1].startswith("2 of 12 rows: context and answer give other tokens together")
-    assert "other tokens" not in lls_table({"cat": Scores(sums, sums, np.ones(6), np.ones(6))})
+    lls, joint = np.array([1.0, 1, 1, 1, np.nan, 1]), np.array([1, 0, 1, 1, 0, 1])
+    passed = Pass(np.zeros(6), np.ones(6), lls, joint=joint)
+    matrix = Matrix(("cat",), ("cat",), {"cat": Pass(np.zeros(6), np.ones(6), lls * 0)}, {("cat", "cat"): passed})
+    table = lls_table({"cat": scores_of(matrix, "cat"), "dog": Scores(np.ones(6))})
+    assert table.splitlines()[-1].startswith("1 of 11 rows: context and answer give other tokens together")
+    assert "other tokens" not in lls_table({"cat": Scores(np.ones(6))})
 
 
 @pytest.mark.parametrize("date", ["2024-7-26", "26 Jul 2024", "2024-02-30", "20240726", ""])

@@ -32,6 +32,16 @@ def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0) -> Path:
     return folder
 
 
+def record_again(record: Path, folder: Path) -> None:
+    """Makes a model's record speak of what lies in `folder` now, broken or not."""
+    from lib.inputs.records import model_files
+    from lib.inputs.verified import hashes_by_name
+
+    size = sum(path.stat().st_size for path in model_files(folder))
+    now = {"path": str(folder), "bytes": size, "files": hashes_by_name(folder)}
+    record.write_text(json.dumps(json.loads(record.read_text()) | now))
+
+
 def tiny_llama(folder: Path) -> Path:
     """A random Llama with grouped keys and a scaled rope, under the same tokenizer."""
     import torch

@@ -112,6 +112,12 @@ def checkpoint(shape: Shape, folder: Path) -> None:
     def make(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02).cpu()
 
+    where: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file(tensors, folder / name)
+        where.update(dict.fromkeys(tensors, name))
+
     for i in range(shape.layers):
         at = f"model.layers.{i}"
         tensors = {f"{at}.{name}.weight": make(*size) for name, size in sizes.items()}
@@ -119,11 +125,12 @@ def checkpoint(shape: Shape, folder: Path) -> None:
         tensors |= {
             f"{at}.{n}.weight": torch.ones(h).bfloat16() for n in ("input_layernorm", "post_attention_layernorm")
         }
-        save_file(tensors, folder / f"model-{i:05d}.safetensors")
+        save(tensors, f"model-{i:05d}.safetensors")
     ends = {"model.embed_tokens.weight": make(shape.vocabulary, h), "model.norm.weight": torch.ones(h).bfloat16()}
     if not shape.tied:
         ends["lm_head.weight"] = make(shape.vocabulary, h)
-    save_file(ends, folder / "model-end.safetensors")
+    save(ends, "model-end.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def number_rows(path: Path, n: int, seed: int) -> None:
