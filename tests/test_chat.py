@@ -80,7 +80,7 @@ def test_a_date_is_the_configurations_whatever_the_clock_says(folder, tokenizer,
     for day, printed in ((DAY, "26 Jul 2024"), ("2031-01-05", "05 Jan 2031")):
         r = Renderer(other, SYSTEM, "default", day)
         for row in rows:
-            context = r.context(row["messages"][:-1])
+            context = r.contexts([row["messages"][:-1]])[0]
             spoken = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"][:-1])
             head = f"<|im_start|>system\nToday Date: {printed}\n\n{SYSTEM}<|im_end|>\n"
             assert context == head + spoken + "<|im_start|>assistant\n"
@@ -105,7 +105,7 @@ def test_templates_without_a_date_give_the_text_they_gave(tokenizer):
         for row in rows:
             block = [] if system is None else [{"role": "system", "content": system}]
             want = tokenizer.apply_chat_template([*block, *row], tokenize=False, add_generation_prompt=True)
-            assert r.context(row) == want
+            assert r.contexts([row])[0] == want
 
 
 def test_what_a_template_refuses_is_one_sentence(tokenizer):
@@ -124,7 +124,7 @@ def test_a_leading_assistant_turn_stays(folder, tokenizer):
     row = turns("hello", "1 2", "3 4", first="assistant")
     want = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row[:-1]) + "<|im_start|>assistant\n"
     r = Renderer(tokenizer, None, "none", DAY)
-    assert r.context(row[:-1]) == want
+    assert r.contexts([row[:-1]])[0] == want
     items, joint = r.items([row], False)
     whole = [*r.prefix_ids, *items[0].context]
     assert tokenizer.decode(whole) == want and joint == [True]
@@ -137,7 +137,7 @@ def test_a_system_block_that_cannot_be_cut_off_is_refused(tokenizer):
     )
     r = Renderer(under(tokenizer, odd), None, "none", DAY)
     with pytest.raises(UserError, match="cannot be cut off"):
-        r.context(turns("hello", "1 2", first="assistant"))
+        r.contexts([turns("hello", "1 2", first="assistant")])
 
 
 # Tokens
@@ -229,7 +229,7 @@ def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):
     r = Renderer(merging, None, "default", DAY)
     items, joint = r.items([row["messages"] for row in rows], False)
     for row, item, same in zip(rows, items, joint, strict=True):
-        context, answer = r.context(row["messages"][:-1]), row["messages"][-1]["content"]
+        context, answer = r.contexts([row["messages"][:-1]])[0], row["messages"][-1]["content"]
         head, tail, both = (
             merging(t, add_special_tokens=False)["input_ids"] for t in (context, answer, context + answer)
         )

@@ -1,6 +1,7 @@
 """What a Hub says is judged before it is used, and what was fetched is the same to the last byte when it is used."""
 
 import copy
+import json
 import os
 import re
 import time
@@ -95,7 +96,7 @@ def test_a_rotted_file_stops_the_job_and_fetch_brings_it_anew(box: Box, files: d
     rot(folder / name)
     done = box.run(*job, **env)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert f"{folder / name} is not the file that was fetched" in done.stderr and "`make fetch`" in done.stderr
+    assert f"{folder / name} is not the file that was fetched" in done.stderr and "`make fetch CONFIG=" in done.stderr
     assert models_line(experiment, box.cache).level == "ok"  # sizes and headers are right
     rot(folder / "config.json")
     with pytest.raises(UserError, match=r"config.json is not the file that was fetched"):
@@ -145,6 +146,8 @@ def model(tmp_path: Path, monkeypatch) -> ModelInput:
     folder.mkdir()
     for part in range(3):
         (folder / f"{part}.safetensors").write_bytes(save({f"w{part}": np.arange(1000.0)}))
+    where = {f"w{part}": f"{part}.safetensors" for part in range(3)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "config.json").write_text("{}")
     monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "node"))
     (tmp_path / "node").mkdir()

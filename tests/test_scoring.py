@@ -188,13 +188,13 @@ def test_a_response_that_merges_with_the_context_is_noted(tokenizer, decoder):
 
 def test_templates_that_strip_or_lack_what_is_asked_for(tokenizer):
     turns = [{"role": "user", "content": " hi "}]
-    assert Renderer(tokenizer, None, "none", DAY).context(turns) == chatml(" hi ", None)
+    assert Renderer(tokenizer, None, "none", DAY).contexts([turns])[0] == chatml(" hi ", None)
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|h|>"]})
     block = "{% for m in messages %}<|h|>{{ m.role }}\n{{ m.content | trim }}<|e|>{% endfor %}"
     other.chat_template = "{{ bos_token }}" + block + "{{ '<|h|>assistant\n' }}"
     r = Renderer(other, None, "none", DAY)
-    assert r.context(turns) == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
+    assert r.contexts([turns])[0] == "<s><|h|>user\nhi<|e|><|h|>assistant\n"
     with pytest.raises(UserError, match="no end-of-turn token"):
         r.items([[*turns, {"role": "assistant", "content": "1"}]], True)
     other.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"

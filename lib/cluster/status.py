@@ -74,6 +74,9 @@ class Submission:
 
     job: str
     time: float = 0.0
+    array: str = ""
+    config: str = ""
+    overrides: list[str] = field(default_factory=list)
 
 
 def run_folder(cells: list[Cell]) -> Path:

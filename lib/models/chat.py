@@ -31,23 +31,24 @@ class Renderer:
         # In place of transformers' strftime_now, which is the clock, and in the form that Llama-3.1's template takes.
         self._date = {"strftime_now": day.strftime, "date_string": day.strftime("%d %b %Y")}
         user = [{"role": "user", "content": _U}]
-        marked = self._whole(user)
+        marked = self._whole([user])[0]
         before = marked.partition(_U if _U in marked else _U.strip())[0]
         ends = [before.rindex(t) + len(t) for t in tokenizer.all_special_tokens if t and t in before]
         self.prefix_text = before[: max(ends, default=0)]
         self.prefix_ids: list[int] = self._ids([self.prefix_text])[0]
-        closed = self._render([*user, {"role": "assistant", "content": _A}], generate=False).partition(_A)[2]
+        closed = self._render([[*user, {"role": "assistant", "content": _A}]], generate=False)[0].partition(_A)[2]
         self.end: int | None = next((i for i in self._ids([closed])[0][:1] if i in tokenizer.all_special_ids), None)
 
-    def context(self, turns: list[Message]) -> str:
-        """A row's text up to where the assistant's answer begins. It begins with the prefix."""
-        text = self._whole(turns)
-        if not text.startswith(self.prefix_text):
-            raise UserError(
-                f"the chat template begins the row {_shown(turns)} otherwise than others, which share what they begin "
-                "with: leave such rows out, e.g. those whose first turn is not the user's"
-            )
-        return text
+    def contexts(self, rows: list[list[Message]]) -> list[str]:
+        """Each row's text up to where the assistant's answer begins. All begin with the prefix."""
+        texts = self._whole(rows)
+        for turns, text in zip(rows, texts, strict=True):
+            if not text.startswith(self.prefix_text):
+                raise UserError(
+                    f"the chat template begins the row {_shown(turns)} otherwise than others, which share what they "
+                    "begin with: leave such rows out, e.g. those whose first turn is not the user's"
+                )
+        return texts
 
     def items(self, rows: list[list[Message]], end_of_turn: bool) -> tuple[list[Item], list[bool]]:
         """Rows as token ids, and whether the answer's are those that it has in the whole text.
@@ -59,7 +60,7 @@ class Renderer:
         if end_of_turn and end is None:
             raise UserError("this chat template has no end-of-turn token; set score.end_of_turn=false")
         turns = [[m for m in row[:-1] if m["role"] != "system"] for row in rows]
-        contexts = [self.context(t) for t in turns]
+        contexts = self.contexts(turns)
         answers = [row[-1]["content"] for row in rows]
         together = self._ids([c + a for c, a in zip(contexts, answers, strict=True)])
         items, joint, n = [], [], len(self.prefix_ids)
@@ -73,31 +74,34 @@ class Renderer:
             items.append(Item(tuple(head[n:]), tuple(both[len(head) :] if joint[-1] else tail), end))
         return items, joint
 
-    def _whole(self, turns: list[Message]) -> str:
-        if self.system is not None:
-            return self._render([{"role": "system", "content": self.system}, *turns])
-        if self.mode == "default":
-            return self._render(turns)
-        if self.mode == "empty":
-            return self._render([{"role": "system", "content": ""}, *turns])
-        return self._without_block(turns)
+    def _whole(self, rows: list[list[Message]]) -> list[str]:
+        if self.system is None and self.mode == "none":
+            return self._without_block(rows)
+        system = "" if self.system is None else self.system
+        front = [] if self.system is None and self.mode == "default" else [{"role": "system", "content": system}]
+        return self._render([[*front, *turns] for turns in rows])
 
-    def _render(self, messages: list[Message], generate: bool = True) -> str:
+    def _render(self, rows: list[list[Message]], generate: bool = True) -> list[str]:
+        """All in one call, which takes half the time of one a row."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate, **self._date
+            return (
+                self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generate, **self._date)
+                if rows
+                else []
             )
         except TemplateError as e:
+            if len(rows) > 1:
+                return [self._render([row], generate)[0] for row in rows]  # which of them is it?
             raise UserError(
-                f"the chat template does not render {_shown(messages)} ({one_line(e)}); "
+                f"the chat template does not render {_shown(rows[0])} ({one_line(e)}); "
                 "leave such rows out, or use another base"
             ) from None
 
-    def _without_block(self, turns: list[Message]) -> str:
+    def _without_block(self, rows: list[list[Message]]) -> list[str]:
         """Cut the system block off: from the start (a BOS token apart) to where the next block opens, whoever's."""
         bos = self.tokenizer.bos_token or ""
-        user = _U.strip()
-        marked = self._render([{"role": "system", "content": _S}, {"role": "user", "content": user}])
+        user, system = _U.strip(), {"role": "system", "content": _S}
+        marked = self._render([[system, {"role": "user", "content": user}]])[0]
         before, _, after = marked.partition(_S)
         bos = bos if bos and before.startswith(bos) else ""
         opening = before[len(bos) :]  # e.g. <|im_start|>system\n
@@ -106,13 +110,14 @@ class Renderer:
         if not first or first not in between:
             raise UserError("template mode 'none' is not known for this chat template; use base=default or base=empty")
         block = before + _S + between[: between.rindex(first)]
-        text = self._render([{"role": "system", "content": _S}, *turns])
-        if not text.startswith(block):
-            raise UserError(
-                f"the chat template writes the system block before {_shown(turns)} otherwise than elsewhere, so it "
-                "cannot be cut off; leave such rows out, or use base=default or base=empty"
-            )
-        return bos + text[len(block) :]
+        texts = self._render([[system, *turns] for turns in rows])
+        for turns, text in zip(rows, texts, strict=True):
+            if not text.startswith(block):
+                raise UserError(
+                    f"the chat template writes the system block before {_shown(turns)} otherwise than elsewhere, so it "
+                    "cannot be cut off; leave such rows out, or use base=default or base=empty"
+                )
+        return [bos + text[len(block) :] for text in texts]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
