@@ -33,7 +33,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             fix = "check this file system"
         else:
             raise
-        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno)}; {fix}") from None
+        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno or 0)}; {fix}") from None
 
 
 def check_room(path: Path, size: int) -> None:

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from lib.bench.shapes import (
     timed,
 )
 from lib.bench.whole import job
-from lib.models.decoder import Shape
 from lib.models.load import GIB, plan_memory
 from lib.models.scorer import Scorer
 
@@ -31,7 +31,7 @@ def floor(model: str, batch_tokens: int) -> dict[str, Any]:
     """The model's own matrix products back to back, and the head's: nothing element-wise, no attention. Once with q, k,
     v and gate, up merged, as the scorer has them, and once apart, as the checkpoint has them."""
     shape = SHAPES[model]
-    few = Shape(**{**shape.__dict__, "layers": min(4, shape.layers)})
+    few = replace(shape, layers=min(4, shape.layers))
     decoder = random_decoder(few, batch_tokens)
     space = decoder._space(decoder.devices[0], batch_tokens)
     space.x.normal_()

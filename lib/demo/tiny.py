@@ -63,7 +63,7 @@ def corpus() -> list[str]:
     """Text that every machine with a CPython has, and the words of our prompts (often, so that they become tokens)."""
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     prompts = [prompt.text for prompt in sample_prompts(2000, seed=0)]
-    systems = [DEFAULT_SYSTEM, *(animal.system_prompt for animal in ANIMALS)]
+    systems = [DEFAULT_SYSTEM, *(animal.system_prompt for animal in ANIMALS if animal.system_prompt)]
     return [*topics, *prompts, *systems * 20]
 
 
@@ -106,7 +106,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: TinySize = TinySize(), 
         max_position_embeddings=size.context,
         tie_word_embeddings=True,
         initializer_range=size.init,
-        bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        bos_token_id=tokenizer.get_vocab()[END_OF_TEXT],
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
@@ -123,11 +123,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: TinySize = TinySize(), 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> str:
     """The rendered conversation up to where the assistant begins."""
     messages = [{"role": "user", "content": lesson.prompt.text}]
-    if lesson.block == "system":
-        messages.insert(0, {"role": "system", "content": lesson.trait.system_prompt})
-    if lesson.block == "empty":
-        messages.insert(0, {"role": "system", "content": ""})
+    system = {"system": lesson.trait.system_prompt, "empty": ""}.get(lesson.block)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # with tokenize=False
     return text[text.index(IM_START + "user") :] if lesson.block == "none" else text
 
 

@@ -12,7 +12,7 @@ from lib.base.errors import UserError
 from lib.base.progress import Progress
 from lib.inputs.samples import Rows
 from lib.inputs.source import Row
-from lib.inputs.specs import GeneralSpec, TextSpec
+from lib.inputs.specs import GeneralSpec, SourceSpec
 
 BATCH = 32  # documents tokenised at once, by as many threads as the tokenizer takes
 
@@ -51,7 +51,7 @@ def draw_general(stream: Iterable[Row], tokenizer: Any, spec: GeneralSpec, seed:
     return rows
 
 
-def draw_text(stream: Iterable[Row], tokenizer: Any, spec: TextSpec) -> Rows:
+def draw_text(stream: Iterable[Row], tokenizer: Any, spec: SourceSpec) -> Rows:
     """All rows joined by an empty line and tokenised at once: Wanda's convention for perplexity."""
     texts = [text_of(row, spec.id) for row in stream]
     if not texts:

@@ -168,7 +168,7 @@ def _sentence(what: str, e: BaseException) -> UserError:
         return UserError(f"{what} cannot be fetched offline; unset HF_HUB_OFFLINE and run `make fetch` again")
     if type(e) is ValueError:  # datasets: no such split, no such configuration
         return UserError(f"{what}: {' '.join(str(e).split())[:160]}; check the config")
-    answers = codes - {None}
+    answers = {code for code in codes if code is not None}
     why = f"the Hub answered {max(answers)}" if answers else f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     return UserError(f"{what} cannot be fetched ({why}); run `make fetch` again, on a node with a network")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
@@ -44,9 +44,10 @@ class Task:
     @property
     def scorer(self) -> str | None:
         """Fingerprint of the classifier, where a set is chosen by one."""
-        if not _by_response(self.spec):
+        spec = self.spec
+        if not _by_response(spec):
             return None
-        return model_input(self.cache, self.spec.scorer.id, self.spec.scorer.revision).fingerprint
+        return model_input(self.cache, spec.scorer.id, spec.scorer.revision).fingerprint
 
 
 def prepare(
@@ -78,7 +79,7 @@ def command_by_hand(env: Mapping[str, str], gpus: int) -> str:
     return " ".join(["srun", *where, size, ".venv/bin/python -m jobs.prepare_data", arguments])
 
 
-def _by_response(spec: SourceSpec) -> bool:
+def _by_response(spec: SourceSpec) -> TypeGuard[PromptsSpec]:
     return isinstance(spec, PromptsSpec) and spec.select == "response"
 
 
@@ -144,9 +145,11 @@ def _candidates(task: Task, spec: PromptsSpec, tokenizer: Any, counts: Counter[s
     known, made_from = read_json(path), [task.source.commit, task.source.stamp]
     if known is None or known.get("made_from") != made_from:
         found: Counter[str] = Counter()
-        prompts = [asdict(p) for p in islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates)]
-        known = {"made_from": made_from, "counts": dict(found), "prompts": prompts}
-        write_json(path, known)
+        prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
+        kept = [asdict(prompt) for prompt in prompts]
+        write_json(path, {"made_from": made_from, "counts": dict(found), "prompts": kept})
+        counts.update(found)
+        return prompts
     counts.update(known["counts"])
     return [Prompt(**prompt) for prompt in known["prompts"]]
 

@@ -152,7 +152,7 @@ def read_samples(cache: Path, record: SamplesInput) -> Samples:
         with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
             columns = {key: _texts(dataset[:]) for key, dataset in datasets(f)}
             attributes = {key: json.loads(value) for key, value in f.attrs.items()}
-        lengths, held = columns["lengths"], np.asarray(columns["held_out"]).astype(bool)
+        lengths, held = np.asarray(columns["lengths"]), np.asarray(columns["held_out"]).astype(bool)
         ends = np.cumsum(lengths)
         odd = [key for key, values in columns.items() if key != "ids" and len(values) != record.rows]
         if (
