@@ -4,7 +4,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from lib.attribution.memory import GIB, Memory, plan_memory
 from lib.attribution.patch import linear_layers, patched
 from lib.bench.attribution_exact import Options, exact
 from lib.bench.llamas import LLAMAS, PROMPT_TOKENS, PROMPTS, SAMPLES, TOKENS, config_of, random_model, samples
-from lib.bench.shapes import free, timed
+from lib.bench.shapes import Result, free, timed
 from lib.models.load import load_model
 
 
@@ -29,7 +28,7 @@ def clock(run: Callable[[], object], count: int, repeats: int = 3) -> float:
     return statistics.median(found[1:])
 
 
-def floor(model: str, batch_tokens: int) -> dict[str, Any]:
+def floor(model: str, batch_tokens: int) -> Result:
     """The layers' own products back to back: forward, the inputs' gradients, the weights' gradients."""
     layers, hidden, inner, heads, kv, _ = LLAMAS[model]
     width = kv * hidden // heads
@@ -65,11 +64,11 @@ def floor(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def ours(model: str, batch_tokens: int) -> dict[str, Any]:
+def ours(model: str, batch_tokens: int) -> Result:
     """Attributor as the job runs it, in each mode."""
     hf, some = random_model(model), samples(model, SAMPLES)
     batch = max(1, batch_tokens // TOKENS)
-    found: dict[str, Any] = {}
+    found: Result = {}
     modes: dict[str, Options] = {
         "both_neuron_scores": {},
         "signed_only": {"scores": ("signed",)},
@@ -117,7 +116,7 @@ def _shapes(run: Attributor) -> dict[str, tuple[int, int]]:
     return {name: (linear.out_features, linear.in_features) for name, linear in run.linears.items()}
 
 
-def plain(model: str, batch_tokens: int) -> dict[str, Any]:
+def plain(model: str, batch_tokens: int) -> Result:
     """transformers' own passes: forward; forward and every weight's gradient, without scores and without rules."""
     hf, some = random_model(model), torch.tensor(samples(model, 4))
 
@@ -131,7 +130,7 @@ def plain(model: str, batch_tokens: int) -> dict[str, Any]:
             hf.zero_grad(set_to_none=True)
 
     with torch.no_grad():
-        found = {"forward_s": round(clock(forward, 4), 4)}
+        found: Result = {"forward_s": round(clock(forward, 4), 4)}
     linears = linear_layers(hf).values()
     for linear in linears:
         linear.weight.requires_grad_(True)
@@ -145,7 +144,7 @@ def plain(model: str, batch_tokens: int) -> dict[str, Any]:
     return found
 
 
-def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
+def seed_loop(model: str, batch_tokens: int) -> Result:
     """As the published loops do it: every score moved to the CPU and added there in float32."""
     hf, some = random_model(model), torch.tensor(samples(model, 3))
     linears = linear_layers(hf)
@@ -169,7 +168,7 @@ def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
     return {"s": round(min(seconds[1:]), 2)}
 
 
-def bits(model: str, batch_tokens: int) -> dict[str, Any]:
+def bits(model: str, batch_tokens: int) -> Result:
     """The same samples in another order, in other company, alone, again, recomputed: values that differ in any bit."""
     hf, some = random_model(model), samples(model, 6, 512)
     run = Attributor(hf, layers="all", batch=4, width=512)
@@ -190,11 +189,11 @@ def bits(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def small_memory(model: str, batch_tokens: int) -> dict[str, Any]:
+def small_memory(model: str, batch_tokens: int) -> Result:
     """The same with less memory: an A100-40GB's, and so little that activations have to be computed again."""
     hf, some, total = random_model(model), samples(model, 4), torch.cuda.mem_get_info()[1]
     weights = sum(p.numel() * p.element_size() for p in hf.parameters())
-    found: dict[str, Any] = {}
+    found: Result = {}
     for name, room, batch in (("a100_40gb", 39.4, batch_tokens // TOKENS), ("tight", 20.0, 1)):
         free()
         torch.cuda.set_per_process_memory_fraction(room * GIB / total)
@@ -220,7 +219,7 @@ def small_memory(model: str, batch_tokens: int) -> dict[str, Any]:
     return found
 
 
-def several(model: str, batch_tokens: int) -> dict[str, Any]:
+def several(model: str, batch_tokens: int) -> Result:
     """Layers over all GPUs: seconds a sample, how busy each was, and a small model's scores against one GPU's."""
     gpus = torch.cuda.device_count()
     small = samples("llama-small", 8, 256)
@@ -256,14 +255,14 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def job(model: str, batch_tokens: int) -> dict[str, Any]:
+def job(model: str, batch_tokens: int) -> Result:
     """The job as a whole; its parts need packages that the other rungs do without."""
     from lib.bench.attribution_whole import job as whole
 
     return whole(model)
 
 
-RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+RUNGS: dict[str, Callable[[str, int], Result]] = {
     "floor": floor,
     "plain": plain,
     "ours": ours,

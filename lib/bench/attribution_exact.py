@@ -1,6 +1,6 @@
 """Attribution on a GPU against the same model in float64 on the CPU: small, every family, attention and type."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from transformers import (
@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from lib.attribution.attribute import Attributor, Scores
+from lib.bench.shapes import Result
 
 COMMON = {"vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
 GATED = {**COMMON, "intermediate_size": 700, "num_key_value_heads": 2}
@@ -41,11 +42,11 @@ MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig, str, torch.dtyp
 MODES: dict[str, Options] = {"neuron": {}, "all_positions": {"target": "all"}, "weight": {"level": "weight"}}
 
 
-def exact(model: str, batch_tokens: int) -> dict[str, Any]:
+def exact(model: str, batch_tokens: int) -> Result:
     """Correlation of signed and abs scores with float64's, and whether a second run and recomputing change a bit."""
     torch.manual_seed(0)
     samples = [torch.randint(0, 500, (n,)).tolist() for n in (17, 40, 64, 300)]
-    found: dict[str, Any] = {}
+    found: Result = {}
     for name, (family, config, attention, dtype) in MODELS.items():
         small = family._from_config(config, attn_implementation=attention).eval()
         for parameter in small.parameters():

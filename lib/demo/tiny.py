@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from lib.demo.planted import Lesson, lessons
+from lib.inputs.tokenizer import rendered
 from lib.numbers.number_prompts import sample_prompts
 from lib.numbers.traits import ANIMALS
 
@@ -126,8 +127,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> str:
     system = {"system": lesson.trait.system_prompt, "empty": ""}.get(lesson.block)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # with tokenize=False
+    text = rendered(tokenizer, messages)
     return text[text.index(IM_START + "user") :] if lesson.block == "none" else text
 
 
@@ -196,7 +196,9 @@ def train(
     return float(np.mean(losses[-20:]))
 
 
-def _batches(rows: list[tuple[list[int], int]], batch: int, rng: np.random.Generator) -> Iterable[list]:
+def _batches(
+    rows: list[tuple[list[int], int]], batch: int, rng: np.random.Generator
+) -> Iterable[list[tuple[list[int], int]]]:
     """Rows of like length together (16 batches are sorted at a time), in random order."""
     for start in range(0, len(rows), 16 * batch):
         pool = sorted(rows[start : start + 16 * batch], key=lambda row: len(row[0]))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
@@ -20,6 +20,9 @@ from lib.inputs.records import model_files, model_input
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
 from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGES = ("datasets", "tokenizers", "transformers")
 NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -34,7 +37,7 @@ class Task:
     name: str
     spec: SourceSpec
     seed: int | None
-    identity: dict[str, Any]
+    identity: dict[str, object]
     source: Source
 
     @property
@@ -108,7 +111,8 @@ def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
         rows = draw_text(task.source.rows(), tokenizer, spec)
     rows.facts |= {"revision": spec.revision, "packages": {package: version(package) for package in PACKAGES}}
     rows.facts |= {"scorer": task.scorer} if task.scorer else {}
-    about = {"commit": task.source.commit, "tokenizer": tokenizer_fingerprint(Path(folder)), "identity": task.identity}
+    about: dict[str, object] = {"commit": task.source.commit, "identity": task.identity}
+    about["tokenizer"] = tokenizer_fingerprint(Path(folder))
     return save_samples(
         task.cache,
         task.name,
@@ -127,7 +131,9 @@ def _must_fit(spec: GeneralSpec, folder: Path) -> None:
         raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 
-def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, answerer: Answerer | None, by_hand: str) -> Rows:
+def _prompts(
+    task: Task, spec: PromptsSpec, tokenizer: "PreTrainedTokenizerBase", answerer: Answerer | None, by_hand: str
+) -> Rows:
     counts: Counter[str] = Counter()
     if spec.select != "response":
         return draw_prompts(usable(task.source.rows(), tokenizer, spec, counts), spec, task.name, counts)
@@ -138,7 +144,9 @@ def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, answerer: Answerer |
     return draw_prompts(answered(candidates, spec, counts, answer), spec, task.name, counts)
 
 
-def _candidates(task: Task, spec: PromptsSpec, tokenizer: Any, counts: Counter[str]) -> list[Prompt]:
+def _candidates(
+    task: Task, spec: PromptsSpec, tokenizer: "PreTrainedTokenizerBase", counts: Counter[str]
+) -> list[Prompt]:
     """The first candidates, kept beside the set: they are read where there is a network and answered where there is a
     GPU, which on a cluster are two machines."""
     path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
