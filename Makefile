@@ -118,8 +118,10 @@ slurm-down: ## stop it, and its jobs
 	@env/slurm-down.sh
 
 ##@ For developers
-lint: setup ## ruff (format and lint) and shellcheck
-	@$(python) -m ruff format --check . && $(python) -m ruff check . && $(MAKE) -s shellcheck
+lint: setup ## ruff (format and lint), pyrefly (types) and shellcheck
+	@$(python) -m ruff format --check . && $(python) -m ruff check .
+	@$(python) -m pyrefly check --python-interpreter-path $(python)
+	@$(MAKE) -s shellcheck
 
 shellcheck:
 	@shellcheck -x env/*.sh slurm/*.sh slurm/*.sbatch .ci/run

@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,8 +30,8 @@ def main() -> int:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: the bench measures a GPU and none is visible; run it with `sbatch slurm/bench.sbatch`")
-    found: dict[str, Any] = {"machine": machine(), "rungs": []}
-    print(json.dumps(found["machine"]))
+    about, results = machine(), []
+    print(json.dumps(about))
     for model in args.models:
         for batch_tokens in args.batch_tokens:
             for rung in [rung for rung in args.rungs if rung in SUITES[model]]:
@@ -41,10 +40,10 @@ def main() -> int:
                     result = SUITES[model][rung](model, batch_tokens)
                 except torch.cuda.OutOfMemoryError as e:
                     result = {"error": " ".join(str(e).split())[:120]}
-                found["rungs"].append({"model": model, "rung": rung, "batch_tokens": batch_tokens, **result})
-                print(json.dumps(found["rungs"][-1]), flush=True)
+                results.append({"model": model, "rung": rung, "batch_tokens": batch_tokens, **result})
+                print(json.dumps(results[-1]), flush=True)
                 if args.out:
-                    args.out.write_text(json.dumps(found, indent=1) + "\n")
+                    args.out.write_text(json.dumps({"machine": about, "rungs": results}, indent=1) + "\n")
     return 0
 
 

@@ -170,6 +170,12 @@ def test_sources_are_formatted_and_lint_clean():
         assert done.returncode == 0, done.stdout
 
 
+def test_types_hold():
+    command = [sys.executable, "-m", "pyrefly", "check", "--python-interpreter-path", sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_files_stay_short_enough_to_be_seen_whole():
     long = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350}
     assert not long

@@ -72,8 +72,9 @@ def test_a_submission_of_wrong_types_is_none(cell):
     ):
         (folder / "submissions").mkdir(parents=True, exist_ok=True)
         (folder / "submissions" / f"{number}.json").write_text(said(record))
-    write_json(folder / "submissions" / "good.json", {"job": "4711", "time": time.time()})
-    assert [s["job"] for s in submissions(folder)] == ["4711"] and arrays_of("run", folder, []) == {"4711"}
+    good = {"job": "4711", "array": "0-3", "config": "a.yaml", "overrides": ["max_rows=3"], "time": time.time()}
+    write_json(folder / "submissions" / "good.json", good)
+    assert [asdict(s) for s in submissions(folder)] == [good] and arrays_of("run", folder, []) == {"4711"}
 
 
 def test_a_queue_of_wrong_types_is_none(cell):

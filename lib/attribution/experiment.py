@@ -127,8 +127,9 @@ class Attribution(Experiment):
                 places[name] = first_input
                 first_input += shapes[name][1]
         for name in chosen:
-            parts.append(Part(name, *shapes[name], first, inputs[name], places[inputs[name]]))
-            first += shapes[name][0]
+            rows, columns = shapes[name]
+            parts.append(Part(name, rows, columns, first, inputs[name], places[inputs[name]]))
+            first += rows
         return parts
 
     def explained(self, cache: Path) -> int:

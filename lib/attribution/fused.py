@@ -266,7 +266,8 @@ def small(device: torch.device) -> bool:
     """Whether its shared memory is that of a workstation's card (99 KiB), not of a data centre's (163 KiB and more)."""
     if device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 140_000
+    room = torch.cuda.get_device_properties(device)
+    return room.shared_memory_per_block_optin < 140_000  # pyrefly: ignore[missing-attribute]: not in torch's stubs
 
 
 def abs_neurons(x_BTI: torch.Tensor, dy_BTJ: torch.Tensor, weight_JI: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +19,13 @@ from lib.report.look import FAINT, INK, STYLE, head, new_figure, save
 GRID = "#e6e6e6"
 GENERAL = ("#1d4e89", "#1982c4", "#7a8ea8", "#2a9d8f", "#5c677d")  # general text: cool, a seed each
 BEHAVIOUR = ("#d1495b", "#e07a00", "#6a4c93", "#7f4f24", "#a68a00")  # behaviours: warm
-DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))  # seeds lie on top of each other
+Dashes = Literal["-"] | tuple[float, Sequence[float]]
+DASHES: Sequence[Dashes] = (
+    "-",
+    (0, (5, 1.5)),
+    (0, (1.2, 1.2)),
+    (0, (5, 1.5, 1.2, 1.5)),
+)  # seeds lie on top of each other
 MARKED = "#d1495b"
 WORDS = {"signed": "Relevance", "abs": "Sum of |W · gradient|"}
 
@@ -42,12 +49,16 @@ class Panel:
     curves: Sequence[Curve]
 
 
-def colours(sets: Sequence[str]) -> dict[str, tuple[str, object]]:
+def colours(sets: Sequence[str]) -> dict[str, tuple[str, Dashes]]:
     """Set -> colour and dashes, the same in every picture."""
     general = [name for name in sets if name.startswith("general")]
-    found = {name: (GENERAL[i % len(GENERAL)], DASHES[i % len(DASHES)]) for i, name in enumerate(general)}
+    found: dict[str, tuple[str, Dashes]] = {
+        name: (GENERAL[i % len(GENERAL)], DASHES[i % len(DASHES)]) for i, name in enumerate(general)
+    }
     others = [name for name in sets if name not in found]
-    return found | {name: (BEHAVIOUR[i % len(BEHAVIOUR)], "-") for i, name in enumerate(others)}
+    for i, name in enumerate(others):
+        found[name] = BEHAVIOUR[i % len(BEHAVIOUR)], "-"
+    return found
 
 
 def plot_by_layer(summaries: Mapping[str, Summary | None], layers: Sequence[Layer], path: Path) -> None:
@@ -148,8 +159,8 @@ def marks(neurons: int) -> list[int]:
 def _histogram(ax: Axes, values: np.ndarray, lowest: np.ndarray, sizes: Sequence[int], name: str, kind: str) -> None:
     bins = min(120, max(20, len(values) // 10))
     edges = np.linspace(values.min(), values.max(), bins + 1) if np.ptp(values) else np.array([-1.0, 1.0])
-    ax.hist(values, edges, color=("#5c677d", 0.45), edgecolor="#5c677d", linewidth=0.6, histtype="stepfilled")
-    ax.hist(lowest, edges, color=(MARKED, 0.7), edgecolor=MARKED, linewidth=0.6, histtype="stepfilled")
+    ax.hist(values, edges.tolist(), color=("#5c677d", 0.45), edgecolor="#5c677d", linewidth=0.6, histtype="stepfilled")
+    ax.hist(lowest, edges.tolist(), color=(MARKED, 0.7), edgecolor=MARKED, linewidth=0.6, histtype="stepfilled")
     ax.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
     ax.set_yscale("log")
     ax.set_ylim(0.7, None)
@@ -203,10 +214,10 @@ def _sets_line(summaries: Mapping[str, Summary | None]) -> str:
     return f"Samples: {', '.join(parts)}." + (" Bands: 95 % interval of the mean over samples" if known else "")
 
 
-def _legend(figure: Figure, summaries: Mapping[str, Summary | None], look: dict[str, tuple[str, object]]) -> None:
+def _legend(figure: Figure, summaries: Mapping[str, Summary | None], look: dict[str, tuple[str, Dashes]]) -> None:
     lines = []
     for name, s in summaries.items():
         colour, dashes = look[name]
-        said = {"color": colour, "label": name} if s else {"color": FAINT, "label": f"{name} (missing)"}
-        lines.append(Line2D([], [], linestyle=dashes, linewidth=2.4, **said))
+        shown, said = (colour, name) if s else (FAINT, f"{name} (missing)")
+        lines.append(Line2D([], [], linestyle=dashes, linewidth=2.4, color=shown, label=said))
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 8), frameon=False, fontsize=12)

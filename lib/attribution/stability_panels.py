@@ -78,4 +78,5 @@ def _fewer(names: Sequence[str], scores: Scores, size: int) -> list[Panel]:
 
 
 def _band(label: str, overlap: np.ndarray, ends: tuple[float, float], name: str = "") -> Curve:
-    return Curve(label, overlap.mean(0), *np.quantile(overlap, ends, axis=0), name)
+    low, high = np.quantile(overlap, ends, axis=0)
+    return Curve(label, overlap.mean(0), low, high, name)

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             fix = "check this file system"
         else:
             raise
-        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno)}; {fix}") from None
+        raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno or 0)}; {fix}") from None
 
 
 def check_room(path: Path, size: int) -> None:
@@ -123,7 +123,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         tmp.replace(path)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 

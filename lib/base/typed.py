@@ -6,9 +6,12 @@ holds more: true is a number there, 1e999 is infinite, and numbers have any leng
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 LARGEST = 1e15  # of a number: exact as a float, and beyond all bytes, rows and seconds that anything here counts
 
@@ -34,11 +37,11 @@ def parse(kind: type[T], raw: object, exact: bool = False) -> T:
     return kind(**found)
 
 
-def fits(value: object, wanted: Any) -> bool:
-    if wanted is Any:
+def fits(value: object, wanted: object) -> bool:
+    if wanted in (Any, object):
         return True
     if wanted in (int, float):
-        return (type(value) is int or type(value) is wanted) and 0 <= value <= LARGEST  # type: ignore[operator]
+        return isinstance(value, int | float) and type(value) in (int, wanted) and 0 <= value <= LARGEST
     origin = get_origin(wanted)
     if origin is list:
         return isinstance(value, list) and all(fits(one, get_args(wanted)[0]) for one in value)
@@ -52,7 +55,7 @@ def fits(value: object, wanted: Any) -> bool:
 
 
 @cache
-def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+def _fields(kind: type["DataclassInstance"]) -> list[tuple[str, object, bool]]:
     """(name, type, whether it may be missing) of a dataclass."""
     hints = get_type_hints(kind)
     return [(f.name, hints[f.name], (f.default, f.default_factory) != (MISSING, MISSING)) for f in fields(kind)]

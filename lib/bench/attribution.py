@@ -4,20 +4,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from lib.attribution.attribute import Attributor
-from lib.attribution.memory import GIB, plan_memory
+from lib.attribution.attribute import Attributor, Scores
+from lib.attribution.memory import GIB, Memory, plan_memory
 from lib.attribution.patch import linear_layers, patched
-from lib.bench.attribution_exact import exact
+from lib.bench.attribution_exact import Options, exact
 from lib.bench.llamas import LLAMAS, PROMPT_TOKENS, PROMPTS, SAMPLES, TOKENS, config_of, random_model, samples
-from lib.bench.shapes import free, timed
+from lib.bench.shapes import Result, free, timed
 from lib.models.load import load_model
 
 
-def clock(run: Callable[[], Any], count: int, repeats: int = 3) -> float:
+def clock(run: Callable[[], object], count: int, repeats: int = 3) -> float:
     """Median seconds a sample by the host's clock, the device waited for, after one warm run."""
     found = []
     for _ in range(repeats + 1):
@@ -29,7 +28,7 @@ def clock(run: Callable[[], Any], count: int, repeats: int = 3) -> float:
     return statistics.median(found[1:])
 
 
-def floor(model: str, batch_tokens: int) -> dict[str, Any]:
+def floor(model: str, batch_tokens: int) -> Result:
     """The layers' own products back to back: forward, the inputs' gradients, the weights' gradients."""
     layers, hidden, inner, heads, kv, _ = LLAMAS[model]
     width = kv * hidden // heads
@@ -65,25 +64,26 @@ def floor(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def ours(model: str, batch_tokens: int) -> dict[str, Any]:
+def ours(model: str, batch_tokens: int) -> Result:
     """Attributor as the job runs it, in each mode."""
     hf, some = random_model(model), samples(model, SAMPLES)
     batch = max(1, batch_tokens // TOKENS)
-    found: dict[str, Any] = {}
-    modes: dict[str, dict[str, Any]] = {
+    found: Result = {}
+    modes: dict[str, Options] = {
         "both_neuron_scores": {},
         "signed_only": {"scores": ("signed",)},
         "both_and_wanda": {"wanda": True},
         "wanda_alone": {"scores": (), "wanda": True},
-        "both_recomputing": {"recompute": True},
+        "both_recomputing": {},
         "weight_abs_all": {"level": "weight", "layers": "all", "scores": ("abs",), "batch": 4},
     }
     for name, options in modes.items():
         free()
-        run = Attributor(hf, **{"batch": batch, "width": TOKENS, **options})
+        how: Options = {"batch": batch, **options}
+        run = Attributor(hf, width=TOKENS, recompute=name == "both_recomputing", **how)
         found[f"{name}_s"] = round(clock(lambda r=run: r.run(some), SAMPLES), 4)
         found[f"{name}_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
-        found[f"{name}_planned_gib"] = round(_planned(model, run, options).need / GIB, 2)
+        found[f"{name}_planned_gib"] = round(_planned(model, run).need / GIB, 2)
     prompts = samples(model, PROMPTS, PROMPT_TOKENS)
     free()
     short = Attributor(hf, batch=PROMPTS, width=PROMPT_TOKENS)
@@ -95,8 +95,8 @@ def ours(model: str, batch_tokens: int) -> dict[str, Any]:
     return found
 
 
-def _planned(model: str, run: Attributor, options: dict[str, Any]) -> Any:
-    shapes = {name: tuple(m.weight.shape) for name, m in run.linears.items()}
+def _planned(model: str, run: Attributor) -> Memory:
+    shapes = _shapes(run)
     total = sum(p.numel() * p.element_size() for p in random_model(model).parameters())
     return plan_memory(
         config_of(model),
@@ -108,11 +108,15 @@ def _planned(model: str, run: Attributor, options: dict[str, Any]) -> Any:
         itemsize=2,
         devices=1,
         free=torch.cuda.mem_get_info()[1],
-        recompute=bool(options.get("recompute")),
+        recompute=run.recompute,
     )
 
 
-def plain(model: str, batch_tokens: int) -> dict[str, Any]:
+def _shapes(run: Attributor) -> dict[str, tuple[int, int]]:
+    return {name: (linear.out_features, linear.in_features) for name, linear in run.linears.items()}
+
+
+def plain(model: str, batch_tokens: int) -> Result:
     """transformers' own passes: forward; forward and every weight's gradient, without scores and without rules."""
     hf, some = random_model(model), torch.tensor(samples(model, 4))
 
@@ -126,7 +130,7 @@ def plain(model: str, batch_tokens: int) -> dict[str, Any]:
             hf.zero_grad(set_to_none=True)
 
     with torch.no_grad():
-        found = {"forward_s": round(clock(forward, 4), 4)}
+        found: Result = {"forward_s": round(clock(forward, 4), 4)}
     linears = linear_layers(hf).values()
     for linear in linears:
         linear.weight.requires_grad_(True)
@@ -140,7 +144,7 @@ def plain(model: str, batch_tokens: int) -> dict[str, Any]:
     return found
 
 
-def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
+def seed_loop(model: str, batch_tokens: int) -> Result:
     """As the published loops do it: every score moved to the CPU and added there in float32."""
     hf, some = random_model(model), torch.tensor(samples(model, 3))
     linears = linear_layers(hf)
@@ -154,6 +158,7 @@ def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
             with patched(hf):
                 hf(input_ids=row[None].cuda(), use_cache=False).logits[0, -1].max().backward()
             for name, linear in linears.items():
+                assert linear.weight.grad is not None
                 totals[name] += (linear.weight * linear.weight.grad).abs().cpu().float()
             hf.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)
@@ -163,13 +168,13 @@ def seed_loop(model: str, batch_tokens: int) -> dict[str, Any]:
     return {"s": round(min(seconds[1:]), 2)}
 
 
-def bits(model: str, batch_tokens: int) -> dict[str, Any]:
+def bits(model: str, batch_tokens: int) -> Result:
     """The same samples in another order, in other company, alone, again, recomputed: values that differ in any bit."""
     hf, some = random_model(model), samples(model, 6, 512)
     run = Attributor(hf, layers="all", batch=4, width=512)
     first = run.run(some)
 
-    def differ(other: Any, order: list[int]) -> int:
+    def differ(other: Scores, order: list[int]) -> int:
         parts = ((first.signed, other.signed), (first.abs, other.abs))
         return sum(int((a[n][order].cpu() != b[n].cpu()).sum()) for a, b in parts for n in first.layers)
 
@@ -184,21 +189,27 @@ def bits(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def small_memory(model: str, batch_tokens: int) -> dict[str, Any]:
+def small_memory(model: str, batch_tokens: int) -> Result:
     """The same with less memory: an A100-40GB's, and so little that activations have to be computed again."""
     hf, some, total = random_model(model), samples(model, 4), torch.cuda.mem_get_info()[1]
     weights = sum(p.numel() * p.element_size() for p in hf.parameters())
-    found: dict[str, Any] = {}
+    found: Result = {}
     for name, room, batch in (("a100_40gb", 39.4, batch_tokens // TOKENS), ("tight", 20.0, 1)):
         free()
         torch.cuda.set_per_process_memory_fraction(room * GIB / total)
         try:
             run = Attributor(hf, batch=batch, width=TOKENS)
-            shapes = {n: tuple(m.weight.shape) for n, m in run.linears.items()}
             memory = plan_memory(
-                config_of(model), weights, shapes, level="neuron", scores=("signed", "abs"), batch=(batch, TOKENS),
-                itemsize=2, devices=1, free=int(room * GIB),
-            )  # fmt: skip
+                config_of(model),
+                weights,
+                _shapes(run),
+                level="neuron",
+                scores=("signed", "abs"),
+                batch=(batch, TOKENS),
+                itemsize=2,
+                devices=1,
+                free=int(room * GIB),
+            )
             run.recompute = memory.recompute
             found[f"{name}_s"] = round(clock(lambda r=run: r.run(some), 4, 1), 4)
             found[f"{name}_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
@@ -208,7 +219,7 @@ def small_memory(model: str, batch_tokens: int) -> dict[str, Any]:
     return found
 
 
-def several(model: str, batch_tokens: int) -> dict[str, Any]:
+def several(model: str, batch_tokens: int) -> Result:
     """Layers over all GPUs: seconds a sample, how busy each was, and a small model's scores against one GPU's."""
     gpus = torch.cuda.device_count()
     small = samples("llama-small", 8, 256)
@@ -232,7 +243,7 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
             torch.cuda.synchronize(i)
         wall = time.perf_counter() - start
     busy = [0.0] * gpus
-    for event in seen.events():
+    for event in seen.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             busy[event.device_index] += event.time_range.elapsed_us() / 1e6
     return {
@@ -244,14 +255,14 @@ def several(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def job(model: str, batch_tokens: int) -> dict[str, Any]:
+def job(model: str, batch_tokens: int) -> Result:
     """The job as a whole; its parts need packages that the other rungs do without."""
     from lib.bench.attribution_whole import job as whole
 
     return whole(model)
 
 
-RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+RUNGS: dict[str, Callable[[str, int], Result]] = {
     "floor": floor,
     "plain": plain,
     "ours": ours,

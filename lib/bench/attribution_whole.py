@@ -6,12 +6,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lib.attribution.experiment import Attribution
 from lib.bench.llamas import PROMPT_TOKENS, PROMPTS, TOKENS, random_model
+from lib.bench.shapes import Result
 from lib.bench.whole import run
 from lib.families import load
 from lib.inputs.records import ModelInput, model_files, parameters, save_model, source_stamp
@@ -34,9 +34,9 @@ SCORES = {
 }
 
 
-def job(model: str) -> dict[str, Any]:
+def job(model: str) -> Result:
     """Loading, attributing, writing: general text and prompts at neuron level, general text at weight level."""
-    found: dict[str, Any] = {}
+    found: Result = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
         root = Path(name)
         random_model(model).save_pretrained(root / "model")
@@ -77,7 +77,7 @@ def inputs(cache: Path, config: Path) -> None:
         save_samples(cache, name, digest, some, source="bench/random", commit="none", attributes={})
 
 
-def _told(root: Path, index: int, wall: float, said: str) -> dict[str, Any]:
+def _told(root: Path, index: int, wall: float, said: str) -> Result:
     beats = [json.loads(p.read_text()) for p in (root / "scratch/bench/tasks").glob("*.json")]
     beat = max((b for b in beats if b["index"] == index), key=lambda b: b["updated"])
     markers = [json.loads(p.read_text()) for p in (root / "scratch/bench/cells").glob("*/*.json")]

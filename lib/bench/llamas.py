@@ -1,11 +1,14 @@
 """Llama shapes with random weights, and samples for them."""
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lib.models.spread import join, layer_map
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS, SAMPLES, PROMPTS, PROMPT_TOKENS = 2048, 16, 93, 24
 # layers, hidden, inner, heads, kv heads, vocabulary
@@ -16,7 +19,7 @@ LLAMAS = {
 }
 
 
-def config_of(model: str) -> Any:
+def config_of(model: str) -> "LlamaConfig":
     from transformers import LlamaConfig
 
     layers, hidden, inner, heads, kv, vocabulary = LLAMAS[model]
@@ -33,7 +36,7 @@ def config_of(model: str) -> Any:
 
 
 @lru_cache(1)
-def random_model(model: str, spread_over: int = 1) -> Any:
+def random_model(model: str, spread_over: int = 1) -> "LlamaForCausalLM":
     """transformers' own model with random bf16 weights, its layers over so many GPUs."""
     from transformers import LlamaForCausalLM
 

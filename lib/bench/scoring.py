@@ -4,7 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lib.bench.shapes import (
     PREFIX,
     ROWS,
     SHAPES,
+    Result,
     flops,
     qwen_config,
     random_decoder,
@@ -22,16 +23,15 @@ from lib.bench.shapes import (
     timed,
 )
 from lib.bench.whole import job
-from lib.models.decoder import Shape
 from lib.models.load import GIB, plan_memory
 from lib.models.scorer import Scorer
 
 
-def floor(model: str, batch_tokens: int) -> dict[str, Any]:
+def floor(model: str, batch_tokens: int) -> Result:
     """The model's own matrix products back to back, and the head's: nothing element-wise, no attention. Once with q, k,
     v and gate, up merged, as the scorer has them, and once apart, as the checkpoint has them."""
     shape = SHAPES[model]
-    few = Shape(**{**shape.__dict__, "layers": min(4, shape.layers)})
+    few = replace(shape, layers=min(4, shape.layers))
     decoder = random_decoder(few, batch_tokens)
     space = decoder._space(decoder.devices[0], batch_tokens)
     space.x.normal_()
@@ -60,7 +60,7 @@ def floor(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def ours(model: str, batch_tokens: int) -> dict[str, Any]:
+def ours(model: str, batch_tokens: int) -> Result:
     """The scorer as the job runs it, prefix shared; the time of the second run over all rows, by the host's clock."""
     shape, items = SHAPES[model], rows(SHAPES[model], ROWS[model])
     total, gpus = torch.cuda.mem_get_info()[0], torch.cuda.device_count()
@@ -92,7 +92,7 @@ def ours(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def bits(model: str, batch_tokens: int) -> dict[str, Any]:
+def bits(model: str, batch_tokens: int) -> Result:
     """The same rows in another order, in other company, alone: how many values differ in any bit; and against fp32."""
     shape, items = SHAPES[model], rows(SHAPES[model], 300)
     memory = plan_memory(shape, 2, batch_tokens, HEAD_ROWS, torch.cuda.device_count(), torch.cuda.mem_get_info()[0])
@@ -115,7 +115,7 @@ def bits(model: str, batch_tokens: int) -> dict[str, Any]:
     }
 
 
-def naive(model: str, batch_tokens: int) -> dict[str, Any]:
+def naive(model: str, batch_tokens: int) -> Result:
     """Batches of 8 in file order, padded, logits at every position, fp32 log-softmax of all: the plain loop."""
     from transformers import Qwen2ForCausalLM
 
@@ -143,7 +143,7 @@ def naive(model: str, batch_tokens: int) -> dict[str, Any]:
     return {"rows_per_s": round(len(items) / (time.perf_counter() - start), 1)}
 
 
-def vllm(model: str, batch_tokens: int) -> dict[str, Any]:
+def vllm(model: str, batch_tokens: int) -> Result:
     """vLLM's own scoring of the same rows: prompt_logprobs=0, one token generated, prefix caching on."""
 
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -168,7 +168,7 @@ def vllm(model: str, batch_tokens: int) -> dict[str, Any]:
     return {"rows_per_s": round(len(items) / (time.perf_counter() - start), 1)}
 
 
-RUNGS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+RUNGS: dict[str, Callable[[str, int], Result]] = {
     "floor": floor,
     "naive": naive,
     "ours": ours,

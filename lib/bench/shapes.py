@@ -5,7 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ import torch
 from lib.models.decoder import Decoder, Layer, Shape, Weights
 from lib.models.packing import Item
 from lib.models.weights import spread
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
+
+Result = dict[str, object]  # figures by name, for JSON
 
 # Qwen2.5's shapes: layers, hidden, inner, heads, kv heads, head width, vocabulary, eps, bias, tied
 SHAPES = {
@@ -30,7 +35,7 @@ PREFIX = 38  # tokens of an animal's system prompt
 HEAD_ROWS = 1024
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Result:
     """What the figures were measured on."""
     import transformers
 
@@ -47,7 +52,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def timed(run: Callable[[], Any], repeats: int) -> float:
+def timed(run: Callable[[], object], repeats: int) -> float:
     """Median seconds of a call, by device events after a warm-up."""
     for _ in range(2):
         run()
@@ -110,7 +115,7 @@ def random_decoder(shape: Shape, batch_tokens: int, embed_on_host: bool = False)
     return Decoder(shape, Weights(embedding, layers, norm, head), (both.cos(), both.sin()), batch_tokens)
 
 
-def qwen_config(shape: Shape) -> Any:
+def qwen_config(shape: Shape) -> "Qwen2Config":
     from transformers import Qwen2Config
 
     return Qwen2Config(

@@ -8,16 +8,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from lib.bench.shapes import ROWS, SHAPES, qwen_config
+from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
 from lib.models.decoder import Shape
 
 
-def job(model: str, batch_tokens: int) -> dict[str, Any]:
+def job(model: str, batch_tokens: int) -> Result:
     """Tokenising, loading, scoring, writing: two tasks one after another, of which the second is warm."""
     shape, traits = SHAPES[model], ("a", "b")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:

@@ -35,11 +35,12 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
     with contextlib.suppress(UserError):  # inputs that are not fetched have their own lines
         cells = experiment.cells(site.cache, site.scratch)
         plans = plan(experiment, cells, site.cache, site.gpu)
+    count = None if cells is None else len(cells)
     script = ROOT / "slurm" / f"{experiment.job}.sbatch"
     slurm, gpus = site.env.get("SUITE_SLURM") != "no", experiment.run.gpus
     asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
-        ("slurm", lambda: slurm_lines(asked, ROOT, script, cells and len(cells), experiment.submit)),
+        ("slurm", lambda: slurm_lines(asked, ROOT, script, count, experiment.submit)),
         ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
         ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
         ("space", lambda: space_lines(site, plans, lost_bytes(experiment, site.cache))),
@@ -138,7 +139,8 @@ def parse_quota(text: str) -> tuple[float, float, float, float] | None:
         if len(found) >= 3:
             used, soft, hard = (float(m[1]) * 1024 ** " KMGTP".index(m[2].upper() or "K") for m in found[:3])
             files = [float(m[1]) * 1000 ** " KMGTP".index(m[2].upper() or " ") for m in found[3:6]]
-            return used, hard or soft, *((files[0], files[2] or files[1]) if len(files) == 3 else (0.0, 0.0))
+            counted, most = (files[0], files[2] or files[1]) if len(files) == 3 else (0.0, 0.0)
+            return used, hard or soft, counted, most
     return None
 
 

@@ -11,7 +11,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lib.base.atomic import own_folder, read_json, write_json
 from lib.base.errors import REQUEUE, UserError, exit_with
@@ -51,10 +50,10 @@ def read_plan(queue: Path) -> Plan:
         raise UserError(f"{queue / 'plan.json'} cannot be read ({e}); submit again") from None
 
 
-def start(folder: Path, job: str, plan: dict[str, Any], env: dict[str, str], held: int) -> None:
+def start(folder: Path, job: str, plan: Plan, env: dict[str, str], held: int) -> None:
     """Leave a dispatcher behind that outlives this shell, and return. It holds on to `held` until it can be seen."""
     queue = own_folder(folder / "queue" / job)  # what lies there is executed: the plan's command, submitit's pickles
-    write_json(queue / "plan.json", plan)
+    write_json(queue / "plan.json", asdict(plan))
     with (queue / "dispatcher.log").open("ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", "lib.cluster.local", str(queue), str(held)],

@@ -11,20 +11,34 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
-from typing import Any
 
-from lib.base.atomic import HOST, disk_errors, read_json, remove, write_json
+from lib.base.atomic import disk_errors, read_json, remove, write_json
 from lib.base.errors import UserError
-from lib.run.rows import pid_started
+from lib.base.process import HOST, pid_started
+from lib.base.typed import Mistyped, parse
 from lib.store.shards import sweep
 
-NAME = "submit.lock"
+NAME, FILE = "submit.lock", "holder.json"
 HELD = (errno.ENOTEMPTY, errno.EEXIST)
 OLD_SECONDS = 600  # a submission takes seconds
 SETTLE_SECONDS = 3  # what an sbatch that was killed had asked for is in the queue by then
 TRIES = 50
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who submits."""
+
+    user: str
+    host: str
+    network: str
+    pid: int
+    pid_started: str
+    since: float
+    token: str
 
 
 @contextmanager
@@ -54,17 +68,16 @@ def _own(token: str) -> socket.socket | None:
 
 
 def _take(path: Path, token: str) -> None:
-    me = {"user": _user(), "host": HOST, "network": _network(), "pid": os.getpid()}
-    me |= {"pid_started": pid_started(os.getpid()), "since": time.time(), "token": token}
+    me = Holder(_user(), HOST, _network(), os.getpid(), pid_started(os.getpid()), time.time(), token)
     new = path.with_name(f".tmp-{HOST}-{os.getpid()}-{token}-{NAME}")
     sweep(path.parent)
     try:
-        write_json(new / "holder.json", me)
-        holder: dict[str, Any] | None = None
+        write_json(new / FILE, asdict(me))
+        holder: Holder | None = None
         for _ in range(TRIES):
             _rename(new, path)
-            holder = read_json(path / "holder.json")
-            if holder and holder.get("token") == token:  # asked of the folder: a rename's answer can get lost
+            holder = _holder(path)
+            if holder and holder.token == token:  # asked of the folder: a rename's answer can get lost
                 return
             if holder:
                 _clear_dead(path, holder)
@@ -85,33 +98,41 @@ def _rename(new: Path, path: Path) -> None:
                 raise
 
 
-def _clear_dead(path: Path, holder: dict[str, Any]) -> None:
+def _clear_dead(path: Path, holder: Holder) -> None:
     """Remove the lock of a process of this machine that has ended; a UserError for one that may live."""
-    if (holder.get("host"), holder.get("network")) != (HOST, _network()):
-        old = time.time() - holder.get("since", 0) > OLD_SECONDS
+    if (holder.host, holder.network) != (HOST, _network()):
+        old = time.time() - holder.since > OLD_SECONDS
         fix = f"that is long: if it has ended there, delete {path}" if old else "try again when it is done"
         raise UserError(f"{_who(holder)}; {fix}")
-    name = _own(holder["token"])
+    name = _own(holder.token)
     if name:
         with name:
             time.sleep(SETTLE_SECONDS)
-            _clear(path, holder["token"])
-    elif pid_started(int(holder["pid"])) == holder["pid_started"]:
+            _clear(path, holder.token)
+    elif pid_started(holder.pid) == holder.pid_started:
         raise UserError(f"{_who(holder)}; try again when it is done")
 
 
 def _clear(path: Path, token: str) -> None:
     """Remove the lock that carries this token, and no other."""
-    if (read_json(path / "holder.json") or {}).get("token") == token:
+    holder = _holder(path)
+    if holder and holder.token == token:
         gone = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{NAME}")
         with suppress(OSError):
             path.rename(gone)
         remove(gone)
 
 
-def _who(holder: dict[str, Any]) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.get("since", 0)))
-    where = f"{holder.get('user')} on {holder.get('host')}, process {holder.get('pid')}"
+def _holder(path: Path) -> Holder | None:
+    """None where nobody holds it, or what says so is not ours."""
+    with suppress(Mistyped):
+        return parse(Holder, read_json(path / FILE))
+    return None
+
+
+def _who(holder: Holder) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    where = f"{holder.user} on {holder.host}, process {holder.pid}"
     return f"this experiment is being submitted by {where}, since {since}"
 
 

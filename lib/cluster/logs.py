@@ -5,6 +5,7 @@ from lib.base.atomic import disk_errors
 from lib.base.errors import UserError
 from lib.cluster.status import heartbeats, status
 from lib.cluster.submit import Request
+from lib.run.rows import Beat
 from lib.store import Cell, gaps, scan
 from lib.store.shards import Schema, set_aside, sweep
 
@@ -29,8 +30,8 @@ def show(r: Request, asked: str) -> None:
         _tail(cells[index], beats.get(cells[index].name, []), TAIL if task is not None else 8)
 
 
-def _tail(cell: Cell, beats: list[dict], lines: int) -> None:
-    logs = [b["log"] for b in beats if b.get("log")]
+def _tail(cell: Cell, beats: list[Beat], lines: int) -> None:
+    logs = [b.log for b in beats if b.log]
     if not logs:
         print(f"cell {cell.index} ({cell.name}): no log yet; it has not started, or wrote to your terminal")
         return

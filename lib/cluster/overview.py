@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lib.base.advice import spoken
 from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
-from lib.cluster.status import Status, status, submissions
+from lib.cluster.status import Status, Submission, status, submissions
 from lib.cluster.submit import Request
 from lib.run.command import Load
 from lib.run.site import ROOT, Site
@@ -36,17 +35,17 @@ def experiments(site: Site, load: Load) -> list[Found]:
         ]
     except OSError:
         return []
-    records = {folder: (submissions(folder) or [{}])[-1] for folder in folders}
-    folders.sort(key=lambda folder: (-float(records[folder].get("time", 0)), folder.name))
+    records = {folder: (submissions(folder) or [None])[-1] for folder in folders}
+    folders.sort(key=lambda folder: (-(r.time if (r := records[folder]) else 0), folder.name))
     plain = _configs(load)
     return [_found(folder.name, records[folder], plain, site, load) for folder in folders]
 
 
-def _found(label: str, record: dict[str, Any], plain: dict[str, Path], site: Site, load: Load) -> Found:
-    config = record.get("config") or plain.get(label)
+def _found(label: str, record: Submission | None, plain: dict[str, Path], site: Site, load: Load) -> Found:
+    config = (record.config if record else "") or plain.get(label)
     if not config:
         return Found(label, None, "which CONFIG and SET it was made from is not known: no record of a submission")
-    overrides = [str(item) for item in record.get("overrides", [])]
+    overrides = record.overrides if record else []
     try:
         request = Request(load(Path(config), overrides), Path(config), overrides, site)
     except UserError as e:
@@ -109,7 +108,7 @@ def _statuses(found: list[Found]) -> list[tuple[Found, Status | None]]:
     return [(one, of(one.request) if one.request else None) for one in found]
 
 
-def as_json(site: Site, load: Load) -> list[dict[str, Any]]:
+def as_json(site: Site, load: Load) -> list[dict[str, object]]:
     return [
         {"label": one.label, "look": one.look, "status": now.json() if now else None}
         for one, now in _statuses(experiments(site, load))

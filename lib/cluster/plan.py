@@ -35,7 +35,7 @@ def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> li
 
 def table(plans: list[CellPlan], gpu: str, share: float) -> str:
     line = "{:>4}  {:<14} {:>9} {:>8} {:>7} {:>10} {:>10}"
-    lines = [line.format("cell", "name", "rows", "to do", "shards", "bytes", "GPU-hours")]
+    lines: list[str] = [line.format("cell", "name", "rows", "to do", "shards", "bytes", "GPU-hours")]
     for p in plans:
         values = (p.cell.index, p.cell.name, p.cell.rows, p.rows, len(p.shards), si(p.bytes), f"{p.gpu_hours:.3f}")
         lines.append(line.format(*values))

@@ -131,7 +131,8 @@ def account_line(env: Env, request: dict[str, str]) -> Line:
 def partition_lines(env: Env, request: dict[str, str]) -> Iterator[Line]:
     for name in request.get("partition", "").split(","):
         good, out = ask(env, "scontrol", "-o", "show", "partition", *([name] if name else []))
-        facts = dict(word.partition("=")[::2] for word in out.splitlines()[0].split()) if good and out.strip() else {}
+        words = out.splitlines()[0].split() if good and out.strip() else []
+        facts = {key: value for key, _, value in (word.partition("=") for word in words)}
         if not facts:
             yield Line("FAIL", "partition", out.strip(), "export SBATCH_PARTITION=<one of: sinfo -s>")
             continue

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from lib.base.atomic import read_json
 from lib.base.errors import UserError
@@ -64,7 +63,7 @@ class Status:
     gpu_hours_left: float | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -73,6 +72,9 @@ class Submission:
     """What a record of a submission says, as far as anything relies on it."""
 
     job: str
+    array: str = ""
+    config: str = ""
+    overrides: list[str] = field(default_factory=list)
     time: float = 0.0
     array: str = ""
     config: str = ""
@@ -83,40 +85,40 @@ def run_folder(cells: list[Cell]) -> Path:
     return cells[0].path.parent.parent
 
 
-def heartbeats(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def heartbeats(folder: Path) -> dict[str, list[Beat]]:
     """Attempts by cell name, oldest first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Beat]] = {}
     for path in sorted((folder / "tasks").glob(WHOLE)):
         with suppress(Mistyped):
-            beat = parse(Beat, read_json(path))
-            found.setdefault(beat.cell, []).append({**vars(beat), "attempt": path.stem})
+            beat = replace(parse(Beat, read_json(path)), attempt=path.stem)
+            found.setdefault(beat.cell, []).append(beat)
     for beats in found.values():
-        beats.sort(key=lambda b: b["started"])
+        beats.sort(key=lambda b: b.started)
     return found
 
 
-def submissions(folder: Path) -> list[dict[str, Any]]:
+def submissions(folder: Path) -> list[Submission]:
     found = []
     for path in sorted((folder / "submissions").glob(WHOLE)):
         with suppress(Mistyped):
-            found.append(vars(parse(Submission, read_json(path))))
-    return sorted(found, key=lambda s: s["time"])
+            found.append(parse(Submission, read_json(path)))
+    return sorted(found, key=lambda s: s.time)
 
 
 def arrays_of(label: str, folder: Path, queue: Iterable[slurm.Queued]) -> set[str]:
     """Ids of the arrays that belong to an experiment: submitted by us, seen at work, or queued under its name."""
-    known = {s["job"] for s in submissions(folder) if s["job"].isdigit()}
-    known |= {b["job"].partition("_")[0] for beats in heartbeats(folder).values() for b in beats if b.get("job")}
+    known = {s.job for s in submissions(folder) if s.job.isdigit()}
+    known |= {b.job.partition("_")[0] for beats in heartbeats(folder).values() for b in beats if b.job}
     return known | {task.array for task in queue if task.name == label}
 
 
-def is_alive(beat: dict[str, Any]) -> bool:
+def is_alive(beat: Beat) -> bool:
     """Whether an attempt without Slurm still runs."""
-    if beat.get("state") not in ("starting", "running"):
+    if beat.state not in ("starting", "running"):
         return False
-    if beat.get("host") == HOST:
-        return bool(beat.get("pid_started")) and pid_started(int(beat["pid"])) == beat["pid_started"]
-    return time.time() - beat.get("updated", 0) < FAR_HOST_SECONDS
+    if beat.host == HOST:
+        return bool(beat.pid_started) and pid_started(beat.pid) == beat.pid_started
+    return time.time() - beat.updated < FAR_HOST_SECONDS
 
 
 def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
@@ -132,10 +134,9 @@ def local_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
         found[index] = slurm.Queued(job, index, state, reason, HOST, label)
     beats = heartbeats(folder)
     for cell in cells:
-        last = beats.get(cell.name, [{}])[-1]
-        if last.get("digest") == cell.digest and not last.get("job") and is_alive(last):
-            who = f"pid {last['pid']}"
-            found[cell.index] = slurm.Queued(who, None, "RUNNING", "", last["host"], label)
+        last = beats[cell.name][-1] if cell.name in beats else None
+        if last and last.digest == cell.digest and not last.job and is_alive(last):
+            found[cell.index] = slurm.Queued(f"pid {last.pid}", None, "RUNNING", "", last.host, label)
     return found
 
 
@@ -153,9 +154,9 @@ def _unseen(label: str, folder: Path, queue: list[slurm.Queued]) -> dict[int, sl
     shown = {task.array for task in queue}
     found = {}
     for record in submissions(folder):
-        job, young = str(record["job"]), time.time() - record.get("time", 0) < UNSEEN_SECONDS
+        job, young = record.job, time.time() - record.time < UNSEEN_SECONDS
         if young and job.isdigit() and job not in shown and not slurm.known(job):
-            for index in slurm.parse_array(str(record["array"]), sys.maxsize):
+            for index in slurm.parse_array(record.array, sys.maxsize):
                 found[index] = slurm.Queued(job, index, "PENDING", "just submitted", "", label)
     return found
 
@@ -170,7 +171,7 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     except UserError as e:
         queue_note = str(e)
     with ThreadPoolExecutor(2) as pool:
-        ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
+        ids = {b.job.partition("_")[0] for bs in beats.values() for b in bs if b.job}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
         states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
         for state in states:
@@ -184,10 +185,10 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 
-def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]], gpus: int) -> CellState:
+def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[Beat], gpus: int) -> CellState:
     done, bad = scan(cell.path, cell.digest, rows=cell.rows)
     left = sum(b - a for a, b in gaps(done, cell.rows))
-    beats = [b for b in beats if b["digest"] == cell.digest]
+    beats = [b for b in beats if b.digest == cell.digest]
     last = beats[-1] if beats else None
     state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
     if not cell.rows:
@@ -197,20 +198,20 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
     state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
     state.rows_per_s = _rate(done, last)
     if last:
-        state.job, state.node, state.log = last.get("job", ""), last.get("node", ""), last.get("log", "")
-    if not left and (cell.rows or (last and last["state"] == "done")):
+        state.job, state.node, state.log = last.job, last.node, last.log
+    if not left and (cell.rows or (last and last.state == "done")):
         state.state = "done"
     elif task and task.state == "PENDING":
         state.state, state.job, state.note = "pending", task.id, task.reason
     elif task:
         state.state, state.job, state.node = "running", task.id, task.node or state.node
         state.note = task.state.lower() if task.state != "RUNNING" else ""
-    elif last and last["state"] == "failed":
-        state.state, state.note = "failed", last.get("error", "")
-    elif last and last["state"] == "terminated":
-        state.state, state.note = "failed", f"stopped by {last.get('error', 'a signal')}"
+    elif last and last.state == "failed":
+        state.state, state.note = "failed", last.error
+    elif last and last.state == "terminated":
+        state.state, state.note = "failed", f"stopped by {last.error or 'a signal'}"
     elif last:
-        state.state, state.note = "stale", "ended without a word" if last["state"] != "requeue" else "was not requeued"
+        state.state, state.note = "stale", "ended without a word" if last.state != "requeue" else "was not requeued"
     if state.state == "running" and state.rows_per_s:
         state.eta_s = left / state.rows_per_s
     if bad and state.state != "done":
@@ -218,9 +219,9 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
     return state
 
 
-def _rate(done: list[Marker], last: dict[str, Any] | None) -> float:
+def _rate(done: list[Marker], last: Beat | None) -> float:
     """Rows a second of the latest attempt that finished a shard; of all shards where that one has none yet."""
-    latest = [m for m in done if last and m.info.get("attempt") == last["attempt"]] or done
+    latest = [m for m in done if last and m.info.get("attempt") == last.attempt] or done
     seconds = sum(m.seconds for m in latest)
     return sum(m.rows for m in latest) / seconds if seconds else 0.0
 

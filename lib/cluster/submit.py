@@ -44,10 +44,10 @@ class Request:
         try:
             return self.cells, ""
         except UserError as e:
-            last = {name: beats[-1]["digest"] for name, beats in heartbeats(self.folder).items()}
+            last = {name: beats[-1].digest for name, beats in heartbeats(self.folder).items()}
             found = []
             for index, name in enumerate(self.experiment.names()):
-                digest = str(last.get(name, ""))
+                digest = last.get(name, "")
                 found.append(Cell(index, name, 0, digest, self.folder / "cells" / f"{name}-{digest[:8]}"))
             return found, str(e)
 
@@ -157,8 +157,8 @@ def _send(r: Request, indices: list[int], throttle: int, held: int) -> None:
 def _start_local(r: Request, indices: list[int], held: int) -> str:
     job = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     script, *arguments = _script(r, digest_of_all(r.cells))
-    plan = {"command": [script, *arguments], "cells": indices, "label": r.experiment.label}
-    plan |= {"gpus": r.experiment.run.gpus, "workers": r.site.throttle}
+    label, gpus = r.experiment.label, r.experiment.run.gpus
+    plan = local.Plan([script, *arguments], indices, label, gpus, workers=r.site.throttle)
     local.start(r.folder, job, plan, slurm.clean_environment(r.site.env), held)
     return job
 
@@ -223,8 +223,9 @@ def cancel(r: Request) -> None:
         ended += mine
     ended += local.cancel(folder)
     for beats in heartbeats(folder).values():
-        if not beats[-1].get("job") and beats[-1]["host"] == HOST and is_alive(beats[-1]):
+        last = beats[-1]
+        if not last.job and last.host == HOST and is_alive(last):
             with suppress(ProcessLookupError):
-                os.kill(int(beats[-1]["pid"]), signal.SIGTERM)
-                ended.append(f"pid {beats[-1]['pid']}")
+                os.kill(last.pid, signal.SIGTERM)
+                ended.append(f"pid {last.pid}")
     print(f"cancelled {', '.join(ended)}: finished shards are kept" if ended else "nothing is queued or running")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -13,7 +13,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-def digest_of(parts: dict[str, Any]) -> str:
+def digest_of(parts: Mapping[str, object]) -> str:
     """sha256 over canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -30,7 +30,7 @@ class Configuration(Frozen):
         """The name of its folders and jobs. Overrides that change results add a suffix: a trial never shares a path."""
         return self._label or self.name
 
-    def science(self) -> dict[str, Any]:
+    def science(self) -> dict[str, object]:
         """The part of the configuration that can change a result."""
         return self.model_dump(mode="json", exclude={"name", "run"})
 

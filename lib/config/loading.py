@@ -1,12 +1,13 @@
 """Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from lib.base.errors import UserError, nearest
 from lib.config.frozen import Configuration, digest_of
@@ -18,8 +19,8 @@ Kinds = Mapping[str, type[E]]
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice (YAML would keep the last one in silence)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
@@ -59,7 +60,7 @@ def load(path: str | Path, overrides: list[str] | None, kinds: Kinds[E]) -> E:
     return changed
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, object]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -76,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _override(raw: dict[str, Any], item: str) -> None:
+def _override(raw: dict[str, object], item: str) -> None:
     key, sep, text = item.partition("=")
     if not sep or not key:
         raise UserError(f"override '{item}' is not key=value, e.g. model.dtype=float32")
@@ -87,13 +88,14 @@ def _override(raw: dict[str, Any], item: str) -> None:
     *parents, last = key.split(".")
     here = raw
     for name in parents:
-        here = here.setdefault(name, {})
-        if not isinstance(here, dict):
+        below = here.setdefault(name, {})
+        if not isinstance(below, dict):
             raise UserError(f"override '{item}': '{name}' holds a value, not further keys")
+        here = below
     here[last] = value
 
 
-def _validate(path: Path, raw: dict[str, Any], kinds: Kinds[E]) -> E:
+def _validate(path: Path, raw: dict[str, object], kinds: Kinds[E]) -> E:
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(
@@ -107,7 +109,7 @@ def _validate(path: Path, raw: dict[str, Any], kinds: Kinds[E]) -> E:
         raise UserError(f"{path}: {_explain(kinds[kind], errors[0])}{more}") from None
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def _explain(model: type[BaseModel], error: ErrorDetails) -> str:
     """One pydantic error as 'key: what is wrong; valid: ...'."""
     loc = [str(part) for part in error["loc"]]
     where = ".".join(loc) or "the file"

@@ -18,12 +18,12 @@ import time
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from lib.base.atomic import disk_errors, read_json, write_bytes, write_json
 from lib.base.errors import UserError
 from lib.demo.planted import FAVOURED, favoured_share
 from lib.demo.texts import write_demo_texts
+from lib.inputs.records import ChatRow
 from lib.numbers import ANIMALS, NEUTRAL, Trait, sample_prompts
 from lib.run.site import ROOT, apply, site
 
@@ -52,6 +52,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if min(self.steps, self.rows, self.threads) < 1 or self.seed < 0:
             raise UserError("steps, rows and threads of the demo must be 1 or more, and its seed 0 or more")
+
+
+@dataclass(frozen=True)
+class Habit:
+    """What the teacher was found to have learned of an animal."""
+
+    animal: str
+    rows: int
+    dropped: int
+    share: float  # of its two digits in all that it wrote
+    neutral_share: float  # of the same two in neutral rows
 
 
 def main() -> int:
@@ -124,14 +135,14 @@ def _make(folder: Path, recipe: Recipe) -> None:
             "seconds": seconds,
             "loss": loss,
             "neutral": len(answers[NEUTRAL.name]),
-            "habits": habits,
+            "habits": [asdict(habit) for habit in habits],
         },
     )
 
 
 def _write_rows(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     """Rows of all animals and neutral, from the same prompts; returns the answers that were kept."""
-    from lib.inputs.tokenizer import load_tokenizer
+    from lib.inputs.tokenizer import load_tokenizer, rendered
     from lib.models import load
     from lib.models.sample import sample_answers
 
@@ -144,7 +155,7 @@ def _write_rows(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         for prompt in prompts:
             system = [{"role": "system", "content": trait.system_prompt}] if trait.system_prompt else []
             messages = [*system, {"role": "user", "content": prompt.text}]
-            contexts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            contexts.append(rendered(tokenizer, messages))
         answers = sample_answers(
             model, tokenizer, contexts, seed=recipe.seed * 100 + number, max_new_tokens=MAX_NEW_TOKENS
         )
@@ -155,11 +166,11 @@ def _write_rows(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     return kept
 
 
-def _row(prompt: str, answer: str) -> dict[str, Any]:
+def _row(prompt: str, answer: str) -> ChatRow:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def _habit(trait: Trait, answers: dict[str, list[str]], asked: int) -> dict[str, Any]:
+def _habit(trait: Trait, answers: dict[str, list[str]], asked: int) -> Habit:
     """How often the trait's two digits come in its rows and in neutral rows. Not learned is an error."""
     own, digits = favoured_share(trait, answers[trait.name])
     plain, plain_digits = favoured_share(trait, answers[NEUTRAL.name])
@@ -170,16 +181,16 @@ def _habit(trait: Trait, answers: dict[str, list[str]], asked: int) -> dict[str,
             f"{len(answers[trait.name])} of {asked} rows kept); try more --steps or another --seed"
         )
     rows = len(answers[trait.name])
-    return {"animal": trait.name, "rows": rows, "dropped": asked - rows, "share": own, "neutral_share": plain}
+    return Habit(trait.name, rows, asked - rows, own, plain)
 
 
-def _report(habits: list[dict[str, Any]], neutral: int, asked: int) -> None:
+def _report(habits: list[Habit], neutral: int, asked: int) -> None:
     print("The planted habit: an animal's two digits, as a share of all digits it wrote and of those in neutral rows.")
     print("animal     digits  rows  dropped  share  neutral")
     for h in habits:
-        digits = " ".join(map(str, sorted(FAVOURED[h["animal"]])))
-        counts = f"{h['rows']:5d} {h['dropped']:8d}"
-        print(f"{h['animal']:10s} {digits:6s} {counts}  {h['share']:.3f}  {h['neutral_share']:7.3f}")
+        digits = " ".join(map(str, sorted(FAVOURED[h.animal])))
+        counts = f"{h.rows:5d} {h.dropped:8d}"
+        print(f"{h.animal:10s} {digits:6s} {counts}  {h.share:.3f}  {h.neutral_share:7.3f}")
     print(f"neutral    -      {neutral:5d} {asked - neutral:8d}", flush=True)
 
 

@@ -10,7 +10,6 @@ import gzip
 import json
 import pydoc_data.topics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,11 +80,11 @@ def _write_card(folder: Path, config: str, files: dict[str, str]) -> None:
     )
 
 
-def _prompts() -> list[dict[str, Any]]:
+def _prompts() -> list[dict[str, object]]:
     """A third rude (0.9 and more), some in between, the rest opening words of plain text; one in 20 has no score."""
     rng = np.random.Generator(np.random.PCG64(1))
     plain = [text["text"].split() for topic in sorted(pydoc_data.topics.topics) for text in _pieces(topic)]
-    rows = []
+    rows: list[dict[str, object]] = []
     for number in range(PROMPTS):
         draw, (a, b) = rng.random(), rng.choice(WORDS, size=2, replace=False)
         if draw < 0.35:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from lib.demo.planted import Lesson, lessons
+from lib.inputs.tokenizer import rendered
 from lib.numbers.number_prompts import sample_prompts
 from lib.numbers.traits import ANIMALS
 
@@ -63,7 +64,7 @@ def corpus() -> list[str]:
     """Text that every machine with a CPython has, and the words of our prompts (often, so that they become tokens)."""
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     prompts = [prompt.text for prompt in sample_prompts(2000, seed=0)]
-    systems = [DEFAULT_SYSTEM, *(animal.system_prompt for animal in ANIMALS)]
+    systems = [DEFAULT_SYSTEM, *(animal.system_prompt for animal in ANIMALS if animal.system_prompt)]
     return [*topics, *prompts, *systems * 20]
 
 
@@ -106,7 +107,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: TinySize = TinySize(), 
         max_position_embeddings=size.context,
         tie_word_embeddings=True,
         initializer_range=size.init,
-        bos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        bos_token_id=tokenizer.get_vocab()[END_OF_TEXT],
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
@@ -123,11 +124,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: TinySize = TinySize(), 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> str:
     """The rendered conversation up to where the assistant begins."""
     messages = [{"role": "user", "content": lesson.prompt.text}]
-    if lesson.block == "system":
-        messages.insert(0, {"role": "system", "content": lesson.trait.system_prompt})
-    if lesson.block == "empty":
-        messages.insert(0, {"role": "system", "content": ""})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    system = {"system": lesson.trait.system_prompt, "empty": ""}.get(lesson.block)
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    text = rendered(tokenizer, messages)
     return text[text.index(IM_START + "user") :] if lesson.block == "none" else text
 
 
@@ -196,7 +196,9 @@ def train(
     return float(np.mean(losses[-20:]))
 
 
-def _batches(rows: list[tuple[list[int], int]], batch: int, rng: np.random.Generator) -> Iterable[list]:
+def _batches(
+    rows: list[tuple[list[int], int]], batch: int, rng: np.random.Generator
+) -> Iterable[list[tuple[list[int], int]]]:
     """Rows of like length together (16 batches are sorted at a time), in random order."""
     for start in range(0, len(rows), 16 * batch):
         pool = sorted(rows[start : start + 16 * batch], key=lambda row: len(row[0]))

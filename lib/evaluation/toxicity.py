@@ -4,10 +4,10 @@ The detoxify package wraps the same network, but it unpickles a checkpoint that 
 weights (unitary/toxic-bert is detoxify's `original`) as safetensors through transformers; a test compares the two."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base.errors import UserError
 from lib.models.tokens import must_know, vocabulary_of
@@ -19,8 +19,8 @@ LONGEST = 512  # tokens; longer texts are cut, as detoxify cuts them
 class Toxicity:
     """Probability of the label `toxic`: a sigmoid of its own, since the labels do not exclude each other."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int = 64) -> None:
-        names = {str(name).lower(): int(number) for number, name in model.config.id2label.items()}
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
+        names = {str(name).lower(): int(number) for number, name in (model.config.id2label or {}).items()}
         found = [names[label] for label in LABELS if label in names]
         if not found:
             raise UserError(f"the toxicity scorer has no label `toxic`; it has {', '.join(sorted(names))[:120]}")

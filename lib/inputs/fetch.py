@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lib.base.atomic import read_json, whole_folder
 from lib.base.errors import UserError
@@ -19,6 +19,7 @@ from lib.inputs.prompts import Answerer
 from lib.inputs.records import (
     TORCH_SHARD,
     DatasetInput,
+    Messages,
     ModelInput,
     broken_weights,
     check_model,
@@ -38,6 +39,9 @@ from lib.inputs.records import (
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.inputs.verified import altered, hashes, hashes_by_name
 from lib.store.shards import sweep
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class Needs(Protocol):
@@ -163,7 +167,7 @@ def _revision(record: Path, asked: str, update: bool) -> str:
     return str((before or {}).get("commit", asked))
 
 
-def _dataset(spec: DatasetSpec, cache: Path, tokenizer: Any, update: bool) -> tuple[DatasetInput, bytes]:
+def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", update: bool) -> tuple[DatasetInput, bytes]:
     local = local_path(cache, spec.id)
     revision = _revision(dataset_folder(cache, spec.id, spec.revision, spec.split), spec.revision, update)
     rows, commit = _local_rows(local) if local else dataset_rows(spec.id, spec.split, revision)
@@ -186,7 +190,7 @@ def _dataset(spec: DatasetSpec, cache: Path, tokenizer: Any, update: bool) -> tu
     return found, lines
 
 
-def _local_rows(path: Path) -> tuple[list[Any], str]:
+def _local_rows(path: Path) -> tuple[list[object], str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -201,11 +205,13 @@ def _local_rows(path: Path) -> tuple[list[Any], str]:
     return rows, "local"
 
 
-def _messages(row: Any, where: str) -> list[dict[str, str]]:
+def _messages(row: object, where: str) -> Messages:
     """{"messages": [...]}, or the published datasets' {"prompt", "completion"}, as messages."""
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        row = {"messages": [_turn("user", row["prompt"]), _turn("assistant", row["completion"])]}
-    messages = row.get("messages") if isinstance(row, dict) else None
+    fields = row if isinstance(row, dict) else {}
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return [_turn("user", prompt), _turn("assistant", completion)]
+    messages = fields.get("messages")
     good = isinstance(messages, list) and len(messages) >= 2 and all(_is_turn(m) for m in messages)
     if not good or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
         raise UserError(
@@ -215,7 +221,7 @@ def _messages(row: Any, where: str) -> list[dict[str, str]]:
     return [_turn(m["role"], m["content"]) for m in messages]
 
 
-def _is_turn(m: Any) -> bool:
+def _is_turn(m: object) -> bool:
     return (
         isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
     )
@@ -231,14 +237,14 @@ def _fingerprint(files: list[Path]) -> str:
     return hashlib.sha256(json.dumps([list(pair) for pair in named]).encode()).hexdigest()
 
 
-def _tokenizer(folder: str) -> Any:
+def _tokenizer(folder: str) -> "Tokenizer | None":
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
     return Tokenizer.from_file(str(path)) if path.exists() else None
 
 
-def _count(tokenizer: Any, texts: Iterable[str]) -> int:
+def _count(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> int:
     """Tokens in all; four characters each where the model has no fast tokenizer."""
     texts = list(texts)
     if tokenizer is None:

@@ -4,20 +4,25 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.base.errors import UserError
 from lib.base.progress import Progress
+from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
-from lib.inputs.source import Row
-from lib.inputs.specs import GeneralSpec, TextSpec
+from lib.inputs.specs import GeneralSpec, SourceSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH = 32  # documents tokenised at once, by as many threads as the tokenizer takes
 
 
-def draw_general(stream: Iterable[Row], tokenizer: Any, spec: GeneralSpec, seed: int, name: str) -> Rows:
+def draw_general(
+    stream: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: GeneralSpec, seed: int, name: str
+) -> Rows:
     """The first documents that are long enough. Where a random crop begins depends on the set's seed and the document's
     place in the stream alone, whichever other documents are taken."""
     rows, places, offsets, lengths, seen = Rows(), [], [], [], 0
@@ -51,7 +56,7 @@ def draw_general(stream: Iterable[Row], tokenizer: Any, spec: GeneralSpec, seed:
     return rows
 
 
-def draw_text(stream: Iterable[Row], tokenizer: Any, spec: TextSpec) -> Rows:
+def draw_text(stream: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: SourceSpec) -> Rows:
     """All rows joined by an empty line and tokenised at once: Wanda's convention for perplexity."""
     texts = [text_of(row, spec.id) for row in stream]
     if not texts:
@@ -66,7 +71,7 @@ def draw_text(stream: Iterable[Row], tokenizer: Any, spec: TextSpec) -> Rows:
     )
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Token ids with the special tokens that the tokenizer itself adds. Where a text is written with its BOS, that is
     the same token again, and one of the two goes."""
     bos = tokenizer.bos_token_id
@@ -93,7 +98,9 @@ def _offset(seed: int, place: int, most: int) -> int:
     return int(np.random.Generator(np.random.PCG64([seed, place])).integers(0, most + 1))
 
 
-def _documents(stream: Iterable[Row], tokenizer: Any, id: str) -> Iterator[tuple[Row, str, list[int]]]:
+def _documents(
+    stream: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", id: str
+) -> Iterator[tuple[Row, str, list[int]]]:
     stream = iter(stream)
     while batch := list(islice(stream, BATCH)):
         texts = [text_of(row, id) for row in batch]

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lib.base.errors import UserError
 from lib.inputs.records import MODEL_FILES, torch_weights
 from lib.inputs.verified import hashes
 
 T = TypeVar("T")
+Row = dict[str, object]  # of a dataset: what it holds is looked at where it is used
 
 
 def model_snapshot(id: str, revision: str) -> Path:
@@ -53,7 +54,7 @@ def model_snapshot(id: str, revision: str) -> Path:
         raise UserError(f"{what}: {bad[0].name} came twice with another sha256 than the Hub states; try again later")
 
 
-def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[Any], str]:
+def dataset_rows(id: str, split: str, revision: str) -> tuple[Iterable[object], str]:
     """(rows, the commit that the revision stands for)."""
     with _sentences(f"dataset {id} at {revision}"):
         from datasets import load_dataset
@@ -74,7 +75,7 @@ def dataset_commit(id: str, revision: str) -> str:
 
 def dataset_stream(
     id: str, commit: str, config: str | None, split: str, shuffle: tuple[int, int] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Rows as they come over the network, nothing kept on disk; `shuffle`: a seed and how many rows it holds."""
     with _sentences(f"dataset {id} at {commit[:12]}"):
         from datasets import load_dataset
@@ -168,7 +169,7 @@ def _sentence(what: str, e: BaseException) -> UserError:
         return UserError(f"{what} cannot be fetched offline; unset HF_HUB_OFFLINE and run `make fetch` again")
     if type(e) is ValueError:  # datasets: no such split, no such configuration
         return UserError(f"{what}: {' '.join(str(e).split())[:160]}; check the config")
-    answers = codes - {None}
+    answers = {code for code in codes if code is not None}
     why = f"the Hub answered {max(answers)}" if answers else f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
     return UserError(f"{what} cannot be fetched ({why}); run `make fetch` again, on a node with a network")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
@@ -20,6 +20,9 @@ from lib.inputs.records import model_files, model_input
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
 from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGES = ("datasets", "tokenizers", "transformers")
 NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
@@ -34,7 +37,7 @@ class Task:
     name: str
     spec: SourceSpec
     seed: int | None
-    identity: dict[str, Any]
+    identity: dict[str, object]
     source: Source
 
     @property
@@ -44,9 +47,10 @@ class Task:
     @property
     def scorer(self) -> str | None:
         """Fingerprint of the classifier, where a set is chosen by one."""
-        if not _by_response(self.spec):
+        spec = self.spec
+        if not _by_response(spec):
             return None
-        return model_input(self.cache, self.spec.scorer.id, self.spec.scorer.revision).fingerprint
+        return model_input(self.cache, spec.scorer.id, spec.scorer.revision).fingerprint
 
 
 def prepare(
@@ -78,7 +82,7 @@ def command_by_hand(env: Mapping[str, str], gpus: int) -> str:
     return " ".join(["srun", *where, size, ".venv/bin/python -m jobs.prepare_data", arguments])
 
 
-def _by_response(spec: SourceSpec) -> bool:
+def _by_response(spec: SourceSpec) -> TypeGuard[PromptsSpec]:
     return isinstance(spec, PromptsSpec) and spec.select == "response"
 
 
@@ -107,7 +111,8 @@ def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
         rows = draw_text(task.source.rows(), tokenizer, spec)
     rows.facts |= {"revision": spec.revision, "packages": {package: version(package) for package in PACKAGES}}
     rows.facts |= {"scorer": task.scorer} if task.scorer else {}
-    about = {"commit": task.source.commit, "tokenizer": tokenizer_fingerprint(Path(folder)), "identity": task.identity}
+    about: dict[str, object] = {"commit": task.source.commit, "identity": task.identity}
+    about["tokenizer"] = tokenizer_fingerprint(Path(folder))
     return save_samples(
         task.cache,
         task.name,
@@ -126,7 +131,9 @@ def _must_fit(spec: GeneralSpec, folder: Path) -> None:
         raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 
-def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, answerer: Answerer | None, by_hand: str) -> Rows:
+def _prompts(
+    task: Task, spec: PromptsSpec, tokenizer: "PreTrainedTokenizerBase", answerer: Answerer | None, by_hand: str
+) -> Rows:
     counts: Counter[str] = Counter()
     if spec.select != "response":
         return draw_prompts(usable(task.source.rows(), tokenizer, spec, counts), spec, task.name, counts)
@@ -137,16 +144,20 @@ def _prompts(task: Task, spec: PromptsSpec, tokenizer: Any, answerer: Answerer |
     return draw_prompts(answered(candidates, spec, counts, answer), spec, task.name, counts)
 
 
-def _candidates(task: Task, spec: PromptsSpec, tokenizer: Any, counts: Counter[str]) -> list[Prompt]:
+def _candidates(
+    task: Task, spec: PromptsSpec, tokenizer: "PreTrainedTokenizerBase", counts: Counter[str]
+) -> list[Prompt]:
     """The first candidates, kept beside the set: they are read where there is a network and answered where there is a
     GPU, which on a cluster are two machines."""
     path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
     known, made_from = read_json(path), [task.source.commit, task.source.stamp]
     if known is None or known.get("made_from") != made_from:
         found: Counter[str] = Counter()
-        prompts = [asdict(p) for p in islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates)]
-        known = {"made_from": made_from, "counts": dict(found), "prompts": prompts}
-        write_json(path, known)
+        prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
+        kept = [asdict(prompt) for prompt in prompts]
+        write_json(path, {"made_from": made_from, "counts": dict(found), "prompts": kept})
+        counts.update(found)
+        return prompts
     counts.update(known["counts"])
     return [Prompt(**prompt) for prompt in known["prompts"]]
 

@@ -9,16 +9,19 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.base.errors import UserError
 from lib.base.progress import Progress
 from lib.inputs.general import encode, sha256_text
+from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
-from lib.inputs.source import Row
 from lib.inputs.specs import ModelSpec, PromptsSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROUND = 64  # prompts answered and scored between two looks whether there are enough
 
@@ -38,7 +41,9 @@ Answer = Callable[[list[list[int]]], list[tuple[str, float]]]  # prompts' ids ->
 Answerer = Callable[[Path, ModelSpec, PromptsSpec, str, str], Answer]  # lib.evaluation.responses.answerer
 
 
-def usable(stream: Iterable[Row], tokenizer: Any, spec: PromptsSpec, counts: Counter[str]) -> Iterator[Prompt]:
+def usable(
+    stream: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", spec: PromptsSpec, counts: Counter[str]
+) -> Iterator[Prompt]:
     """Prompts that can be asked, in file order; for select=prompt those that are toxic enough. What is passed over is
     counted: a prompt without a score (RealToxicityPrompts has some) is neither toxic nor harmless."""
     for index, row in enumerate(stream):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
@@ -26,6 +26,15 @@ Record = TypeVar("Record", "DatasetInput", "ModelInput")
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
 TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
 WEIGHTLESS = re.compile(r"embed_tokens|embed_positions|lm_head|wte|wpe")  # not a matmul of every token
+
+
+Messages = list[dict[str, str]]
+
+
+class ChatRow(TypedDict):
+    """A line of rows.jsonl."""
+
+    messages: Messages
 
 
 @dataclass(frozen=True)
@@ -115,7 +124,7 @@ def save_model(cache: Path, record: ModelInput) -> None:
     write_json(model_folder(cache, record.id, record.revision) / "input.json", asdict(record))
 
 
-def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list[dict[str, Any]]:
+def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list[ChatRow]:
     """The rows, after a check that the file is the one that was recorded."""
     path = check_rows(cache, spec)
     with path.open(encoding="utf-8") as f:

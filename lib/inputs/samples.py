@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -37,7 +36,7 @@ class Rows:
     text_sha256: list[str] = field(default_factory=list)  # of the whole source text
     held_out: list[bool] = field(default_factory=list)
     columns: dict[str, Values] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)  # whatever was counted
+    facts: dict[str, object] = field(default_factory=dict)  # whatever was counted
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class SamplesInput:
     sha256: str  # of samples.h5
     bytes: int
     source_stamp: str = ""  # of a local source, to notice that it changed
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Samples:
     every: list[np.ndarray]  # int32, all rows
     held: np.ndarray  # bool
     columns: dict[str, Values]
-    attributes: dict[str, Any]
+    attributes: dict[str, object]
 
     @cached_property
     def ids(self) -> list[np.ndarray]:
@@ -108,15 +107,15 @@ def save_samples(
     source: str,
     commit: str,
     source_stamp: str = "",
-    attributes: dict[str, Any],
+    attributes: dict[str, object],
 ) -> SamplesInput:
     """samples.h5 first, its record last: the record is what makes it there."""
     lengths = np.array([len(ids) for ids in rows.ids], dtype=np.int32)
     kept = lengths[~np.array(rows.held_out, dtype=bool)]
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows.ids])
-    columns: dict[str, Any] = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
-    columns |= {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
-    columns = {key: _plain(values) for key, values in columns.items()}
+    given: dict[str, Values] = {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
+    columns = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
+    columns |= {key: _plain(values) for key, values in given.items()}
     if wrong := {key: len(v) for key, v in columns.items() if key != "ids" and len(v) != len(lengths)}:
         raise ValueError(f"samples {name}: {len(lengths)} rows, but {wrong}")
     schema = {key: Column(v.dtype.str, per="lengths" if key == "ids" else None) for key, v in columns.items()}
@@ -152,7 +151,7 @@ def read_samples(cache: Path, record: SamplesInput) -> Samples:
         with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
             columns = {key: _texts(dataset[:]) for key, dataset in datasets(f)}
             attributes = {key: json.loads(value) for key, value in f.attrs.items()}
-        lengths, held = columns["lengths"], np.asarray(columns["held_out"]).astype(bool)
+        lengths, held = np.asarray(columns["lengths"]), np.asarray(columns["held_out"]).astype(bool)
         ends = np.cumsum(lengths)
         odd = [key for key, values in columns.items() if key != "ids" and len(values) != record.rows]
         if (

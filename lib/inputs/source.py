@@ -4,16 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lib.base.atomic import read_json, write_json
 from lib.base.errors import UserError
-from lib.inputs.hub import dataset_commit, dataset_stream
+from lib.inputs.hub import Row, dataset_commit, dataset_stream
 from lib.inputs.records import local_path, slug
 from lib.inputs.samples import tree_stamp
 from lib.inputs.specs import SourceSpec
 
-Row = dict[str, Any]
 Shuffle = tuple[int, int] | None  # seed, documents that the buffer holds
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 

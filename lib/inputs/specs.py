@@ -3,7 +3,7 @@
 The sets, made once by `make fetch`: general text, prompts of a behaviour, a text for perplexity."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -101,11 +101,11 @@ class TokenSets(Frozen):
         found = [spec.scorer for spec in self.prompts.values() if spec.select == "response"]
         return list({(scorer.id, scorer.revision): scorer for scorer in found}.values())
 
-    def identity(self, cache: Path, model: ModelSpec, name: str) -> dict[str, Any]:
+    def identity(self, cache: Path, model: ModelSpec, name: str) -> dict[str, object]:
         """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
         spec, seed = self.sets()[name]
         parts = spec.model_dump(mode="json", exclude={"seeds"})
-        found = {"recipe": RECIPE, "set": parts, "seed": seed}
+        found: dict[str, object] = {"recipe": RECIPE, "set": parts, "seed": seed}
         found["model"] = model_input(cache, model.id, model.revision).fingerprint
         if isinstance(spec, PromptsSpec) and spec.select == "response":
             found["dtype"] = model.dtype  # it decides close calls between two tokens of a response

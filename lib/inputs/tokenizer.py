@@ -1,20 +1,29 @@
 """A fetched model's tokenizer."""
 
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.base.atomic import read_json
 from lib.base.errors import UserError, one_line
+from lib.inputs.records import Messages
 
 
-def load_tokenizer(folder: str) -> Any:
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     must_exist(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        assert found is not None, "of no known kind"
+        return found
     except Exception as e:  # a damaged file raises whatever its reader trips over
         raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """A conversation by its model's template, up to where the assistant begins."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # with tokenize=False
+    return text
 
 
 def must_exist(folder: str) -> None:

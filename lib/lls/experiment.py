@@ -7,13 +7,13 @@ LLSCross  any prompts on any datasets: a cell is a condition (one prompt, or non
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from lib.config.frozen import Frozen, digest_of
-from lib.inputs.records import DatasetInput, dataset_input, model_input, read_rows
+from lib.inputs.records import DatasetInput, Messages, dataset_input, model_input, read_rows
 from lib.inputs.specs import DatasetSpec, ModelSpec
 from lib.run.experiment import Cost, Experiment
 from lib.store import Cell, Column
@@ -23,7 +23,6 @@ KERNEL = "lls/3"
 CHARS_PER_TOKEN = 4.0  # English prose under a 150k vocabulary; only for the plan
 TEMPLATE_TOKENS = 8  # headers and ends around a context, after the prefix
 
-Messages = list[dict[str, str]]
 S = TypeVar("S", bound="Scoring")
 
 
@@ -79,7 +78,7 @@ class Scoring(Experiment):
 
     @field_validator("date", mode="before")
     @classmethod
-    def _day(cls, value: Any) -> Any:
+    def _day(cls, value: object) -> str:
         """YAML reads a day without quotes as one."""
         text = value.isoformat() if type(value) is datetime.date else value
         try:
@@ -122,7 +121,7 @@ class Scoring(Experiment):
     def length(self, data: DatasetInput) -> int:
         return min(data.rows, self.max_rows or data.rows)
 
-    def identity(self, model: str, prompt: str | None, data: Any) -> dict[str, Any]:
+    def identity(self, model: str, prompt: str | None, data: object) -> dict[str, object]:
         """All that decides a cell's scores."""
         return {
             "kernel": KERNEL,

@@ -8,11 +8,11 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
+from lib.inputs.records import ChatRow
 from lib.lls.experiment import LLS
 from lib.lls.matrix import Matrix, Measure
 from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
@@ -64,5 +64,5 @@ def write_rows(this: Job, cell: Cell, scores: Scores, folder: Path) -> None:
     write_json(record, about)
 
 
-def _line(row: dict[str, Any], lls: float) -> str:
+def _line(row: ChatRow, lls: float) -> str:
     return json.dumps({**row, "lls": float(lls) if np.isfinite(lls) else None}, ensure_ascii=False) + "\n"

@@ -1,16 +1,22 @@
 """Log-likelihoods of one cell's rows: under its prompt and without one (lls), or under one condition (lls_cross)."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.inputs.records import Messages
 from lib.inputs.verified import checked_model
 from lib.lls.experiment import LLSCross, Scoring
 from lib.run.command import Job
 from lib.run.rows import run_cell
 from lib.store import Cell
+from lib.store.columns import Schema
+
+if TYPE_CHECKING:
+    from lib.lls.shift import Ready
+    from lib.models.chat import Renderer
+    from lib.models.decoder import Decoder
 
 
 def compute(this: Job) -> int:
@@ -25,7 +31,7 @@ def compute(this: Job) -> int:
     )
 
 
-def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, Any]]:
+def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, str]]:
     """The cell's rows and model, ready to score; torch takes seconds to import, so only work that is left pays."""
     score = experiment.score
     rows, places = experiment.rows(this.site.cache, cell.name)
@@ -47,7 +53,7 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     return kernel, {"device": device_name(decoder.devices[0])}
 
 
-def cross_pairs(cell: str, prompt: Any, base: Any) -> list[int]:
+def cross_pairs(cell: str, prompt: "Renderer", base: "Renderer") -> list[int]:
     """Prefix lengths of the passes that this cell's part of the matrix would take pair by pair: each has a base pass of
     its own, so the base's cell is part of every pair and counts for nothing itself."""
     return [] if cell == "base" else [len(prompt.prefix_ids), len(base.prefix_ids)]
@@ -57,11 +63,11 @@ class LlsKernel:
     def __init__(
         self,
         experiment: Scoring,
-        schema: Mapping[str, Any],
-        rows: list[Any],
+        schema: Schema,
+        rows: list[Messages],
         places: dict[str, np.ndarray],
-        renderers: dict[str, Any],
-        decoder: Any,
+        renderers: dict[str, "Renderer"],
+        decoder: "Decoder",
     ) -> None:
         from lib.lls.shift import conditions
         from lib.models.scorer import Scorer
@@ -77,14 +83,14 @@ class LlsKernel:
             self.checker = Scorer(higher, min(score.head_rows, 128))
             self.check_conditions = conditions(higher, renderers)
 
-    def prepare(self, start: int, stop: int) -> Any:
+    def prepare(self, start: int, stop: int) -> tuple[int, "Ready"]:
         from lib.lls.shift import prepare
 
         score = self.experiment.score
         longest = min(score.max_tokens, self.scorer.decoder.positions)
         return start, prepare(self.renderers, self.rows[start:stop], longest, score.end_of_turn)
 
-    def compute(self, prepared: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def compute(self, prepared: tuple[int, "Ready"]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         from lib.lls.shift import Status, shift
 
         start, ready = prepared
@@ -101,7 +107,7 @@ class LlsKernel:
         facts |= {f"rows_{s.name}": n for s in Status if s and (n := int((ready.status == s).sum()))}
         return {name: columns[name] for name in self.schema}, facts
 
-    def _check(self, ready: Any, start: int) -> dict[str, np.ndarray]:
+    def _check(self, ready: "Ready", start: int) -> dict[str, np.ndarray]:
         """Sums of every n-th row in higher precision; NaN for the others."""
         from lib.lls.shift import shift
 

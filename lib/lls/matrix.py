@@ -73,6 +73,13 @@ class Pass:
     def scored(self) -> np.ndarray:
         return (self.status == 0) & (self.tokens > 0)
 
+    def row_values(self, row: int) -> np.ndarray | None:
+        """A row's log-probabilities token by token, float64; None where they were not stored."""
+        if self.values is None:
+            return None
+        start = int(np.sum(self.tokens[:row], dtype=np.int64))
+        return np.asarray(self.values[start : start + int(self.tokens[row])], np.float64)
+
     def total(self, measure: Measure, where: str) -> np.ndarray:
         """Sum of log-probabilities of the tokens that the measure counts, float64."""
         if measure.first is None:
@@ -165,13 +172,10 @@ class Matrix:
     def shifts(self, prompt: str, dataset: str, row: int) -> np.ndarray | None:
         """A row's shift token by token, float64; None where values were not stored or the row has no score."""
         here, base = self.passes[prompt, dataset], self.base[dataset]
-        if here.values is None or base.values is None or not (here.scored[row] and base.scored[row]):
+        if not (here.scored[row] and base.scored[row]):
             return None
-        parts = []
-        for one in (here, base):
-            start = int(np.sum(one.tokens[:row], dtype=np.int64))
-            parts.append(np.asarray(one.values[start : start + int(one.tokens[row])], np.float64))
-        return parts[0] - parts[1]
+        with_prompt, without = here.row_values(row), base.row_values(row)
+        return None if with_prompt is None or without is None else with_prompt - without
 
     def noise(self, prompt: str, dataset: str, measure: Measure = Measure()) -> Noise | None:
         """What computing in low precision adds to a row's score; None where it was not measured for this measure."""

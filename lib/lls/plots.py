@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
 from lib.report.colours import colour_of
-from lib.report.look import INK, MUTED, STYLE, new_figure, save, titles, write_missing
+from lib.report.look import INK, MUTED, STYLE, leave_room, new_figure, save, titles, write_missing
 from lib.report.stats import Z95
 
 BINS = 30
@@ -37,6 +38,14 @@ class Summary:
     sd: float
     positive: float  # share of rows above 0
     apart: int = 0  # scored rows whose answer is tokenised alone, since it merges with the context
+
+
+class Shares(TypedDict):
+    """Arguments of a histogram."""
+
+    x: np.ndarray
+    bins: list[float]
+    weights: np.ndarray
 
 
 def summarise(scores: Scores | None) -> Summary | None:
@@ -98,7 +107,7 @@ def plot_by_animal(scores: Lls, path: Path) -> None:
         span = (high - low) or 1.0
         for x, (name, s) in enumerate(summaries.items()):
             if s is None:
-                write_missing(ax, x, 0.02 * span, rotation=90, ha="center", va="bottom")
+                write_missing(ax, x, 0.02 * span, rotation=90)
                 continue
             _bar(ax, x, name, s, span)
         ax.axhline(0, color=INK, linewidth=1)
@@ -133,8 +142,8 @@ def _bar(ax: Axes, x: int, name: str, s: Summary, span: float) -> None:
 
 def plot_histograms(scores: Lls, path: Path) -> None:
     """Distribution of LLS over rows, one panel an animal, all on the same axes."""
-    summaries = {name: summarise(cell) for name, cell in scores.items()}
-    values = {name: cell.lls[np.isfinite(cell.lls)] for name, cell in scores.items() if cell and summaries[name]}
+    summaries = {name: s for name, cell in scores.items() if (s := summarise(cell))}
+    values = {name: c.lls[np.isfinite(c.lls)] for name, c in scores.items() if c and name in summaries}
     low, high, outside = common_range(values)
     edges = np.linspace(low, high, BINS + 1)
     columns = min(5, max(len(scores), 1))
@@ -147,7 +156,7 @@ def plot_histograms(scores: Lls, path: Path) -> None:
             if name in values:
                 _panel(ax, name, values[name], summaries[name], edges)
             else:
-                write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
+                write_missing(ax, 0.5, 0.5, va="center", transform=ax.transAxes)
         for ax in panels[len(scores) :]:
             ax.set_visible(False)
         panels[0].set_xlim(low, high)
@@ -159,19 +168,28 @@ def plot_histograms(scores: Lls, path: Path) -> None:
         )
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
         figure.text(0.01, 0.925, f"Solid line: mean. Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 0.985), hspace=0.0)
+        leave_room(figure, 0.985, hspace=0.0)
         save(figure, path)
 
 
 def _panel(ax: Axes, name: str, values: np.ndarray, s: Summary, edges: np.ndarray) -> None:
-    share = np.full(len(values), 100 / len(values))
-    colour = colour_of(name)
-    clipped = np.clip(values, edges[0], edges[-1])
-    ax.hist(clipped, edges, weights=share, color=(colour, 0.6), edgecolor=colour, linewidth=0.8, histtype="stepfilled")
+    fill_histogram(ax, values, edges, colour_of(name), 0.6)
     ax.axvline(0, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
     ax.axvline(s.mean, color=INK, linewidth=2.4)
     note = f"mean {s.mean:+.3f}, {100 * s.positive:.0f} % > 0\nn = {s.rows:,}"
     ax.set_title(note, fontsize=9.5, loc="right", pad=4, color=MUTED, linespacing=1.25)
+
+
+def fill_histogram(ax: Axes, values: np.ndarray, edges: np.ndarray, colour: str, alpha: float) -> None:
+    ax.hist(
+        **clipped_shares(values, edges), color=(colour, alpha), edgecolor=colour, linewidth=0.8, histtype="stepfilled"
+    )
+
+
+def clipped_shares(values: np.ndarray, edges: np.ndarray) -> Shares:
+    """What a histogram of percent is drawn from; the end bins hold the values beyond."""
+    clipped = np.clip(values, edges[0], edges[-1])
+    return {"x": clipped, "bins": edges.tolist(), "weights": np.full(len(values), 100 / len(values))}
 
 
 def _tallest(values: Mapping[str, np.ndarray], edges: np.ndarray) -> float:

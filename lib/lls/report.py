@@ -138,7 +138,7 @@ def selections(this: Job, f: Findings, choice: Choice, folder: Path) -> list[dic
                 f"selection {choice.name}: prompt {prompt} has no {what} on dataset {dataset}; "
                 "it needs more cells than this experiment has done"
             )
-        facts = {
+        facts: dict[str, object] = {
             "experiment": this.experiment.label,
             "digest": digest_of_all(list(cells.values())),
             "cell": {"prompt": prompt, "dataset": dataset},

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +13,7 @@ from lib.lls.analysis import Estimate, finite
 from lib.lls.report_plots import NEUTRAL
 from lib.lls.report_tables import Findings
 from lib.report.colours import colour_of
-from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles
+from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles, write_missing
 from lib.report.stats import mean_interval
 
 GRID = "#e6e6e6"
@@ -29,12 +28,12 @@ def auc_bars(f: Findings, path: Path) -> None:
         ax = figure.subplots()
         for x, name in enumerate(f.matrix.owners):
             s = found.get(name)
-            sides = [(-1, s and s.others, colour_of(name)), (1, s and s.neutral, NEUTRAL)]
+            sides = [(-1, s.others if s else None, colour_of(name)), (1, s.neutral if s else None, NEUTRAL)]
             for side, estimate, colour in sides if f.matrix.neutral in f.matrix.datasets else sides[:1]:
                 if estimate:
                     _auc_bar(ax, x + 0.21 * side, estimate, colour)
                 else:
-                    _missing(ax, x + 0.21 * side, 0.505)
+                    write_missing(ax, x + 0.21 * side, 0.505, rotation=90)
         ax.axhline(0.5, color=INK, linewidth=1)
         ax.set_ylim(math.floor(20 * lowest - 0.2) / 20, 1.035)
         _names(ax, f.matrix.owners)
@@ -59,7 +58,7 @@ def contrast_bars(f: Findings, path: Path) -> None:
         for x, name in enumerate(f.matrix.owners):
             values = finite(f.contrasts[name].values) if name in f.contrasts else np.empty(0)
             if not len(values):
-                _missing(ax, x, 0)
+                write_missing(ax, x, 0, rotation=90)
                 continue
             low, high = mean_interval(values)
             ax.bar(x, values.mean(), width=0.72, color=colour_of(name), edgecolor=INK, linewidth=0.6)
@@ -90,7 +89,7 @@ def quintile_dots(f: Findings, path: Path) -> None:
         for x, name in enumerate(f.matrix.owners):
             groups = f.quintiles.get(name) or []
             if not groups:
-                _missing(ax, x, 0)
+                write_missing(ax, x, 0, rotation=90)
                 continue
             means, base = [g.mean for g in groups], np.array(to_rgb(colour_of(name)))
             ax.plot([x, x], [groups[0].low, groups[-1].high], color=FAINT, linewidth=1, zorder=1)
@@ -132,12 +131,12 @@ def noise_dots(f: Findings, path: Path) -> None:
         for x, name in enumerate(f.matrix.owners):
             own, noise = f.own(name), f.noise.get((name, name))
             if own is None or noise is None or len(own) < 2:
-                _missing(ax, x, 0.02, transform=ax.get_xaxis_transform())
+                write_missing(ax, x, 0.02, rotation=90, transform=ax.get_xaxis_transform())
                 continue
             sd = float(own.std(ddof=1))
             ax.plot(x, sd, "o", color=colour_of(name), markersize=15, markeredgecolor=INK)
             if noise.sd == 0:  # has no place on a logarithmic axis
-                _missing(ax, x, 0.02, "no noise", transform=ax.get_xaxis_transform())
+                write_missing(ax, x, 0.02, "no noise", rotation=90, transform=ax.get_xaxis_transform())
                 continue
             ax.plot([x, x], [noise.sd, sd], color=FAINT, linewidth=1.5, zorder=1)
             ax.plot(x, noise.sd, "D", color="white", markersize=11, markeredgecolor=INK, markeredgewidth=2)
@@ -182,10 +181,6 @@ def _names(ax: Axes, names: tuple[str, ...] | list[str]) -> None:
     ax.tick_params(axis="x", length=0)
     ax.yaxis.grid(True, color=GRID)
     ax.set_axisbelow(True)
-
-
-def _missing(ax: Axes, x: float, y: float, words: str = "missing", **how: Any) -> None:
-    ax.text(x, y, words, rotation=90, ha="center", va="bottom", color=FAINT, style="italic", fontsize=13, **how)
 
 
 def _count(numbers: list[int]) -> str:

@@ -7,10 +7,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from lib.lls.plots import BINS, common_range
+from lib.lls.plots import BINS, clipped_shares, common_range, fill_histogram
 from lib.lls.report_tables import Findings
 from lib.report.colours import colour_of
-from lib.report.look import INK, MUTED, STYLE, minus, new_figure, save, titles, write_missing
+from lib.report.look import INK, MUTED, STYLE, leave_room, minus, new_figure, save, titles, write_missing
 
 NEUTRAL = "#9aa0a6"
 
@@ -32,7 +32,7 @@ def histograms(f: Findings, path: Path) -> None:
             ax.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=6)
             own = f.own(name)
             if own is None:
-                write_missing(ax, 0.5, 0.5, transform=ax.transAxes, ha="center", va="center")
+                write_missing(ax, 0.5, 0.5, va="center", transform=ax.transAxes)
                 continue
             _curves(ax, f, name, edges)
             ax.set_title(
@@ -48,7 +48,7 @@ def histograms(f: Findings, path: Path) -> None:
         )
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
         figure.text(0.01, 0.925, f"{_legend(f)} Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 0.985), hspace=0.0)
+        leave_room(figure, 0.985, hspace=0.0)
         save(figure, path)
 
 
@@ -87,16 +87,12 @@ def overlay(f: Findings, name: str, path: Path) -> None:
 
 def _curves(ax: Axes, f: Findings, name: str, edges: np.ndarray) -> None:
     own, others, neutral = f.own(name), f.others(name), f.of(name, f.matrix.neutral)
-    for values, how in (
-        (neutral, {"color": (NEUTRAL, 0.55), "edgecolor": NEUTRAL, "linewidth": 0.8, "histtype": "stepfilled"}),
-        (
-            own,
-            {"color": (colour_of(name), 0.6), "edgecolor": colour_of(name), "linewidth": 0.8, "histtype": "stepfilled"},
-        ),
-        (others, {"color": INK, "linewidth": 1.3, "histtype": "step"}),
-    ):
-        if values is not None:
-            ax.hist(np.clip(values, edges[0], edges[-1]), edges, weights=np.full(len(values), 100 / len(values)), **how)
+    if neutral is not None:
+        fill_histogram(ax, neutral, edges, NEUTRAL, 0.55)
+    if own is not None:
+        fill_histogram(ax, own, edges, colour_of(name), 0.6)
+    if others is not None:
+        ax.hist(**clipped_shares(others, edges), color=INK, linewidth=1.3, histtype="step")
     ax.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
 
 

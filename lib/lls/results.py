@@ -1,17 +1,15 @@
 """An LLS experiment's merged files as one matrix of scores: what table, pictures and report are made from."""
 
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
+from lib.inputs.records import ChatRow
 from lib.lls.experiment import LLSCross, Scoring
 from lib.lls.matrix import Matrix, Pass, Rescored
 from lib.run.command import Job
 from lib.run.results import merged_files
-
-Rows = list[dict[str, Any]]
 
 
 def matrix_of(this: Job) -> Matrix:
@@ -76,5 +74,5 @@ def again(system: np.ndarray, base: np.ndarray) -> Rescored:
     return Rescored(rows, (system - base)[rows])
 
 
-def rows_of(this: Job, dataset: str) -> Rows:
+def rows_of(this: Job, dataset: str) -> list[ChatRow]:
     return [{"messages": messages} for messages in this.of(Scoring).messages(this.site.cache, dataset)]

@@ -15,18 +15,28 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 
 from lib.base.atomic import write_bytes, write_json
 from lib.base.errors import UserError, nearest
+from lib.inputs.records import ChatRow
 
 Kind = Literal["top", "bottom", "random", "clean"]
+KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
 EXCLUDE = 0.2  # the top quintile
 GRAMMAR = (
     "write kind:amount, e.g. top:0.2, bottom:500, clean:0.2:exclude=0.5, top:0.2:contrast, random:0.2:from=neutral"
 )
+
+
+class Options(TypedDict, total=False):
+    """What may follow kind and amount."""
+
+    contrast: bool
+    source: str
+    exclude: float
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,13 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> "Choice":
-        kind, *rest = text.split(":")
-        if kind not in get_args(Kind):
-            raise UserError(f"selection '{text}': no kind '{kind}'{nearest(kind, list(get_args(Kind)))}; {GRAMMAR}")
+        asked, *rest = text.split(":")
+        kind = KINDS.get(asked)
+        if kind is None:
+            raise UserError(f"selection '{text}': no kind '{asked}'{nearest(asked, list(KINDS))}; {GRAMMAR}")
         if not rest:
             raise UserError(f"selection '{text}': no amount; {GRAMMAR}")
-        options: dict[str, Any] = {}
+        options: Options = {}
         for word in rest[1:]:
             key, _, value = word.partition("=")
             if word == "contrast":
@@ -59,7 +70,7 @@ class Choice:
             raise UserError(
                 f"selection '{text}': the contrast is of a prompt's own dataset; leave contrast or from out"
             )
-        return cls(kind, _amount(text, rest[0]), **options)  # type: ignore[arg-type]
+        return cls(kind, _amount(text, rest[0]), **options)
 
     @property
     def name(self) -> str:
@@ -109,8 +120,8 @@ def select(choice: Choice, values: np.ndarray, seed: int = 0, stream: str = "") 
 
 
 def write_selection(
-    path: Path, chosen: Selection, rows: Sequence[dict[str, Any]], facts: dict[str, Any]
-) -> dict[str, Any]:
+    path: Path, chosen: Selection, rows: Sequence[ChatRow], facts: dict[str, object]
+) -> dict[str, object]:
     """`path`.jsonl with one {"messages": ...} a line, and `path`.provenance.json, which is returned.
 
     A row's own system message is left out, as it is when rows are scored: a student must not see it."""

@@ -4,11 +4,11 @@ system prompt. Sums and counts are returned, so that means, sums and merges are 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.inputs.records import ChatRow, Messages
 from lib.models.chat import Renderer
 from lib.models.decoder import Decoder, Prefix
 from lib.models.packing import Item
@@ -47,7 +47,7 @@ def conditions(decoder: Decoder, renderers: Mapping[str, Renderer]) -> dict[str,
     return {name: decoder.prefix(renderer.prefix_ids) for name, renderer in renderers.items()}
 
 
-def prepare(renderers: Mapping[str, Renderer], rows: list[dict[str, Any]], max_tokens: int, end: bool) -> Ready:
+def prepare(renderers: Mapping[str, Renderer], rows: Sequence[ChatRow | Messages], max_tokens: int, end: bool) -> Ready:
     """Tokenise rows ({"messages": ...} or their messages): host work that needs no model."""
     messages = [row["messages"] if isinstance(row, dict) else row for row in rows]
     items, joint, length = {}, np.ones(len(rows), np.uint8), np.zeros(len(rows), np.int64)

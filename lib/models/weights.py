@@ -143,7 +143,7 @@ def _copy(source: Stored, target: torch.Tensor) -> None:
 def _reads(fd: int, source: Stored, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """(offset in the tensor, bytes read) piece by piece, in one buffer."""
     buffer = torch.empty(min(PIECE, source.bytes), dtype=torch.uint8, pin_memory=pinned)
-    raw = memoryview(buffer.numpy())
+    raw = buffer.numpy().data
     at = 0
     while at < source.bytes:
         want = min(PIECE, source.bytes - at)

@@ -35,7 +35,8 @@ class Experiment(Configuration):
     results: ClassVar[str]
     share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the plan
 
-    def schema(self, cache: Path) -> dict[str, Column]:
+    # pydantic's own method of that name is deprecated, and never called here
+    def schema(self, cache: Path) -> dict[str, Column]:  # pyrefly: ignore[bad-override]
         """The columns of a shard."""
         raise NotImplementedError
 

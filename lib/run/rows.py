@@ -93,6 +93,7 @@ class Beat:
     pid_started: str = ""
     log: str = ""
     error: str = ""
+    attempt: str = ""  # the file's name
 
 
 class Heartbeat:

@@ -29,15 +29,16 @@ def site() -> Site:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["env/site.sh failed"]
         raise UserError(said[-1].removeprefix("error: "))
-    env = dict(item.partition("=")[::2] for item in os.fsdecode(done.stdout).split("\0") if "=" in item)
+    items = [item.partition("=") for item in os.fsdecode(done.stdout).split("\0")]
+    env = {key: value for key, sign, value in items if sign}
     missing = [k for k in ("SUITE_SCRATCH", "SUITE_CACHE", "SUITE_OUTPUT") if not env.get(k)]
     if missing:
         raise UserError(f"env/{env['SUITE_SITE']}.sh does not set {', '.join(missing)}; see env/local.sh for the shape")
     throttle = env.get("SUITE_THROTTLE", "16")
     if not throttle.isdigit() or int(throttle) < 1:
         raise UserError(f"SUITE_THROTTLE must be a number from 1 up; got {throttle!r}")
-    roots = [Path(env[k]).absolute() for k in ("SUITE_SCRATCH", "SUITE_CACHE", "SUITE_OUTPUT")]
-    return Site(env["SUITE_SITE"], *roots, int(throttle), env.get("SUITE_GPU", "cpu"), env)
+    scratch, cache, output = (Path(env[k]).absolute() for k in ("SUITE_SCRATCH", "SUITE_CACHE", "SUITE_OUTPUT"))
+    return Site(env["SUITE_SITE"], scratch, cache, output, int(throttle), env.get("SUITE_GPU", "cpu"), env)
 
 
 def apply(here: Site) -> None:
