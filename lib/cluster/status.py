@@ -76,9 +76,6 @@ class Submission:
     config: str = ""
     overrides: list[str] = field(default_factory=list)
     time: float = 0.0
-    array: str = ""
-    config: str = ""
-    overrides: list[str] = field(default_factory=list)
 
 
 def run_folder(cells: list[Cell]) -> Path:
