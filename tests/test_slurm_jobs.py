@@ -201,7 +201,7 @@ def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
     run.slurm.kill_node(node)
 
     def attempts() -> set[str]:
-        return {m.info["attempt"] for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
+        return {m.made.attempt for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
 
     wait_until(lambda: len(attempts()) == 2, 90, lambda: run.log(0))
     thaw(old)  # from here both copies commit shards

@@ -15,10 +15,10 @@ from getpass import getuser
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import HOST, disk_errors, read_json, remove, write_json
+from lib.base.atomic import disk_errors, read_json, remove, write_json
 from lib.base.errors import UserError
-from lib.run.rows import pid_started
-from lib.store.shards import sweep
+from lib.base.process import HOST, pid_started
+from lib.store.markers import sweep
 
 NAME = "submit.lock"
 HELD = (errno.ENOTEMPTY, errno.EEXIST)

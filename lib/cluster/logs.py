@@ -6,7 +6,8 @@ from lib.base.errors import UserError
 from lib.cluster.status import heartbeats, status
 from lib.cluster.submit import Request
 from lib.store import Cell, gaps, scan
-from lib.store.shards import Schema, set_aside, sweep
+from lib.store.columns import Schema
+from lib.store.markers import set_aside, sweep
 
 TAIL = 40
 
@@ -53,9 +54,10 @@ def verify(cells: list[Cell], schema: Schema) -> int:
             set_aside(bad)
         left = sum(b - a for a, b in gaps(done, cell.rows))
         shards, wrong, missing = shards + len(done), wrong + len(bad), missing + left
-        for path, reason in bad:
-            print(f"cell {cell.index} ({cell.name}): {path.name}: {reason}; set aside as {path.name}.bad")
-        devices = {m.info.get("device", "") for m in done} - {""}
+        for one in bad:
+            name = one.path.name
+            print(f"cell {cell.index} ({cell.name}): {name}: {one.reason}; set aside as {name}.bad")
+        devices = {m.made.device for m in done} - {""}
         if len(devices) > 1:
             names = ", ".join(sorted(devices))
             print(f"cell {cell.index} ({cell.name}): computed on {names}: last bits may differ between them")

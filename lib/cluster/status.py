@@ -16,8 +16,9 @@ from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
 from lib.cluster import local, slurm
-from lib.run.rows import Beat
+from lib.run.lifecycle import Beat
 from lib.store import Cell, Marker, gaps, scan
+from lib.store.markers import counted
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")
@@ -169,7 +170,7 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     with ThreadPoolExecutor(2) as pool:
         ids = {b["job"].partition("_")[0] for bs in beats.values() for b in bs if b.get("job")}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
-        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
+        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, [])) for cell in cells]
         for state in states:
             if queue_note and state.state == "stale" and state.job:
                 state.state, state.note = "unknown", "its last word was that it runs"
@@ -181,7 +182,7 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 
-def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]], gpus: int) -> CellState:
+def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any]]) -> CellState:
     done, bad = scan(cell.path, cell.digest, rows=cell.rows)
     left = sum(b - a for a, b in gaps(done, cell.rows))
     beats = [b for b in beats if b["digest"] == cell.digest]
@@ -189,9 +190,9 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
     state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
     if not cell.rows:
         state.done = sum(m.rows for m in done)
-    state.unscored = sum(m.info.get("unscored", 0) for m in done)
-    state.apart = sum(m.info.get("rows_apart", 0) for m in done)
-    state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
+    state.unscored = sum(m.unscored for m in done)
+    state.apart = int(counted(done, "rows_apart"))
+    state.gpu_hours = sum(m.seconds * m.made.gpus for m in done) / 3600
     state.rows_per_s = _rate(done, last)
     if last:
         state.job, state.node, state.log = last.get("job", ""), last.get("node", ""), last.get("log", "")
@@ -217,7 +218,7 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[dict[str, Any
 
 def _rate(done: list[Marker], last: dict[str, Any] | None) -> float:
     """Rows a second of the latest attempt that finished a shard; of all shards where that one has none yet."""
-    latest = [m for m in done if last and m.info.get("attempt") == last["attempt"]] or done
+    latest = [m for m in done if last and m.made.attempt == last["attempt"]] or done
     seconds = sum(m.seconds for m in latest)
     return sum(m.rows for m in latest) / seconds if seconds else 0.0
 

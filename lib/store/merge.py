@@ -16,8 +16,9 @@ from lib.base.errors import UserError
 from lib.base.typed import Mistyped, parse
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
+from lib.store.markers import needed, set_aside
 from lib.store.raw import read_array, write_with_raw
-from lib.store.shards import Cell, Marker, gaps, scan, set_aside
+from lib.store.shards import Cell, Marker, gaps, scan
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str,
 
 @contextmanager
 def _reading(marker: Marker) -> Iterator[None]:
+    needed(marker)
     try:
         yield
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as e:
