@@ -135,10 +135,10 @@ def run_job(arguments: list[str], env: dict[str, str], pause: float) -> None:
     """In the fork; what it says goes into a file beside its results."""
     import torch
 
-    import lib.run.rows
+    import lib.run.lifecycle
 
-    beat = lib.run.rows.Heartbeat.beat
-    lib.run.rows.Heartbeat.beat = lambda *args, **more: (time.sleep(pause), beat(*args, **more))
+    beat = lib.run.lifecycle.Heartbeat.beat
+    lib.run.lifecycle.Heartbeat.beat = lambda *args, **more: (time.sleep(pause), beat(*args, **more))
 
     os.environ.update(env)
     os.chdir(ROOT)

@@ -42,7 +42,7 @@ class Kernel:
 
     def compute(self, prepared: tuple[int, int]) -> tuple[dict[str, np.ndarray], dict]:
         time.sleep(float(os.environ.get("SHARD_SECONDS", "0.02")))
-        return columns(*prepared), {"rows_computed": prepared[1] - prepared[0]}
+        return columns(*prepared), {"rows_computed": prepared[1] - prepared[0], "who": "numpy"}
 
 
 def main() -> int:

@@ -36,7 +36,7 @@ def test_the_rounding_error_of_an_array_is_in_its_file(tmp_path):
     x = (np.random.default_rng(0).standard_normal((5, 300_000)) * 10.0 ** np.arange(-2, 3)[:, None]).astype(np.float32)
     x[1, 7], x[2, 8] = np.nan, -np.inf
     schema = {"x": Column("bfloat16", shape=x.shape, raw=True), "y": Column("float32", shape=x.shape, raw=True)}
-    marker = commit(tmp_path, DIGEST, 0, 1, schema, {"x": x, "y": x}, {"seconds": 1.0})
+    marker = commit(tmp_path, DIGEST, 0, 1, schema, {"x": x, "y": x}, seconds=1.0)
     worst, l1 = brute_rounding(x)
     with h5py.File(marker.file) as f:
         assert f["x"].attrs["rounding_max_relative"] == pytest.approx(worst, rel=1e-6)

@@ -80,7 +80,7 @@ def fill(experiment: Attribution, folder: Path, *names: str) -> dict[str, dict[s
             found[cell.name] = table_of(experiment, folder, cell.name)
             for a in range(0, cell.rows, step):
                 columns = {k: v[a : a + step] for k, v in found[cell.name].items()}
-                commit(cell.path, cell.digest, a, min(a + step, cell.rows), schema, columns, {"seconds": 1.0})
+                commit(cell.path, cell.digest, a, min(a + step, cell.rows), schema, columns, seconds=1.0)
     return found
 
 

@@ -202,7 +202,7 @@ def test_a_checkout_under_any_name_works_with_local_workers(env, odd):
     assert "local workers" in make(env, "submit-lls", "CONFIG=small.yaml", cwd=odd).stdout
     counts = lambda: json.loads(make(env, "status", "CONFIG=small.yaml", "JSON=1", cwd=odd).stdout)["counts"]  # noqa: E731
     wait_until(lambda: counts()["done"] == 2, 120, lambda: str(list(odd.glob("slurm/logs/*"))))
-    assert "2 shards hold, 0 do not" in make(env, "verify", "CONFIG=small.yaml", cwd=odd).stdout
+    assert "2 pieces hold, 0 do not" in make(env, "verify", "CONFIG=small.yaml", cwd=odd).stdout
     assert "dog" in make(env, "export-lls", "CONFIG=small.yaml", cwd=odd).stdout
     shutil.rmtree(odd / ".scratch")
 

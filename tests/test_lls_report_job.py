@@ -92,8 +92,8 @@ def finish(suite, index: int) -> np.ndarray:
         length = int(known[column.per].sum()) if column.per else 6
         columns[name] = np.asarray(known.get(name, np.zeros(length)), column.dtype)
     cell.path.mkdir(parents=True, exist_ok=True)
-    about = {"seconds": 1.0, "device": "a device", "code": "c0"}
-    marker = commit(cell.path, cell.digest, 0, 6, experiment.schema(Path()), columns, about)
+    about = {"seconds": 1.0, "made": {"device": "a device", "code": "c0"}}
+    marker = commit(cell.path, cell.digest, 0, 6, experiment.schema(Path()), columns, **about)
     os.utime(marker.path, (MADE, MADE))
     with np.errstate(invalid="ignore"):
         return (known["system_sum"] - known["base_sum"]) / tokens

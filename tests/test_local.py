@@ -94,7 +94,7 @@ def test_three_cells_on_two_workers(box):
     assert list(queue.rglob("*.pkl")) and queue.stat().st_mode & 0o777 == 0o700  # these are executed
     shards = box.shards()
     assert shards and {path.stat().st_mode & 0o777 for path in shards} == {0o664}  # these are read
-    assert "35 shards hold, 0 do not" in box.make("verify")
+    assert "35 pieces hold, 0 do not" in box.make("verify")
     assert "nothing to submit" in box.make("submit-lls")
     assert "rows 40/40 100%" in box.make("logs", "TASK=2")
 

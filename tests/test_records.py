@@ -13,6 +13,7 @@ from test_store import DIGEST, flip
 
 from lib.base.atomic import HOST, sha256_file, write_json
 from lib.base.errors import UserError
+from lib.base.process import pid_started
 from lib.cluster import local
 from lib.cluster.show import table
 from lib.cluster.status import arrays_of, heartbeats, status, submissions
@@ -26,7 +27,7 @@ from lib.inputs.records import (
     save_model,
 )
 from lib.inputs.samples import Rows, read_samples, samples_folder, samples_input, save_samples
-from lib.run.rows import Heartbeat, pid_started
+from lib.run.lifecycle import Heartbeat
 from lib.store import Cell
 
 WRONG = [None, True, [], {}, -1, 10**30, 1e999, float("nan"), "\ud800"]

@@ -19,7 +19,7 @@ from test_store import in_small_mount
 from tools import ROOT
 
 from lib.store import merge, scan
-from lib.store.shards import to_hdf5
+from lib.store.columns import to_hdf5
 
 
 def start(folder: Path, **env: object) -> subprocess.Popen[str]:
@@ -131,6 +131,7 @@ def test_nothing_left_to_do_starts_no_kernel(tmp_path):
 
 def test_a_log_gets_plain_lines_without_carriage_returns(tmp_path):
     _, out = finish(start(tmp_path))
+    assert "\nin all: rows computed 400\n" in out  # numbers are summed, texts are not
     assert re.search(r"^rows 400/400 100% [\d.e+]+ rows/s eta 0:00$", out, re.M) and "\r" not in out
 
 

@@ -28,7 +28,7 @@ def save(cache: Path, source: str = "acme/texts", stamp: str = "", digest: str =
         source=SOURCES,
         text_sha256=[hashlib.sha256(s.encode()).hexdigest() for s in SOURCES],
         held_out=HELD,
-        columns={"toxicity": np.array([0.5, np.nan, 1, 0], np.float32), "response": ["ja", "é\n", "", "no"]},
+        columns={"toxicity": np.array([0.5, np.nan, 1, 0], np.float32), "response": ["ja", "é\n", "", "no\x00"]},
         facts={"below": 3},
     )
     about = {"commit": "c0ffee", "identity": {"set": {"id": source}, "seed": 1}}
@@ -46,7 +46,7 @@ def test_what_was_put_in_comes_out(tmp_path):
     assert [r.tolist() for r in got.ids] == [IDS[0], IDS[2]] and {r.dtype for r in got.ids} == {np.dtype("int32")}
     assert [r.tolist() for r in got.held_out] == [IDS[1], IDS[3]]
     assert got.source == [SOURCES[0], SOURCES[2]] and got.columns["source"] == SOURCES
-    assert got.columns["response"] == ["ja", "é\n", "", "no"]
+    assert got.columns["response"] == ["ja", "é\n", "", "no\x00"]
     np.testing.assert_array_equal(got.columns["toxicity"], np.array([0.5, np.nan, 1, 0], np.float32))
     assert got.attributes == {"commit": "c0ffee", "identity": {"set": {"id": "acme/texts"}, "seed": 1}}
 
@@ -59,7 +59,8 @@ def test_any_reader_sees_plain_columns(tmp_path):
     with h5py.File(path) as f:
         assert f["ids"][:].tolist() == [i for row in IDS for i in row] and f["ids"].dtype == "int32"
         assert f["lengths"][:].tolist() == [3, 1, 4, 2] and f["held_out"][:].tolist() == [0, 1, 0, 1]
-        assert [s.decode() for s in f["source"][:]] == SOURCES
+        flat, ends = f["source/bytes"][:].tobytes(), f["source/ends"][:]
+        assert [flat[a:b].decode() for a, b in zip([0, *ends[:-1]], ends, strict=True)] == SOURCES
         assert json.loads(f.attrs["identity"]) == {"set": {"id": "acme/texts"}, "seed": 1}
 
 

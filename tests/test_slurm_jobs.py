@@ -137,7 +137,7 @@ def test_an_array_from_submission_to_export(run, undisturbed):
     table = run.make("export-lls")
     assert "dog" in table and (run.scratch / "outputs" / "small" / "dog" / "dog_numbers.jsonl").exists()
     assert "nothing to submit" in run.make("submit-lls", "ARRAY=0-2")
-    assert f"{3 * ROWS} shards hold, 0 do not, 0 rows are not done" in run.make("verify")
+    assert f"{3 * ROWS} pieces hold, 0 do not, 0 rows are not done" in run.make("verify")
 
 
 def restarts(run: Run, job: str, *indices: int) -> list[str]:
@@ -201,7 +201,7 @@ def test_a_dead_node_with_the_old_copy_still_writing(run, undisturbed):
     run.slurm.kill_node(node)
 
     def attempts() -> set[str]:
-        return {m.info["attempt"] for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
+        return {m.made.attempt for m in scan(run.cells[0].path, run.cells[0].digest)[0]}
 
     wait_until(lambda: len(attempts()) == 2, 90, lambda: run.log(0))
     thaw(old)  # from here both copies commit shards

@@ -49,7 +49,7 @@ def many(tmp_path_factory):
                 "sha256": "0a",
                 "bytes": 100,
             }
-            marker |= {"seconds": 0.5, "attempt": "a", "gpus": 1, "unscored": int(i == 7)}
+            marker |= {"seconds": 0.5, "made": {"attempt": "a", "gpus": 1}, "facts": {}, "unscored": int(i == 7)}
             (cell.path / f"{name}.json").write_text(json.dumps(marker))
     return folder, cells
 

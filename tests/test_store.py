@@ -15,7 +15,8 @@ from lib.base.atomic import keep_others, own_folder, whole_folder, write_bytes
 from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
-from lib.store.shards import set_aside, sweep, to_hdf5
+from lib.store.columns import to_hdf5
+from lib.store.markers import counted, set_aside, sweep
 
 SCHEMA = {
     "row": Column("int32"),
@@ -47,7 +48,7 @@ def cut(full: dict[str, np.ndarray], a: int, b: int) -> dict[str, np.ndarray]:
 
 
 def put(cell: Cell, full: dict, a: int, b: int, digest: str = DIGEST):
-    return commit(cell.path, digest, a, b, SCHEMA, cut(full, a, b), {"seconds": 1.0})
+    return commit(cell.path, digest, a, b, SCHEMA, cut(full, a, b), seconds=1.0)
 
 
 @pytest.fixture
@@ -165,9 +166,9 @@ def test_gaps_and_plan_against_sets(cell):
 def test_columns_that_do_not_fit_are_refused(cell):
     full = cut(table(100), 0, 10)
     with pytest.raises(ValueError, match="column t has"):
-        commit(cell.path, DIGEST, 0, 10, SCHEMA, {**full, "t": full["t"][1:]}, {"seconds": 1.0})
+        commit(cell.path, DIGEST, 0, 10, SCHEMA, {**full, "t": full["t"][1:]}, seconds=1.0)
     with pytest.raises(ValueError, match="not the schema's"):
-        commit(cell.path, DIGEST, 0, 10, SCHEMA, {k: v for k, v in full.items() if k != "x"}, {"seconds": 1.0})
+        commit(cell.path, DIGEST, 0, 10, SCHEMA, {k: v for k, v in full.items() if k != "x"}, seconds=1.0)
     assert scan(cell.path, DIGEST) == ([], [])
 
 
@@ -272,3 +273,23 @@ def test_results_of_other_settings_are_kept_aside(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json.12345678", "x.jsonl.12345678"]
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f"{path} was written from other settings: kept as x.jsonl.12345678" and len(said) == 2
+
+
+def test_facts_of_a_kernel_overwrite_nothing(cell):
+    """A kernel may call its facts what it likes: they have a place of their own."""
+    facts = {"digest": "x", "sha256": "y", "seconds": -3.5, "unscored": 99, "start": 7, "note": "é\n", "gpus": 8}
+    made = {"attempt": "a", "gpus": 2, "versions": {"numpy": "2"}, "engine": "kept in the file"}
+    full = cut(table(100), 0, 10)
+    marker = commit(cell.path, DIGEST, 0, 10, SCHEMA, full, seconds=1.5, made=made, facts=facts)
+    [again], bad = scan(cell.path, DIGEST, deep=True, schema=SCHEMA)
+    assert again == marker and bad == [] and again.facts == facts
+    assert (again.seconds, again.unscored, again.made.gpus, again.made.attempt) == (1.5, 0, 2, "a")
+    assert json.loads(marker.path.read_text())["made"] == made
+    assert counted([again, again], "gpus") == 16 and counted([again], "note") == counted([again], "absent") == 0
+
+
+@pytest.mark.parametrize("value", [True, None, float("nan"), float("inf"), np.float32(1), [1], "\ud800"])
+def test_a_fact_that_no_reader_would_take_is_refused_before_anything_is_written(cell, value):
+    with pytest.raises(ValueError, match="fact loss is"):
+        commit(cell.path, DIGEST, 0, 10, SCHEMA, cut(table(100), 0, 10), facts={"loss": value})
+    assert not cell.path.exists()

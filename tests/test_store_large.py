@@ -24,9 +24,9 @@ from lib.run.experiment import Cost
 from lib.store import Cell, Column, commit, merge, read_array, scan
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
+from lib.store.markers import sweep
 from lib.store.merge import merged_is_current, rounding_of
 from lib.store.raw import PIECE
-from lib.store.shards import sweep
 
 WIDE = (3, PIECE // 2 + 5)  # two pieces, the second one short
 SCHEMA = {
@@ -56,7 +56,7 @@ def put(cell: Cell, *rows: int):
         columns = blocks[0]
     else:
         columns = {name: (np.stack if name in RAW else np.concatenate)([b[name] for b in blocks]) for name in blocks[0]}
-    return commit(cell.path, DIGEST, rows[0], rows[-1] + 1, SCHEMA, columns, {"seconds": 1.0})
+    return commit(cell.path, DIGEST, rows[0], rows[-1] + 1, SCHEMA, columns, seconds=1.0)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_the_same_values_give_the_same_file_given_at_once_or_when_asked_for(cell
 
     lazy = {name: later(name) if name in RAW else values for name, values in given.items()}
     time.sleep(1.1)  # HDF5 could keep times, in seconds
-    second = commit(cell.path, DIGEST, 0, 1, SCHEMA, lazy, {"seconds": 1.0})
+    second = commit(cell.path, DIGEST, 0, 1, SCHEMA, lazy, seconds=1.0)
     assert second.file.read_bytes() == first and asked == RAW
     assert len(list(cell.path.glob("*.h5"))) == 1
 
@@ -106,7 +106,7 @@ def test_the_sha256_is_the_files_whatever_lies_where(cell, last, sizes):
     schema = {f"x/{i}": Column("float32", shape=(size,), raw=True) for i, size in enumerate(sizes)}
     schema = {"n": Column("int32"), **schema, "y": Column(last, shape=(sizes[-1],), raw=True), "z": Column("float64")}
     columns = {k: np.ones((1, *c.shape), np.float32 if c.raw else c.dtype) for k, c in schema.items()}
-    marker = commit(cell.path, DIGEST, 0, 1, schema, columns, {"seconds": 1.0})
+    marker = commit(cell.path, DIGEST, 0, 1, schema, columns, seconds=1.0)
     assert marker.sha256 == hashlib.sha256(marker.file.read_bytes()).hexdigest()
     one = Cell(0, "x", 1, DIGEST, cell.path)
     merge(one, schema, "{}")
@@ -121,7 +121,7 @@ def test_an_array_that_does_not_come_as_it_should_leaves_nothing(cell, wrong):
         return np.zeros((3, 5), np.float32)
 
     with pytest.raises((ValueError, UserError), match=r"has shape \(3, 5\)|the device is gone"):
-        commit(cell.path, DIGEST, 0, 1, SCHEMA, {**block(0), RAW[2]: late}, {"seconds": 1.0})
+        commit(cell.path, DIGEST, 0, 1, SCHEMA, {**block(0), RAW[2]: late}, seconds=1.0)
     assert list(cell.path.iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_columns_that_do_not_fit_are_refused(cell):
     good = block(0)
     for name, values in (("sumsq", np.zeros((1, 8))), ("sumsq", np.zeros((2, 7))), (RAW[0], np.zeros((2, *WIDE)))):
         with pytest.raises(ValueError, match=f"column {name} has"):
-            commit(cell.path, DIGEST, 0, 1, SCHEMA, {**good, name: values}, {"seconds": 1.0})
+            commit(cell.path, DIGEST, 0, 1, SCHEMA, {**good, name: values}, seconds=1.0)
     for bad in (
         {"dtype": "bfloat16"},
         {"dtype": "float64", "shape": (2,), "raw": True},
@@ -178,7 +178,7 @@ def test_merge_says_which_shard_does_not_hold(cell):
     markers = [put(cell, row) for row in range(4)]
     os.truncate(markers[1].file, markers[1].file.stat().st_size - 1)
     flip(markers[3].file)
-    assert [p.stem[:8] for p, _ in scan(cell.path, DIGEST)[1]] == ["00000001"]
+    assert [b.path.stem[:8] for b in scan(cell.path, DIGEST)[1]] == ["00000001"]
     reasons = [why for _, why in scan(cell.path, DIGEST, deep=True)[1]]
     assert "bytes, the marker says" in reasons[0] and "another sha256" in reasons[1]
     with pytest.raises(UserError, match=r"rows 1-2, 3-4 of 4 are not done.*make resume"):
@@ -244,7 +244,7 @@ from test_store_large import *
 def wait():
     print("half", flush=True)
     time.sleep(60)
-commit(Path(sys.argv[1]), DIGEST, 0, 1, SCHEMA, {**block(0), RAW[2]: wait}, {"seconds": 1.0})
+commit(Path(sys.argv[1]), DIGEST, 0, 1, SCHEMA, {**block(0), RAW[2]: wait}, seconds=1.0)
 """
 
 
@@ -283,7 +283,7 @@ def ask(i):
 def write(cell, row, names):
     some = {{name: schema[name] for name in names}}
     columns = {{name: ask(row + i) for i, name in enumerate(names)}}
-    commit(cell.path, DIGEST, row, row + 1, some, columns, {{"seconds": 1.0}})
+    commit(cell.path, DIGEST, row, row + 1, some, columns, seconds=1.0)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 few, cell = (Cell(0, "x", rows, DIGEST, Path(sys.argv[1]) / str(rows)) for rows in (1, 2))
@@ -321,7 +321,7 @@ def test_rows_that_are_arrays_come_back_and_merge(cell):
     rng = np.random.default_rng(0)
     full = {"tokens": np.arange(4, dtype=np.int32), "signed": rng.random((4, 600_000), np.float32), "x": np.ones(4)}
     for a, b in ((0, 1), (1, 4)):
-        commit(cell.path, DIGEST, a, b, schema, {k: v[a:b] for k, v in full.items()}, {"seconds": 1.0})
+        commit(cell.path, DIGEST, a, b, schema, {k: v[a:b] for k, v in full.items()}, seconds=1.0)
     with h5py.File(merge(cell, schema, "{}")) as f:
         for name, values in full.items():
             np.testing.assert_array_equal(f[name][:], values)

@@ -127,6 +127,12 @@ def test_what_can_be_seen_without_the_schema_is_seen(cell, kind):
     assert LIES[kind][0] in scan(cell.path, DIGEST, deep=True)[1][0][1]
 
 
+def why_not(cell: Cell) -> tuple[Path, str]:
+    done, [bad] = scan(cell.path, DIGEST)
+    assert not done
+    return bad.path, bad.reason
+
+
 NONSENSE = {
     "start": [True, -1, 10**30, "0", None, 0.0, [0]],
     "stop": [True, "24", 24.0, 1e999],
@@ -136,38 +142,39 @@ NONSENSE = {
     "sha256": [None, 5, {}],
     "file": [None, 5, [], "\ud800"],
     "unscored": [True, -1, "many", 1e999, None],
-    "gpus": [True, "8", None, -3, 1e999],
-    "attempt": [5, None],
-    "device": [["cpu"], None],
-    "tokens_computed": ["9", True, 1e999],
+    "made": [None, [], {"gpus": True}, {"gpus": "8"}, {"gpus": -3}, {"attempt": 5}, {"device": ["cpu"]}],
+    "facts": [None, [], {"loss": True}, {"loss": 1e999}, {"loss": float("nan")}, {"who": "\ud800"}, {"x": [1]}],
+    "retired": [None, "yes", {"why": "x"}, {"why": 1, "read_by": "y"}],
 }
 
 
 @pytest.mark.parametrize("key", NONSENSE)
 def test_a_marker_of_wrong_types_cannot_be_read(cell, key):
     marker = put(cell, table(ROWS), 0, ROWS)
+    good = json.loads(marker.path.read_text())
     for value in NONSENSE[key]:
-        text = json.dumps({**marker.info, key: value})
+        text = json.dumps({**good, key: value})
         marker.path.write_text(text.replace("Infinity", "1e999"))
-        assert scan(cell.path, DIGEST) == ([], [(marker.path, "the marker cannot be read")]), value
+        assert why_not(cell) == (marker.path, "the marker cannot be read"), value
 
 
 @pytest.mark.parametrize("text", ["", "null", "[" * 100_000, '{"start": ' * 5000, "9" * 5000, "\xff\xfe", "true"])
 def test_a_marker_that_is_no_object_cannot_be_read(cell, text):
     marker = put(cell, table(ROWS), 0, ROWS)
     marker.path.write_bytes(text.encode("latin-1"))
-    assert scan(cell.path, DIGEST) == ([], [(marker.path, "the marker cannot be read")])
+    assert why_not(cell) == (marker.path, "the marker cannot be read")
 
 
 def test_a_marker_vouches_for_its_own_file_within_the_cell(cell):
     marker = put(cell, table(ROWS), 0, 10)
+    good = json.loads(marker.path.read_text())
     for change, why in {
         "file": (marker.file.name.replace("00000010", "00000011"), "another shard's file"),
         "unscored": (11, "more rows without a score"),
     }.items():
-        marker.path.write_text(json.dumps({**marker.info, change: why[0]}))
+        marker.path.write_text(json.dumps({**good, change: why[0]}))
         assert why[1] in scan(cell.path, DIGEST)[1][0][1]
-    marker.path.write_text(json.dumps(marker.info))
+    marker.path.write_text(json.dumps(good))
     assert "the cell has 9 rows" in scan(cell.path, DIGEST, rows=9)[1][0][1]
     marker.file.unlink()
     marker.file.mkdir()

@@ -22,7 +22,7 @@ from lib.cluster import lock, slurm
 from lib.cluster.status import status
 from lib.cluster.submit import Request
 from lib.families import load
-from lib.run.rows import Heartbeat
+from lib.run.lifecycle import Heartbeat
 
 TRAITS = ["cat", "dog", "owl"]
 

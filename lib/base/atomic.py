@@ -54,7 +54,7 @@ def temporary(path: Path) -> Iterator[Path]:
             yield tmp
         finally:
             remove(tmp)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             file.chmod(0o644)
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        _sync_folder(tmp)
+        sync_folder(tmp)
         with temporary(path) as old:
             with suppress(FileNotFoundError):
                 path.rename(old)
@@ -141,7 +141,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself durable. Some network file systems refuse fsync on a folder: harmless there."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)

@@ -81,13 +81,13 @@ def _told(root: Path, index: int, wall: float, said: str) -> Result:
     beats = [json.loads(p.read_text()) for p in (root / "scratch/bench/tasks").glob("*.json")]
     beat = max((b for b in beats if b["index"] == index), key=lambda b: b["updated"])
     markers = [json.loads(p.read_text()) for p in (root / "scratch/bench/cells").glob("*/*.json")]
-    mine = [m for m in markers if m["attempt"] and m["digest"] == beat["digest"]]
+    mine = [m for m in markers if m.get("made") and m["digest"] == beat["digest"]]
     after = beat["updated"] - beat["loaded"]
     return {
         "task_s": round(wall, 1),
         "after_loading_s": round(after, 2),
         "computing_s": round(sum(m["seconds"] for m in mine), 2),
-        "samples": sum(m["samples"] for m in mine),
+        "samples": sum(m["facts"]["samples"] for m in mine),
         "gb_written": round(sum(m["bytes"] for m in mine) / 1e9, 2),
         "said": [line for line in said.splitlines() if line.startswith(("memory", "peak", "weights", "in all"))],
     }

@@ -19,7 +19,7 @@ from lib.base.atomic import disk_errors, read_json, remove, write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
-from lib.store.shards import sweep
+from lib.store.markers import sweep
 
 NAME, FILE = "submit.lock", "holder.json"
 HELD = (errno.ENOTEMPTY, errno.EEXIST)

@@ -5,9 +5,11 @@ from lib.base.atomic import disk_errors
 from lib.base.errors import UserError
 from lib.cluster.status import heartbeats, status
 from lib.cluster.submit import Request
-from lib.run.rows import Beat
-from lib.store import Cell, gaps, scan
-from lib.store.shards import Schema, set_aside, sweep
+from lib.run.extent import extent
+from lib.run.lifecycle import Beat
+from lib.store import Cell
+from lib.store.columns import Schema
+from lib.store.markers import set_aside, sweep
 
 TAIL = 40
 
@@ -46,22 +48,24 @@ def _tail(cell: Cell, beats: list[Beat], lines: int) -> None:
 def verify(cells: list[Cell], schema: Schema) -> int:
     """Read every byte of every shard; 1 when something does not hold or is missing. What does not hold is set aside:
     a look at names and sizes, which is what `make resume` takes, could not tell it from what does."""
-    wrong = missing = shards = 0
+    wrong = missing = pieces = 0
     for cell in cells:
         sweep(cell.path)
-        done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
+        found = extent(cell, deep=True, schema=schema)
+        done, bad = [piece for piece, _ in found.pieces], found.bad
         with disk_errors(cell.path):
             set_aside(bad)
-        left = sum(b - a for a, b in gaps(done, cell.rows))
-        shards, wrong, missing = shards + len(done), wrong + len(bad), missing + left
-        for path, reason in bad:
-            print(f"cell {cell.index} ({cell.name}): {path.name}: {reason}; set aside as {path.name}.bad")
-        devices = {m.info.get("device", "") for m in done} - {""}
+        left = sum(b - a for a, b in found.left)
+        pieces, wrong, missing = pieces + len(done), wrong + len(bad), missing + left
+        for one in bad:
+            name = one.path.name
+            print(f"cell {cell.index} ({cell.name}): {name}: {one.reason}; set aside as {name}.bad")
+        devices = {m.made.device for m in done} - {""}
         if len(devices) > 1:
             names = ", ".join(sorted(devices))
             print(f"cell {cell.index} ({cell.name}): computed on {names}: last bits may differ between them")
     print(
-        f"{shards} shards hold, {wrong} do not, {missing} rows are not done"
+        f"{pieces} pieces hold, {wrong} do not, {missing} rows are not done"
         + (advised("; run `make resume`") if missing else "")
     )
     return int(bool(wrong or missing))

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.run.experiment import Experiment
-from lib.store import Cell, gaps, plan_shards, scan
+from lib.run.extent import extent
+from lib.store import Cell, plan_shards
 
 # bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the
 # 0.80 of its own that the H200 reached. cpu: float32 on two cores.
@@ -24,7 +25,7 @@ def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> li
     rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * experiment.share
     plans, schema = [], experiment.schema(cache)
     for cell, cost in zip(cells, experiment.costs(cache), strict=True):
-        missing = gaps(scan(cell.path, cell.digest, rows=cell.rows)[0], cell.rows)
+        missing = extent(cell).left
         rows = sum(b - a for a, b in missing)
         width = sum(c.value_bytes * (cost.values if c.per else 1) for c in schema.values())
         hours = rows * cost.flops / rate / 3600

@@ -15,8 +15,10 @@ from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
 from lib.cluster import local, slurm
-from lib.run.rows import Beat
-from lib.store import Cell, Marker, gaps, scan
+from lib.run.extent import extent
+from lib.run.lifecycle import Beat
+from lib.store import Cell, Marker, Piece
+from lib.store.markers import counted
 
 WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
 STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")
@@ -170,7 +172,7 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     with ThreadPoolExecutor(2) as pool:
         ids = {b.job.partition("_")[0] for bs in beats.values() for b in bs if b.job}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
-        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, []), gpus) for cell in cells]
+        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, [])) for cell in cells]
         for state in states:
             if queue_note and state.state == "stale" and state.job:
                 state.state, state.note = "unknown", "its last word was that it runs"
@@ -182,18 +184,18 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 
-def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[Beat], gpus: int) -> CellState:
-    done, bad = scan(cell.path, cell.digest, rows=cell.rows)
-    left = sum(b - a for a, b in gaps(done, cell.rows))
+def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[Beat]) -> CellState:
+    found = extent(cell)
+    done, bad, left = [piece for piece, _ in found.pieces], found.bad, sum(b - a for a, b in found.left)
     beats = [b for b in beats if b.digest == cell.digest]
     last = beats[-1] if beats else None
     state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
     if not cell.rows:
-        state.done = sum(m.rows for m in done)
-    state.unscored = sum(m.info.get("unscored", 0) for m in done)
-    state.apart = sum(m.info.get("rows_apart", 0) for m in done)
-    state.gpu_hours = sum(m.seconds * m.info.get("gpus", gpus) for m in done) / 3600
-    state.rows_per_s = _rate(done, last)
+        state.done = sum(rows for _, rows in found.pieces)
+    state.unscored = sum(m.unscored for m in done if isinstance(m, Marker))
+    state.apart = int(counted(done, "rows_apart"))
+    state.gpu_hours = sum(m.seconds * m.made.gpus for m in done) / 3600
+    state.rows_per_s = _rate(found.pieces, last)
     if last:
         state.job, state.node, state.log = last.job, last.node, last.log
     if not left and (cell.rows or (last and last.state == "done")):
@@ -211,16 +213,21 @@ def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[Beat], gpus: 
         state.state, state.note = "stale", "ended without a word" if last.state != "requeue" else "was not requeued"
     if state.state == "running" and state.rows_per_s:
         state.eta_s = left / state.rows_per_s
-    if bad and state.state != "done":
-        state.note = "; ".join(filter(None, [state.note, f"{bad[0][0].name}: {bad[0][1]}"]))
+    broken = f"{bad[0].path.name}: {bad[0].reason}" if bad and state.state != "done" else ""
+    state.note = "; ".join(filter(None, [state.note, broken, _retired(found.retired)]))
     return state
 
 
-def _rate(done: list[Marker], last: Beat | None) -> float:
-    """Rows a second of the latest attempt that finished a shard; of all shards where that one has none yet."""
-    latest = [m for m in done if last and m.info.get("attempt") == last.attempt] or done
-    seconds = sum(m.seconds for m in latest)
-    return sum(m.rows for m in latest) / seconds if seconds else 0.0
+def _rate(done: list[tuple[Piece, int]], last: Beat | None) -> float:
+    """Rows a second of the latest attempt that finished a piece; of all pieces where that one has none yet."""
+    latest = [(piece, rows) for piece, rows in done if last and piece.made.attempt == last.attempt] or done
+    seconds = sum(piece.seconds for piece, _ in latest)
+    return sum(rows for _, rows in latest) / seconds if seconds else 0.0
+
+
+def _retired(pieces: list[Piece]) -> str:
+    words = sorted({f"{r.why} (read by {r.read_by})" for p in pieces if (r := p.retired)})
+    return f"{len(pieces)} retired: {'; '.join(words)}" if words else ""
 
 
 def _explain(state: CellState, accounts: dict[str, slurm.Account]) -> None:

@@ -38,7 +38,7 @@ from lib.inputs.records import (
 )
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.inputs.verified import altered, hashes, hashes_by_name
-from lib.store.shards import sweep
+from lib.store.markers import sweep
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

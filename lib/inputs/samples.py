@@ -20,7 +20,7 @@ from lib.base.atomic import read_json, write_bytes, write_json
 from lib.base.errors import UserError, one_line
 from lib.base.typed import Mistyped, parse
 from lib.inputs.records import local_path, same_file
-from lib.store.columns import Column, to_hdf5
+from lib.store.columns import Column, check_columns, read_texts, to_hdf5
 from lib.store.contents import Wrong, datasets
 
 Values = list[str] | np.ndarray
@@ -113,12 +113,11 @@ def save_samples(
     lengths = np.array([len(ids) for ids in rows.ids], dtype=np.int32)
     kept = lengths[~np.array(rows.held_out, dtype=bool)]
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows.ids])
-    given: dict[str, Values] = {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
-    columns = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
-    columns |= {key: _plain(values) for key, values in given.items()}
-    if wrong := {key: len(v) for key, v in columns.items() if key != "ids" and len(v) != len(lengths)}:
-        raise ValueError(f"samples {name}: {len(lengths)} rows, but {wrong}")
-    schema = {key: Column(v.dtype.str, per="lengths" if key == "ids" else None) for key, v in columns.items()}
+    columns: dict[str, Values] = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
+    columns |= {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
+    schema = {key: Column("text" if isinstance(v, list) else v.dtype.str) for key, v in columns.items()}
+    schema["ids"] = Column("int32", per="lengths")
+    check_columns(schema, columns, len(lengths))
     data = to_hdf5(schema, columns, {key: json.dumps(value, sort_keys=True) for key, value in attributes.items()})
     found = SamplesInput(
         name=name,
@@ -149,7 +148,7 @@ def read_samples(cache: Path, record: SamplesInput) -> Samples:
     path = check_samples(cache, record)
     try:
         with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
-            columns = {key: _texts(dataset[:]) for key, dataset in datasets(f)}
+            columns = _columns(f)
             attributes = {key: json.loads(value) for key, value in f.attrs.items()}
         lengths, held = np.asarray(columns["lengths"]), np.asarray(columns["held_out"]).astype(bool)
         ends = np.cumsum(lengths)
@@ -199,12 +198,9 @@ def _stat(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _plain(values: Values) -> np.ndarray:
-    """Texts as bytes of one length: HDF5's own strings of any length lie outside of the checksummed chunks."""
-    if isinstance(values, np.ndarray):
-        return values
-    return np.array([text.encode() for text in values], dtype=f"S{max([1, *(len(t.encode()) for t in values)])}")
-
-
-def _texts(values: np.ndarray) -> Values:
-    return [text.decode() for text in values.tolist()] if values.dtype.kind == "S" else values
+def _columns(f: h5py.File) -> dict[str, Values]:
+    """All that a file holds; columns differ from set to set."""
+    found = dict(datasets(f))
+    texts = {key.removesuffix("/ends") for key in found if key.endswith("/ends")}
+    plain = {key: dataset[:] for key, dataset in found.items() if key.rpartition("/")[0] not in texts}
+    return plain | {name: read_texts(f[name]) for name in texts}

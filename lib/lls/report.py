@@ -17,6 +17,7 @@ from lib.lls.token_view import TokenRow, places
 from lib.report.tables import Value
 from lib.run.command import Job, digest_of_all
 from lib.store import Marker, scan
+from lib.store.markers import counted
 
 
 def report(this: Job, measure: Measure, choices: list[Choice]) -> int:
@@ -53,9 +54,7 @@ def about(this: Job) -> About:
         "dataset": experiment.dataset.id,
         "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",
         "tokens": _tokens(markers),
-        "boundaries": apart_words(
-            sum(m.info.get("rows_apart", 0) for m in markers), sum(m.stop - m.start for m in markers)
-        ),
+        "boundaries": apart_words(int(counted(markers, "rows_apart")), sum(m.stop - m.start for m in markers)),
         "code": _all(markers, "code"),
     }
     return About(f"Log-likelihood shift: {experiment.label}", facts)
@@ -64,14 +63,14 @@ def about(this: Job) -> About:
 def _tokens(markers: list[Marker]) -> str:
     """What was computed, padding included, against what had to be and against pair by pair without sharing."""
     kinds = ("tokens_computed", "tokens_needed", "tokens_pair_by_pair")
-    computed, needed, pairs = (sum(m.info.get(kind, 0) for m in markers) for kind in kinds)
+    computed, needed, pairs = (int(counted(markers, kind)) for kind in kinds)
     ratio = f" ({pairs / computed:.2f} times as many)" if computed and pairs else ""
     return f"{computed:,} computed, {needed:,} of them needed; pair by pair it would be {pairs:,}{ratio}"
 
 
 def _all(markers: list[Marker], key: str) -> str:
-    """What the shards' markers say under a key."""
-    return ", ".join(sorted({str(m.info.get(key) or "unknown") for m in markers}))
+    """What made the shards, as their markers say: `device`, `code`."""
+    return ", ".join(sorted({getattr(m.made, key) or "unknown" for m in markers}))
 
 
 def token_rows(this: Job, f: Findings) -> list[TokenRow] | str:

@@ -1,8 +1,9 @@
 """Columns of a shard: what they hold, whether values fit them, and the HDF5 file that they make."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -12,13 +13,17 @@ import numpy as np
 CHUNK_ROWS = 16384  # 128 KiB of float64: one chunk for most shards, few for a merged cell
 CHUNK_BYTES = 2 << 20  # of a column whose rows are arrays
 
-Values = np.ndarray | Callable[[], np.ndarray]
+TEXT = {"bytes": np.dtype("uint8"), "ends": np.dtype("int64")}  # how a text column lies in the file, a dataset each
+
+Values = np.ndarray | list[str] | Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Column:
     """One dataset of a shard: a value a row, or, with `per`, as many values a row as that integer column says.
 
+    dtype   numpy's name of a type; or "text": str of any length, as UTF-8 in <name>/bytes, one after another, and
+            where each ends in <name>/ends. HDF5's own texts lie outside of the chunks that carry a checksum
     shape   every value is an array of this shape
     raw     arrays too large for memory, a row = a sum over a block of samples: stored whole, uncompressed and in one
             run, and added up over the rows when a cell is merged. dtype float32, or bfloat16: rounded from float32"""
@@ -33,11 +38,17 @@ class Column:
             raise ValueError(f"{self}: bfloat16 is for raw columns, and these are float32 or bfloat16")
         if self.raw and (self.per or not self.shape):
             raise ValueError(f"{self}: a raw column has a shape and no `per`")
+        if self.text and self.shape:
+            raise ValueError(f"{self}: a text has no shape")
+
+    @property
+    def text(self) -> bool:
+        return self.dtype == "text"
 
     @property
     def stored(self) -> np.dtype:
-        """numpy's type of what is in the file; it has none for bfloat16, so its bits are kept."""
-        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+        """numpy's type of what is in the file; it has none for bfloat16, so its bits are kept. Of a text: its end's."""
+        return TEXT["ends"] if self.text else np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
     @property
     def value_bytes(self) -> int:
@@ -60,7 +71,9 @@ def check_columns(schema: Schema, columns: Mapping[str, Values], rows: int) -> N
         want = int(np.sum(columns[column.per])) if column.per else rows
         if len(values) != want:
             raise ValueError(f"column {name} has {len(values)} values, not {want}")
-        if np.shape(values)[1:] != column.shape:
+        if column.text:
+            check_texts(name, values)
+        elif np.shape(values)[1:] != column.shape:
             raise ValueError(f"column {name} has values of shape {np.shape(values)[1:]}, not {column.shape}")
 
 
@@ -70,7 +83,17 @@ def check_raw(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
         raise ValueError(f"column {name} has shape {np.shape(values)}, not {shape}")
 
 
-def to_hdf5(schema: Schema, columns: Mapping[str, np.ndarray], attributes: dict[str, Any]) -> bytes:
+def check_texts(name: str, values: Sequence[object]) -> None:
+    for i, value in enumerate(values):
+        if not isinstance(value, str):
+            raise ValueError(f"column {name} holds text, and its value {i} is a {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"column {name}: its text {i} has no UTF-8 ({e.reason})") from None
+
+
+def to_hdf5(schema: Schema, columns: Mapping[str, Any], attributes: dict[str, Any]) -> bytes:
     """The bytes of an HDF5 file, the same for the same values.
 
     Made in memory, so that a full disk is a plain OSError of write() and never a broken HDF5 handle."""
@@ -80,7 +103,7 @@ def to_hdf5(schema: Schema, columns: Mapping[str, np.ndarray], attributes: dict[
     return buffer.getvalue()
 
 
-def fill(f: h5py.File, schema: Schema, columns: Mapping[str, np.ndarray], attributes: dict[str, Any]) -> None:
+def fill(f: h5py.File, schema: Schema, columns: Mapping[str, Any], attributes: dict[str, Any]) -> None:
     """Attributes and all columns that are not raw. Each chunk carries fletcher32.
 
     Shuffle + gzip 4 costs less time than it saves on a network file system. Not for arrays of scores, whose mantissas
@@ -90,12 +113,23 @@ def fill(f: h5py.File, schema: Schema, columns: Mapping[str, np.ndarray], attrib
     for name, column in schema.items():
         if column.raw:
             continue
-        values = np.ascontiguousarray(columns[name], dtype=column.dtype)
-        packing = {} if column.shape else {"compression": "gzip", "compression_opts": 4, "shuffle": True}
-        if len(values):
-            f.create_dataset(name, data=values, chunks=chunk_of(column, len(values)), fletcher32=True, **packing)
+        if column.text:
+            texts = [text.encode() for text in columns[name]]
+            ends = np.cumsum([len(text) for text in texts], dtype=TEXT["ends"])
+            _put(f, f"{name}/bytes", np.frombuffer(b"".join(texts), TEXT["bytes"]), (CHUNK_BYTES,))
+            _put(f, f"{name}/ends", ends, (CHUNK_ROWS,))
         else:
-            f.create_dataset(name, data=values)
+            values = np.ascontiguousarray(columns[name], dtype=column.dtype)
+            _put(f, name, values, chunk_of(column, len(values)))
+
+
+def _put(f: h5py.File, name: str, values: np.ndarray, chunk: tuple[int, ...]) -> None:
+    packing = {} if values.ndim > 1 else {"compression": "gzip", "compression_opts": 4, "shuffle": True}
+    if len(values):
+        chunk = (min(chunk[0], len(values)), *chunk[1:])
+        f.create_dataset(name, data=values, chunks=chunk, fletcher32=True, **packing)
+    else:
+        f.create_dataset(name, data=values)
 
 
 def chunk_of(column: Column, rows: int) -> tuple[int, ...]:
@@ -109,6 +143,15 @@ def chunk_of(column: Column, rows: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def read_columns(f: h5py.File, schema: Schema) -> dict[str, np.ndarray]:
-    """All columns that are not raw."""
-    return {name: f[name][:] for name, column in schema.items() if not column.raw}
+def read_columns(f: h5py.File, schema: Schema) -> dict[str, Any]:
+    """All columns that are not raw: arrays, and lists of str."""
+    return {name: read_texts(f[name]) if c.text else f[name][:] for name, c in schema.items() if not c.raw}
+
+
+def read_texts(group: h5py.Group) -> list[str]:
+    """A ValueError where ends do not fit the bytes, or these are no UTF-8."""
+    data, ends = group["bytes"][:].tobytes(), group["ends"][:].tolist()
+    edges = [0, *ends]
+    if edges[-1] != len(data) or any(a > b for a, b in pairwise(edges)):
+        raise ValueError(f"the ends of its texts do not fit their {len(data)} bytes")
+    return [data[a:b].decode() for a, b in pairwise(edges)]

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lib.store.columns import Schema
+from lib.store.columns import TEXT, Schema, read_texts
 
 
 class Wrong(Exception):
@@ -60,21 +60,41 @@ def _plain(value: Any) -> Any:
 
 
 def _fit(found: Mapping[str, h5py.Dataset], schema: Schema, rows: int, summed: bool) -> None:
-    if set(found) != set(schema):
-        odd = sorted(set(found) ^ set(schema))
+    wanted = {f"{name}/{part}" for name, c in schema.items() if c.text for part in TEXT}
+    wanted |= {name for name, c in schema.items() if not c.text}
+    if odd := sorted(set(found) ^ wanted):
         raise Wrong(f"its columns are not the experiment's ({', '.join(odd)[:80]})")
     counts_first = sorted(schema, key=lambda name: schema[name].per is not None)
     for name in counts_first:
         column = schema[name]
+        lead = (_demanded(found[column.per], name) if column.per else rows,)
+        if column.text:
+            _fit_texts({part: found[f"{name}/{part}"] for part in TEXT}, name, lead)
+            continue
         dataset, total = found[name], summed and column.raw
         rounded = column.dtype == "bfloat16" and not total
         if dataset.dtype != (column.stored if not total else np.float32) or _is_bfloat16(dataset) != rounded:
             raise Wrong(f"{name} holds {dataset.dtype}, not {column.dtype}")
-        lead = () if total else (_demanded(found[column.per], name) if column.per else rows,)
-        if dataset.shape != (*lead, *column.shape):
-            raise Wrong(f"{name} has shape {dataset.shape}, not {(*lead, *column.shape)}")
-        if dataset.size and dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
-            raise Wrong(f"{name} was never written")
+        _shaped(dataset, name, (*(() if total else lead), *column.shape))
+
+
+def _fit_texts(parts: Mapping[str, h5py.Dataset], name: str, lead: tuple[int]) -> None:
+    for part, dtype in TEXT.items():
+        if parts[part].dtype != dtype:
+            raise Wrong(f"{name}/{part} holds {parts[part].dtype}, not {dtype}")
+    _shaped(parts["ends"], f"{name}/ends", lead)
+    _shaped(parts["bytes"], f"{name}/bytes", (parts["bytes"].size,))
+    try:
+        read_texts(parts["ends"].parent)
+    except ValueError as e:
+        raise Wrong(f"{name} is no text: {e}") from None
+
+
+def _shaped(dataset: h5py.Dataset, name: str, shape: tuple[int, ...]) -> None:
+    if dataset.shape != shape:
+        raise Wrong(f"{name} has shape {dataset.shape}, not {shape}")
+    if dataset.size and dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        raise Wrong(f"{name} was never written")
 
 
 def _is_bfloat16(dataset: h5py.Dataset) -> bool:

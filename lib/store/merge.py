@@ -14,10 +14,11 @@ import numpy as np
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
 from lib.base.typed import Mistyped, parse
-from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
+from lib.store.columns import Column, Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
+from lib.store.markers import needed, set_aside
 from lib.store.raw import read_array, write_with_raw
-from lib.store.shards import Cell, Marker, gaps, scan, set_aside
+from lib.store.shards import Cell, Marker, gaps, scan
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
         )
     taken = _cover(done, cell.rows)
     parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in taken]
-    columns = {name: np.concatenate([p[name] for p in parts]) for name, column in schema.items() if not column.raw}
+    columns = {name: _joined(c, [p[name] for p in parts]) for name, c in schema.items() if not c.raw}
     check_columns({name: column for name, column in schema.items() if not column.raw}, columns, cell.rows)
     about = {"digest": cell.digest, "cell": cell.name, "rows": cell.rows, "config": config}
     path = cell.path / "merged.h5"
@@ -94,7 +95,11 @@ def _cover(done: list[Marker], rows: int) -> list[tuple[Marker, int, int]]:
     return taken
 
 
-def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str, np.ndarray]:
+def _joined(column: Column, parts: list[Any]) -> np.ndarray | list[str]:
+    return [text for part in parts for text in part] if column.text else np.concatenate(parts)
+
+
+def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str, Any]:
     """The rows [start, stop) of one shard."""
     with _reading(marker), h5py.File(marker.file, "r", locking=False) as f:
         columns = read_columns(f, schema)
@@ -112,6 +117,7 @@ def _rows_of(marker: Marker, schema: Schema, start: int, stop: int) -> dict[str,
 
 @contextmanager
 def _reading(marker: Marker) -> Iterator[None]:
+    needed(marker)
     try:
         yield
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as e:

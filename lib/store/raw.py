@@ -57,7 +57,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stretch:
     """A run of bytes of the file, and the hash that it must have."""
 
     offset: int
@@ -134,10 +134,10 @@ def _put_arrays(
     places: list[Place],
     arrays: Iterator[tuple[Place, np.ndarray]],
     pool: ThreadPoolExecutor,
-) -> tuple[list[Piece], str]:
+) -> tuple[list[Stretch], str]:
     """Write all arrays. The sha256 of the file keeps pace where all that stands between them is known already; it is
     empty where it is not: a rounded array's errors are noted before the array, and known after it."""
-    pieces: list[Piece] = []
+    pieces: list[Stretch] = []
     known = not f and all(a.offset < b.offset for a, b in pairwise(places))
     whole, end = hashlib.sha256(), 0
     for place, array in arrays:
@@ -181,7 +181,7 @@ def _parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     return ((start, array[start : start + PIECE]) for start in range(0, len(array), PIECE))
 
 
-def _put(fd: int, place: Place, part: tuple[int, np.ndarray]) -> tuple[Piece, Rounding, memoryview]:
+def _put(fd: int, place: Place, part: tuple[int, np.ndarray]) -> tuple[Stretch, Rounding, memoryview]:
     """Round where that is asked for, hash, write to its place in the file."""
     start, values = part
     stored, cost = _rounded(values) if place.rounded else (values, Rounding())
@@ -199,7 +199,7 @@ def _rounded(values: np.ndarray) -> tuple[np.ndarray, Rounding]:
     return stored, cost
 
 
-def _put_structure(fd: int, sketch: Sketch, places: list[Place]) -> list[Piece]:
+def _put_structure(fd: int, sketch: Sketch, places: list[Place]) -> list[Stretch]:
     """All that lies before, between and behind the arrays."""
     starts = [0, *(p.offset + p.bytes for p in places)]
     stops = [*(p.offset for p in places), sketch.size]
@@ -207,14 +207,14 @@ def _put_structure(fd: int, sketch: Sketch, places: list[Place]) -> list[Piece]:
     return [_write(fd, memoryview(sketch.cut(start, stop)), start) for start, stop in gaps if start < stop]
 
 
-def _write(fd: int, data: memoryview, offset: int) -> Piece:
+def _write(fd: int, data: memoryview, offset: int) -> Stretch:
     at = 0
     while at < len(data):
         at += os.pwrite(fd, data[at:], offset + at)
-    return Piece(offset, len(data), hashlib.sha256(data).digest())
+    return Stretch(offset, len(data), hashlib.sha256(data).digest())
 
 
-def _read_back(path: Path, pieces: list[Piece], size: int, pool: ThreadPoolExecutor, sha: str) -> str:
+def _read_back(path: Path, pieces: list[Stretch], size: int, pool: ThreadPoolExecutor, sha: str) -> str:
     """The sha256 of the whole file, once every byte of it is what was in memory; `sha` where that one is known."""
     whole, at = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as f:
@@ -229,7 +229,7 @@ def _read_back(path: Path, pieces: list[Piece], size: int, pool: ThreadPoolExecu
     return sha or whole.hexdigest()
 
 
-def _read(fd: int, piece: Piece) -> bytearray:
+def _read(fd: int, piece: Stretch) -> bytearray:
     data = bytearray(piece.length)
     view, at = memoryview(data), 0
     while at < piece.length and (n := os.preadv(fd, [view[at:]], piece.offset + at)):

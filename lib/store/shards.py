@@ -1,7 +1,7 @@
 """Shards of a cell: a range of rows in one HDF5 file named by its content, and a marker that vouches for it.
 
     <cell>/00000000-00001024-1f3a5c7e9b.h5     the data; the last part of the name is from its sha256
-    <cell>/00000000-00001024.json              the marker: digest, sha256, size, and how it came about
+    <cell>/00000000-00001024.json              the marker: digest, sha256, size, who made it, the kernel's facts
 
 "Done" means: the marker is there, it carries the cell's digest, and its file has the size and sha256 that it says, and,
 wherever bytes are read, holds the rows that the marker vouches for.
@@ -12,10 +12,7 @@ import hashlib
 import json
 import re
 import stat
-import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +21,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lib.base.atomic import remove, sha256_file, write_bytes, write_json
-from lib.base.errors import UserError
-from lib.base.process import HOST
-from lib.base.typed import parse
+from lib.base.atomic import remove, sha256_file, write_bytes
 from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
 from lib.store.contents import why_wrong
+from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, understood
 from lib.store.raw import Written, write_with_raw
 
 MARKER_NAME = re.compile(r"(\d{8})-(\d{8})\.json")
@@ -48,39 +43,27 @@ class Cell:
     path: Path  # folder of its shards on scratch
 
 
-@dataclass(frozen=True)
-class Vouched:
-    """What a marker says, as far as anything relies on it."""
-
-    digest: str
+@dataclass(frozen=True, kw_only=True)
+class VouchedShard(Vouched):
     start: int
     stop: int
     file: str
-    sha256: str
-    bytes: int
-    seconds: float
     unscored: int = 0
-    attempt: str = ""
-    gpus: int = 0
-    device: str = ""
-    tokens_computed: int = 0
-    tokens_needed: int = 0
-    tokens_pair_by_pair: int = 0
 
 
-@dataclass(frozen=True)
-class Marker:
+@dataclass(frozen=True, kw_only=True)
+class Marker(Piece):
     start: int
     stop: int
-    path: Path  # of the marker itself
-    file: Path
-    sha256: str
-    seconds: float  # the kernel's time, for rows/s
-    info: dict[str, Any]  # all that stands in the marker; the fields of Vouched have their types
+    unscored: int = 0
 
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+    @property
+    def file(self) -> Path:
+        return self.data
 
 
 def commit(
@@ -90,39 +73,46 @@ def commit(
     stop: int,
     schema: Schema,
     columns: Mapping[str, Values],
-    info: dict[str, Any],
+    *,
+    seconds: float = 0.0,
+    made: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
+    sampled: bool = False,
 ) -> Marker:
-    """Write one shard and then its marker. Only raw columns may be given as functions (see write_with_raw)."""
+    """Write one shard and then its marker. Only raw columns may be given as functions (see write_with_raw). `sampled`:
+    another copy's rows need not be the same, and those that are there first stay."""
     check_columns(schema, columns, stop - start)
+    marker = {"digest": digest, "start": start, "stop": stop, **about(seconds, made, facts)}
     name = f"{start:08d}-{stop:08d}"
     file = _write(folder, name, schema, columns, {"digest": digest, "start": start, "stop": stop})
     with h5py.File(file.path, "r", locking=False) as f:  # can it be read back as what it is?
         read_columns(f, schema)
     if "status" in columns:  # in every schema that has one, 0 = the row has a result
-        info = {**info, "unscored": int(np.count_nonzero(columns["status"]))}
-    marker = {
-        "digest": digest,
-        "start": start,
-        "stop": stop,
-        "file": file.path.name,
-        "sha256": file.sha256,
-        "bytes": file.bytes,
-        **info,
-    }
-    write_json(folder / f"{name}.json", marker)
-    seconds = float(info.get("seconds", 0.0))
-    return Marker(start, stop, folder / f"{name}.json", file.path, file.sha256, seconds, marker)
+        marker["unscored"] = int(np.count_nonzero(columns["status"]))
+    marker |= {"file": file.path.name, "sha256": file.sha256, "bytes": file.bytes}
+    path = folder / f"{name}.json"
+    look = partial(_check, digest=digest, deep=True, schema=schema, rows=MOST_ROWS)
+    first = place(path, marker, sampled, look)
+    if first and first.adopted:
+        remove(file.path)
+    return first or _marker(path, *understood(path, marker, VouchedShard))
 
 
-def _write(folder: Path, name: str, schema: Schema, columns: Mapping[str, Values], about: dict[str, Any]) -> Written:
+def _marker(path: Path, said: VouchedShard, common: dict[str, Any]) -> Marker:
+    return Marker(data=path.parent / said.file, start=said.start, stop=said.stop, unscored=said.unscored, **common)
+
+
+def _write(
+    folder: Path, name: str, schema: Schema, columns: Mapping[str, Values], attributes: dict[str, Any]
+) -> Written:
     """A file whose name ends in the first letters of its sha256."""
 
     def named(sha: str) -> str:
         return f"{name}-{sha[:10]}.h5"
 
     if any(column.raw for column in schema.values()):
-        return write_with_raw(folder, named, schema, columns, about, about["stop"] - about["start"])
-    data = to_hdf5(schema, columns, about)
+        return write_with_raw(folder, named, schema, columns, attributes, attributes["stop"] - attributes["start"])
+    data = to_hdf5(schema, columns, attributes)
     sha = hashlib.sha256(data).hexdigest()
     write_bytes(folder / named(sha), data)
     return Written(folder / named(sha), sha, len(data))
@@ -130,31 +120,18 @@ def _write(folder: Path, name: str, schema: Schema, columns: Mapping[str, Values
 
 def scan(
     folder: Path, digest: str, deep: bool = False, schema: Schema | None = None, rows: int = MOST_ROWS
-) -> tuple[list[Marker], list[tuple[Path, str]]]:
+) -> tuple[list[Marker], list[Bad]]:
     """The done shards of a cell of so many rows, and the markers that do not hold with the reason. `deep` reads every
     byte and looks at what the file holds: with its schema at every column, else at links and what it says of itself."""
-    try:
-        paths = sorted(p for p in folder.iterdir() if MARKER_NAME.fullmatch(p.name))
-    except FileNotFoundError:
-        return [], []
-    except OSError as e:
-        raise UserError(f"cannot list {folder}: {e.strerror}; check that scratch is mounted and readable") from None
     check = partial(_check, digest=digest, deep=deep, schema=schema, rows=rows)
-    if deep or len(paths) > 64:  # a network file system answers each stat in a millisecond: ask for many at once
-        with ThreadPoolExecutor(16) as pool:
-            results = list(pool.map(check, paths))
-    else:
-        results = list(map(check, paths))
-    done = [r for r in results if isinstance(r, Marker)]
-    bad = [(p, r) for p, r in zip(paths, results, strict=True) if isinstance(r, str)]
+    done, bad = look_at(folder, MARKER_NAME, check, deep)
     return sorted(done, key=lambda m: (m.start, m.stop)), bad
 
 
 def _check(path: Path, digest: str, deep: bool, schema: Schema | None, rows: int) -> Marker | str:
     """A marker that holds, or why it does not."""
     try:
-        raw = json.loads(path.read_bytes())
-        said = parse(Vouched, raw)
+        said, common = understood(path, json.loads(path.read_bytes()), VouchedShard)
     except (OSError, ValueError, RecursionError):
         return "the marker cannot be read"
     if path.stem != f"{said.start:08d}-{said.stop:08d}" or said.start >= said.stop:
@@ -168,7 +145,9 @@ def _check(path: Path, digest: str, deep: bool, schema: Schema | None, rows: int
         return "it points outside its folder, or to another shard's file"
     if said.unscored > said.stop - said.start:
         return "it counts more rows without a score than it has"
-    marker = Marker(said.start, said.stop, path, path.parent / said.file, said.sha256, said.seconds, raw)
+    marker = _marker(path, said, common)
+    if marker.retired:
+        return marker
     try:
         found = marker.file.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -179,25 +158,8 @@ def _check(path: Path, digest: str, deep: bool, schema: Schema | None, rows: int
             return f"{said.file} has another sha256 than the marker says"
     except OSError as e:
         return f"{said.file}: {e.strerror}"
-    about = {"digest": digest, "start": said.start, "stop": said.stop}
-    return (deep and why_wrong(marker.file, about, schema, marker.rows)) or marker
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporary files and folders whose writer is gone: a dead process of this host, or anything a day old."""
-    for path in folder.glob(".tmp-*"):
-        with suppress(OSError, ValueError):
-            mine = path.name.startswith(f".tmp-{HOST}-")
-            pid = int(path.name.removeprefix(f".tmp-{HOST}-").partition("-")[0]) if mine else 0
-            if (mine and not Path(f"/proc/{pid}").exists()) or time.time() - path.stat().st_mtime > 86400:
-                remove(path)
-
-
-def set_aside(bad: list[tuple[Path, str]]) -> None:
-    """Take markers that do not hold out of the way; nothing is deleted."""
-    for path, _ in bad:
-        with suppress(FileNotFoundError):  # another copy of the task was quicker
-            path.rename(path.with_name(path.name + ".bad"))
+    attributes = {"digest": digest, "start": said.start, "stop": said.stop}
+    return (deep and why_wrong(marker.file, attributes, schema, marker.rows)) or marker
 
 
 def gaps(done: list[Marker], rows: int) -> list[tuple[int, int]]:

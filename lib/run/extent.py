@@ -1,0 +1,54 @@
+"""How far a cell is, in rows or in steps: its pieces, what does not hold, and what is left."""
+
+import re
+from dataclasses import dataclass
+
+from lib.store import Cell, Folder, Piece, gaps, scan, scan_folders
+from lib.store.columns import Schema
+from lib.store.markers import Bad
+
+STATE = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Extent:
+    pieces: list[tuple[Piece, int]]  # with the rows, or steps, that each stands for
+    bad: list[Bad]
+    left: list[tuple[int, int]]  # ranges of rows, or steps
+    retired: list[Piece]  # whose bytes a reader may miss
+
+
+def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Extent:
+    shards, bad = scan(cell.path, cell.digest, deep, schema, cell.rows)
+    folders, worse = scan_folders(cell.path, cell.digest, deep)
+    left, steps = gaps(shards, cell.rows), states(folders)
+    pieces: list[tuple[Piece, int]] = [(shard, shard.rows) for shard in shards]
+    if steps:
+        done = steps_done(cell, steps)
+        left = [(done, cell.rows)] if done < cell.rows else []
+        before = [0, *map(step_of, steps)]
+        pieces += [(state, step_of(state) - start) for state, start in zip(steps, before, strict=False)]
+    others = [folder for folder in folders if folder not in steps]
+    pieces += [(folder, 0) for folder in others]
+    missed = [p for p in [*shards, *others, *steps[-1:]] if p.retired]
+    return Extent(pieces, [*bad, *worse], left, missed)
+
+
+def state_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(piece: Folder) -> int:
+    named = STATE.fullmatch(piece.name)
+    assert named
+    return int(named[1])
+
+
+def states(folders: list[Folder]) -> list[Folder]:
+    """Those that are states of a work in steps, in their order, retired ones too."""
+    return [folder for folder in folders if STATE.fullmatch(folder.name)]
+
+
+def steps_done(cell: Cell, steps: list[Folder]) -> int:
+    """Up to the last state that is still there; all of them where the last one of the cell was retired."""
+    return max((step_of(s) for s in steps if not s.retired or step_of(s) == cell.rows), default=0)

@@ -1,0 +1,155 @@
+"""The loop over steps: work that has an order, such as a training. Its state is committed as a folder now and then, and
+a start goes on from the last one that holds, so that a run which was killed ends with the bytes of one that was not.
+
+    <cell>/step-00000100.json, step-00000100-1f3a5c7e9b/     the state after 100 steps"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lib.base.errors import DONE, REQUEUE
+from lib.base.progress import Progress
+from lib.run.extent import state_name, states, step_of, steps_done
+from lib.run.lifecycle import Heartbeat, Notice, Totals, live, provenance
+from lib.store import Cell, Folder, commit_folder, retire, scan_folders
+from lib.store.markers import Facts, drop_retired, set_aside, sweep
+
+BEAT_SECONDS = 10.0
+Keep = Literal["all", "last"] | Sequence[int]
+
+
+class StepKernel(Protocol):
+    """What a job trains. All that decides the next step is in the folder, the state of random generators too."""
+
+    def restore(self, folder: Path | None, step: int) -> None:
+        """The state after so many steps; no folder: the beginning. May be called again."""
+        ...
+
+    def advance(self) -> Facts:
+        """One step; numbers among its facts are summed between two states, of texts the last stays."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def run_steps(
+    cell: Cell,
+    make_kernel: Callable[[], tuple[StepKernel, dict[str, Any]]],
+    *,
+    every: int,
+    keep: Keep = "last",
+    log_seconds: float,
+    gpus: int,
+    sampled: bool = False,
+) -> int:
+    """Bring a cell of `cell.rows` steps to its end, or to the signal that stops it. A state is committed after every so
+    many steps, those that `keep` lists, and the last; what is not to be kept is retired once a newer one holds.
+    `sampled`: another copy's steps need not be the same; who comes second goes on from the first one's state."""
+    if every < 1 or cell.rows < 1:
+        raise ValueError(f"{cell.rows} steps, a state every {every}: both are from 1 up")
+
+    def work(beat: Heartbeat, notice: Notice) -> int:
+        return _Steps(cell, every, keep, sampled, beat, notice).work(make_kernel, log_seconds)
+
+    return live(cell, gpus, "step", work)
+
+
+@dataclass
+class _Steps:
+    cell: Cell
+    every: int
+    keep: Keep
+    sampled: bool
+    beat: Heartbeat
+    notice: Notice
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def work(self, make_kernel: Callable[[], tuple[StepKernel, dict[str, Any]]], log_seconds: float) -> int:
+        cell = self.cell
+        sweep(cell.path)
+        self._last(tell=True)
+        step = steps_done(cell, self._states())
+        print(f"cell {cell.index} ({cell.name}): {step} of {cell.rows} steps done", flush=True)
+        if step == cell.rows:
+            self._tidy(step)
+            return DONE
+        kernel, about = make_kernel()
+        self.made = {**provenance(self.beat), **about}
+        self.beat.facts["loaded"] = time.time()
+        progress = Progress(cell.rows, step, unit="steps", every=log_seconds)
+        try:
+            return self._go(kernel, progress)
+        finally:
+            progress.close()
+
+    def _go(self, kernel: StepKernel, progress: Progress) -> int:
+        step, totals, since, facts = self._restore(kernel), Totals(), time.monotonic(), _Facts()
+        said = float("-inf")
+        while step < self.cell.rows and not self.notice.came:
+            if time.monotonic() - said > BEAT_SECONDS:
+                said = time.monotonic()
+                self.beat.beat("running", rows_done=step)
+            new = kernel.advance()
+            facts.add(new)
+            totals.count(new)
+            step += 1
+            progress.add(1)
+            if self._is_due(step) or self.notice.came:
+                seconds = round(time.monotonic() - since, 3)
+                if self._commit(kernel, step, seconds, facts).adopted and (last := self._last()):
+                    step = self._restore(kernel) if step_of(last) >= step else step
+                self._tidy(step)
+                since, facts = time.monotonic(), _Facts()
+        totals.say()
+        return DONE if step == self.cell.rows else REQUEUE
+
+    def _commit(self, kernel: StepKernel, step: int, seconds: float, facts: Facts) -> Folder:
+        about = {"seconds": seconds, "made": self.made, "facts": facts, "sampled": self.sampled}
+        return commit_folder(self.cell.path, self.cell.digest, state_name(step), kernel.save, **about)
+
+    def _restore(self, kernel: StepKernel) -> int:
+        """From the last state that holds. Another copy may retire it meanwhile: then there is a later one."""
+        while True:
+            last = self._last()
+            step = step_of(last) if last else 0
+            try:
+                kernel.restore(last.folder if last else None, step)
+            except Exception:
+                if last is None or last in self._states():
+                    raise
+            else:
+                return step
+
+    def _last(self, tell: bool = False) -> Folder | None:
+        done, bad = scan_folders(self.cell.path, self.cell.digest, deep=True)
+        for one in bad if tell else []:
+            print(f"{one.path.stem} does not hold: {one.reason}; it is done again", flush=True)
+        set_aside(bad)
+        drop_retired(done)
+        return max((piece for piece in states(done) if not piece.retired), key=step_of, default=None)
+
+    def _states(self) -> list[Folder]:
+        return states(scan_folders(self.cell.path, self.cell.digest)[0])
+
+    def _is_due(self, step: int) -> bool:
+        wanted = not isinstance(self.keep, str) and step in self.keep
+        return step % self.every == 0 or step == self.cell.rows or wanted
+
+    def _tidy(self, newest: int) -> None:
+        """Retire states before the newest that are not to be kept; `all`: what a warning left between."""
+        for piece in self._states():
+            step = step_of(piece)
+            wanted = self._is_due(step) if self.keep == "all" else self.keep != "last" and step in self.keep
+            if step < newest and not wanted and not piece.retired:
+                retire(piece, "a later state holds", state_name(newest))
+
+
+class _Facts(dict[str, int | float | str]):
+    """Of the steps between two states."""
+
+    def add(self, new: Facts) -> None:
+        for key, value in new.items():
+            before = self.get(key, 0)
+            self[key] = value if isinstance(value, str) or isinstance(before, str) else before + value
