@@ -113,7 +113,11 @@ def test_a_queue_that_others_could_have_written_is_not_run(tmp_path, mode, owner
     with pytest.raises(UserError, match="local-1 is not a folder of yours that nobody else can write to"):
         read_plan(queue)
     done = subprocess.run(
-        [sys.executable, "-m", "lib.cluster.local", str(queue)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "lib.cluster.local", str(queue), "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (queue / "submitit").exists()
 
