@@ -1,7 +1,8 @@
 """A job with the suite's loop and a kernel of plain numpy, slow enough to be killed in the middle.
 
 python numpy_job.py FOLDER
-SHARD_ROWS, SHARD_SECONDS: of a shard. LATE_SIGNAL: sent to itself between the work's end and the exit."""
+SHARD_ROWS, SHARD_SECONDS: of a shard. SAMPLED: x is drawn anew by each process.
+LATE_SIGNAL: sent to itself between the work's end and the exit."""
 
 import os
 import sys
@@ -23,6 +24,7 @@ SCHEMA = {
     "t": Column("float32", per="tokens"),
 }
 ROWS = 400
+SAMPLED = bool(os.environ.get("SAMPLED"))
 
 
 def cell_in(folder: Path) -> Cell:
@@ -42,12 +44,17 @@ class Kernel:
 
     def compute(self, prepared: tuple[int, int]) -> tuple[dict[str, np.ndarray], dict]:
         time.sleep(float(os.environ.get("SHARD_SECONDS", "0.02")))
-        return columns(*prepared), {"rows_computed": prepared[1] - prepared[0], "who": "numpy"}
+        found = columns(*prepared)
+        if SAMPLED:
+            found["x"] = np.random.default_rng().normal(size=len(found["x"]))
+        return found, {"rows_computed": prepared[1] - prepared[0], "who": "numpy"}
 
 
 def main() -> int:
     one, shard_rows = cell_in(Path(sys.argv[1])), int(os.environ.get("SHARD_ROWS", "10"))
-    code = run_cell(one, SCHEMA, lambda: (Kernel(), {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0)
+    code = run_cell(
+        one, SCHEMA, lambda: (Kernel(), {}), shard_rows=shard_rows, log_seconds=0.0, gpus=0, sampled=SAMPLED
+    )
     if late := os.environ.get("LATE_SIGNAL"):
         os.kill(os.getpid(), int(late))
     return code

@@ -72,7 +72,6 @@ def main() -> int:
         keep=json.loads(keep) if keep.startswith("[") else keep,
         log_seconds=0.0,
         gpus=0,
-        sampled=bool(env.get("SAMPLED")),
     )
 
 

@@ -300,3 +300,11 @@ def test_a_piece_that_another_has_replaced_is_not_retired(tmp_path):
     first, second = put(tmp_path, "first"), put(tmp_path, "second")
     assert not retire(first, "why", "who")
     assert scan_folders(tmp_path, DIGEST, deep=True) == ([second], [])
+
+
+def test_a_second_copy_does_not_bring_back_what_was_retired(tmp_path):
+    piece = put(tmp_path, sampled=True)
+    retire(piece, "a later state holds", "step-00000020")
+    for word in ("one", "other bits"):
+        assert put(tmp_path, word, sampled=True).retired
+        assert [p.name for p in tmp_path.iterdir()] == ["adapter.json"]

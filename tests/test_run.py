@@ -110,6 +110,16 @@ def test_two_copies_at_once_both_end_well(tmp_path, uninterrupted):
     assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
 
 
+def test_copies_that_sample_see_what_was_there_first(tmp_path):
+    jobs = [start(tmp_path, SAMPLED=1, SHARD_SECONDS=0.02) for _ in range(3)]
+    ended = [finish(job) for job in jobs]
+    assert [code for code, _ in ended] == [0, 0, 0], ended
+    assert "another copy was first with other bits; its are kept" in "".join(out for _, out in ended)
+    first = merge(cell_in(tmp_path), SCHEMA, "").read_bytes()
+    assert len(list(cell_in(tmp_path).path.glob("0*.h5"))) == shard_count(tmp_path) - 1 == 40  # and merged.json
+    assert finish(start(tmp_path, SAMPLED=1))[0] == 0 and merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == first
+
+
 def test_a_broken_shard_is_said_set_aside_and_done_again(tmp_path, uninterrupted):
     assert finish(start(tmp_path))[0] == 0
     done, _ = scan(cell_in(tmp_path).path, cell_in(tmp_path).digest)

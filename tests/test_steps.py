@@ -44,10 +44,10 @@ def markers(folder: Path, index: int = 0) -> int:
     return len(list(cell_in(folder, index).path.glob("step-*.json")))
 
 
-def last_state(folder: Path, index: int = 0) -> dict[str, bytes]:
+def last_state(folder: Path, index: int = 0, steps: int = 60) -> dict[str, bytes]:
     """The files of the newest state, once every byte was looked at."""
     done, bad = scan_folders(cell_in(folder, index).path, cell_in(folder).digest, deep=True)
-    piece = [state for state in states(done) if not state.retired][-1]
+    piece = [state for state in states(cell_in(folder, index, steps), done) if not state.retired][-1]
     assert bad == []
     return {one.path: (piece.folder / one.path).read_bytes() for one in piece.files}
 
@@ -76,7 +76,7 @@ def test_killed_at_random_points_it_ends_with_the_same_bytes(tmp_path):
     assert len(resumed) == 9, "each went on from a later state"
     code, out = finish(start(tmp_path, EVERY=5, STEPS=200))
     assert code == 0, out
-    assert last_state(tmp_path) == undisturbed(tmp_path / "alone", steps=200)
+    assert last_state(tmp_path, steps=200) == undisturbed(tmp_path / "alone", steps=200)
     assert not list(cell_in(tmp_path).path.glob(".tmp-*"))
     assert len(list(cell_in(tmp_path).path.glob("step-*/"))) == 1, "older states are gone"
 
@@ -101,7 +101,7 @@ def test_a_termination_stops_at_once_and_keeps_the_state_before(tmp_path):
     wait_until(lambda: markers(tmp_path) >= 1, 15, "no state", 0.01)
     job.send_signal(signal.SIGTERM)
     code, out = finish(job)
-    assert code == 143 and "stopped by SIGTERM: finished steps are kept" in out and words(tmp_path) == ["terminated"]
+    assert code == 143 and "stopped by SIGTERM: committed states are kept" in out and words(tmp_path) == ["terminated"]
     assert finish(start(tmp_path))[0] == 0
     assert last_state(tmp_path) == undisturbed(tmp_path / "alone")
 
@@ -183,6 +183,7 @@ def test_a_state_that_lies_is_not_gone_on_from(tmp_path):
     """A whole folder of another experiment, or under another step's name."""
     cell = cell_in(tmp_path)
     commit_folder(cell.path, "cd" * 32, "step-00000050", in_one_go(0, 50).save)
+    commit_folder(cell.path, cell.digest, "step-00000061", in_one_go(0, 50).save)  # the cell has 60
     piece = commit_folder(cell.path, cell.digest, "step-00000040", in_one_go(0, 40).save)
     rewrite(piece.path, name="step-00000030")
     code, out = finish(start(tmp_path))

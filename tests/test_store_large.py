@@ -179,7 +179,7 @@ def test_merge_says_which_shard_does_not_hold(cell):
     os.truncate(markers[1].file, markers[1].file.stat().st_size - 1)
     flip(markers[3].file)
     assert [b.path.stem[:8] for b in scan(cell.path, DIGEST)[1]] == ["00000001"]
-    reasons = [why for _, why in scan(cell.path, DIGEST, deep=True)[1]]
+    reasons = [bad.reason for bad in scan(cell.path, DIGEST, deep=True)[1]]
     assert "bytes, the marker says" in reasons[0] and "another sha256" in reasons[1]
     with pytest.raises(UserError, match=r"rows 1-2, 3-4 of 4 are not done.*make resume"):
         merge(cell, SCHEMA, "{}")

@@ -21,7 +21,7 @@ class Extent:
 def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Extent:
     shards, bad = scan(cell.path, cell.digest, deep, schema, cell.rows)
     folders, worse = scan_folders(cell.path, cell.digest, deep)
-    left, steps = gaps(shards, cell.rows), states(folders)
+    left, steps = gaps(shards, cell.rows), states(cell, folders)
     pieces: list[tuple[Piece, int]] = [(shard, shard.rows) for shard in shards]
     if steps:
         done = steps_done(cell, steps)
@@ -44,9 +44,9 @@ def step_of(piece: Folder) -> int:
     return int(named[1])
 
 
-def states(folders: list[Folder]) -> list[Folder]:
+def states(cell: Cell, folders: list[Folder]) -> list[Folder]:
     """Those that are states of a work in steps, in their order, retired ones too."""
-    return [folder for folder in folders if STATE.fullmatch(folder.name)]
+    return [f for f in folders if STATE.fullmatch(f.name) and 0 < step_of(f) <= cell.rows]
 
 
 def steps_done(cell: Cell, steps: list[Folder]) -> int:

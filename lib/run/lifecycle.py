@@ -112,7 +112,7 @@ class Heartbeat:
         write_json(self.path, self.facts)
 
 
-def live(cell: Cell, gpus: int, unit: str, work: Callable[[Heartbeat, Notice], int]) -> int:
+def live(cell: Cell, gpus: int, unit: str, kept: str, work: Callable[[Heartbeat, Notice], int]) -> int:
     """Bring one cell to its end, or to the signal that stops it. Returns the exit code."""
     beat = Heartbeat(cell.path.parent.parent / "tasks", cell, gpus)
     with heed_signals(unit) as notice, ending_with_its_starters():
@@ -123,7 +123,7 @@ def live(cell: Cell, gpus: int, unit: str, work: Callable[[Heartbeat, Notice], i
             return code
         except Terminated as t:
             rest = advised("`make resume` does the rest")
-            print(f"stopped by {t}: finished {unit}s are kept; {rest}", file=sys.stderr, flush=True)
+            print(f"stopped by {t}: {kept} are kept; {rest}", file=sys.stderr, flush=True)
             with contextlib.suppress(UserError):
                 beat.beat("terminated", error=str(t))
             return 128 + t.signum

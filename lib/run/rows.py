@@ -41,7 +41,7 @@ def run_cell(
     def work(beat: Heartbeat, notice: Notice) -> int:
         return _work(cell, schema, make_kernel, shard_rows, log_seconds, sampled, beat, notice)
 
-    return live(cell, gpus, "shard", work)
+    return live(cell, gpus, "shard", "finished shards", work)
 
 
 def _work(

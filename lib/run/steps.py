@@ -42,18 +42,17 @@ def run_steps(
     keep: Keep = "last",
     log_seconds: float,
     gpus: int,
-    sampled: bool = False,
 ) -> int:
     """Bring a cell of `cell.rows` steps to its end, or to the signal that stops it. A state is committed after every so
-    many steps, those that `keep` lists, and the last; what is not to be kept is retired once a newer one holds.
-    `sampled`: another copy's steps need not be the same; who comes second goes on from the first one's state."""
+    many steps, those that `keep` lists, and the last; what is not to be kept is retired once a newer one holds. A
+    state's first marker wins: a copy that comes second with other bits goes on from what is there."""
     if every < 1 or cell.rows < 1:
         raise ValueError(f"{cell.rows} steps, a state every {every}: both are from 1 up")
 
     def work(beat: Heartbeat, notice: Notice) -> int:
-        return _Steps(cell, every, keep, sampled, beat, notice).work(make_kernel, log_seconds)
+        return _Steps(cell, every, keep, beat, notice).work(make_kernel, log_seconds)
 
-    return live(cell, gpus, "step", work)
+    return live(cell, gpus, "step", "committed states", work)
 
 
 @dataclass
@@ -61,7 +60,6 @@ class _Steps:
     cell: Cell
     every: int
     keep: Keep
-    sampled: bool
     beat: Heartbeat
     notice: Notice
     made: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +104,7 @@ class _Steps:
         return DONE if step == self.cell.rows else REQUEUE
 
     def _commit(self, kernel: StepKernel, step: int, seconds: float, facts: Facts) -> Folder:
-        about = {"seconds": seconds, "made": self.made, "facts": facts, "sampled": self.sampled}
+        about = {"seconds": seconds, "made": self.made, "facts": facts, "sampled": True}
         return commit_folder(self.cell.path, self.cell.digest, state_name(step), kernel.save, **about)
 
     def _restore(self, kernel: StepKernel) -> int:
@@ -128,10 +126,10 @@ class _Steps:
             print(f"{one.path.stem} does not hold: {one.reason}; it is done again", flush=True)
         set_aside(bad)
         drop_retired(done)
-        return max((piece for piece in states(done) if not piece.retired), key=step_of, default=None)
+        return max((piece for piece in states(self.cell, done) if not piece.retired), key=step_of, default=None)
 
     def _states(self) -> list[Folder]:
-        return states(scan_folders(self.cell.path, self.cell.digest)[0])
+        return states(self.cell, scan_folders(self.cell.path, self.cell.digest)[0])
 
     def _is_due(self, step: int) -> bool:
         wanted = not isinstance(self.keep, str) and step in self.keep

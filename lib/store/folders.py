@@ -76,7 +76,7 @@ def commit_folder(
     marker["files"] = [asdict(f) for f in files]
     path = cell_path / f"{name}.json"
     first = place(path, marker, sampled, partial(_check, digest=digest, deep=True))
-    if first and first.adopted:
+    if first and (first.adopted or first.retired):
         remove(target)
     return first or _piece(path, *understood(path, marker, VouchedFolder))
 

@@ -34,7 +34,7 @@ FILE_NAME = re.compile(r"(\d{8}-\d{8})-[0-9a-f]+\.h5")
 
 @dataclass(frozen=True)
 class Cell:
-    """One array index: a name, its rows and the digest of all that decides its results."""
+    """One array index: a name, its rows (or steps) and the digest of all that decides its results."""
 
     index: int
     name: str
@@ -93,7 +93,7 @@ def commit(
     path = folder / f"{name}.json"
     look = partial(_check, digest=digest, deep=True, schema=schema, rows=MOST_ROWS)
     first = place(path, marker, sampled, look)
-    if first and first.adopted:
+    if first and (first.adopted or first.retired):
         remove(file.path)
     return first or _marker(path, *understood(path, marker, VouchedShard))
 
