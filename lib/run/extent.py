@@ -30,7 +30,7 @@ def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Exte
         pieces += [(state, step_of(state) - start) for state, start in zip(steps, before, strict=False)]
     others = [folder for folder in folders if folder not in steps]
     pieces += [(folder, 0) for folder in others]
-    missed = [p for p in [*shards, *others, *steps[-1:]] if p.retired]
+    missed: list[Piece] = [p for p in [*shards, *others, *steps[-1:]] if p.retired]
     return Extent(pieces, [*bad, *worse], left, missed)
 
 

@@ -3,7 +3,7 @@
 It knows rows and columns, not which experiment they belong to."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ class Kernel(Protocol):
 
     def prepare(self, start: int, stop: int) -> Any: ...
 
-    def compute(self, prepared: Any) -> tuple[dict[str, Values], Facts]:
+    def compute(self, prepared: Any) -> tuple[Mapping[str, Values], Facts]:
         """Columns of the shard, and facts for its marker; numbers among these are summed and said at the end."""
         ...
 
@@ -28,7 +28,7 @@ class Kernel(Protocol):
 def run_cell(
     cell: Cell,
     schema: Schema,
-    make_kernel: Callable[[], tuple[Kernel, dict[str, Any]]],
+    make_kernel: Callable[[], tuple[Kernel, Mapping[str, Any]]],
     *,
     shard_rows: int,
     log_seconds: float,
@@ -47,7 +47,7 @@ def run_cell(
 def _work(
     cell: Cell,
     schema: Schema,
-    make_kernel: Callable[[], tuple[Kernel, dict[str, Any]]],
+    make_kernel: Callable[[], tuple[Kernel, Mapping[str, Any]]],
     shard_rows: int,
     log_seconds: float,
     sampled: bool,

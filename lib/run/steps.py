@@ -4,7 +4,7 @@ a start goes on from the last one that holds, so that a run which was killed end
     <cell>/step-00000100.json, step-00000100-1f3a5c7e9b/     the state after 100 steps"""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,7 +36,7 @@ class StepKernel(Protocol):
 
 def run_steps(
     cell: Cell,
-    make_kernel: Callable[[], tuple[StepKernel, dict[str, Any]]],
+    make_kernel: Callable[[], tuple[StepKernel, Mapping[str, Any]]],
     *,
     every: int,
     keep: Keep = "last",
@@ -64,7 +64,7 @@ class _Steps:
     notice: Notice
     made: dict[str, Any] = field(default_factory=dict)
 
-    def work(self, make_kernel: Callable[[], tuple[StepKernel, dict[str, Any]]], log_seconds: float) -> int:
+    def work(self, make_kernel: Callable[[], tuple[StepKernel, Mapping[str, Any]]], log_seconds: float) -> int:
         cell = self.cell
         sweep(cell.path)
         self._last(tell=True)

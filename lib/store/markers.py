@@ -83,7 +83,8 @@ class Bad(NamedTuple):
     seen: tuple[int, ...]  # what was judged: another copy may have put a good one in its place since
 
 
-V, P = TypeVar("V", bound=Vouched), TypeVar("P", bound=Piece)
+V = TypeVar("V", bound=Vouched)
+P = TypeVar("P", bound=Piece)
 
 
 def about(seconds: float, made: Mapping[str, Any] | None, facts: Facts | None) -> dict[str, Any]:
