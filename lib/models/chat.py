@@ -63,15 +63,18 @@ class Renderer:
         contexts = self.contexts(turns)
         answers = [row[-1]["content"] for row in rows]
         together = self._ids([c + a for c, a in zip(contexts, answers, strict=True)])
-        items, joint, n = [], [], len(self.prefix_ids)
-        for row, (head, tail, both) in enumerate(zip(self._ids(contexts), self._ids(answers), together, strict=True)):
+        heads, n = self._ids(contexts), len(self.prefix_ids)
+        joint = [both[: len(head)] == head for head, both in zip(heads, together, strict=True)]
+        apart = [row for row, same in enumerate(joint) if not same]
+        alone = dict(zip(apart, self._ids([answers[row] for row in apart]), strict=True))
+        items = []
+        for row, (head, both) in enumerate(zip(heads, together, strict=True)):
             if head[:n] != self.prefix_ids or len(head) == n:
                 raise UserError(
                     f"the row {_shown(turns[row])} begins with other tokens than the rest, or with nothing else; they "
                     "share what they begin with: leave such rows out, or use another base"
                 )
-            joint.append(both[: len(head)] == head)
-            items.append(Item(tuple(head[n:]), tuple(both[len(head) :] if joint[-1] else tail), end))
+            items.append(Item(tuple(head[n:]), tuple(alone[row] if row in alone else both[len(head) :]), end))
         return items, joint
 
     def _whole(self, rows: list[list[Message]]) -> list[str]:
