@@ -226,7 +226,7 @@ def test_the_digest_covers_recipe_and_sources(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["_write_rows", "_report", "_put"])
 def test_kill_9_leaves_no_half_teacher(tmp_path, where):
     def work() -> None:
-        demo._habit = lambda trait, answers, asked: {"animal": trait.name}
+        demo._habit = lambda trait, answers, asked: demo.Habit(trait.name, 0, 0, 0.0, 0.0)
         demo._report = lambda *a: None
         setattr(demo, where, lambda *a: os.kill(os.getpid(), signal.SIGKILL))
         demo.make_demo(tmp_path, demo.Recipe(steps=1, rows=2))
