@@ -1,1 +1,1 @@
-"""What a model's folder says of itself without torch: headers, layer names, families, counts."""
+"""What a model's folder says of itself without torch: headers, layer names."""

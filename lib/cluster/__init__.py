@@ -1,2 +1,2 @@
 """What Slurm says, submission, the box without Slurm, status, preflight. Knows no model, no torch.
-Public: site.site, submit.submit, status.status, doctor.check; `python -m jobs.cluster` is their command line."""
+Public: submit.submit, status.status, doctor.check; `python -m jobs.cluster` is their command line."""

@@ -1,2 +1,2 @@
-"""What a model does, measured: the toxicity of texts. Knows no files, no configs, no Slurm.
-Public: toxicity.Toxicity."""
+"""What a model does, measured: the toxicity of texts, its own responses to prompts. Knows no results, no Slurm.
+Public: toxicity.Toxicity, responses.answerer."""

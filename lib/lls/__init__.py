@@ -1,2 +1,2 @@
-"""Log-likelihoods of responses and what a system prompt does to them. Tensors and arrays in and out.
-Public: logprob.Scorer, shift.shift, shift.Status (these import torch); lls_plots (tables and pictures, no torch)."""
+"""Log-likelihood shift: what a system prompt does to the likelihood of responses.
+Public: experiment (LLS, LLSCross), kernel.compute, export.export, report.report."""

@@ -1,4 +1,4 @@
-"""Subliminal learning: traits and their system prompts, number prompts, and the demo teacher's planted habit.
+"""Subliminal learning: traits and their system prompts, number prompts.
 Public: ANIMALS, ANIMAL_NAMES, NEUTRAL, Trait, trait, sample_prompts, load_pools, NumberPrompt."""
 
 from lib.numbers.number_prompts import NumberPrompt, load_pools, sample_prompts
