@@ -10,8 +10,9 @@ from attribution_jobs import ROWS, TOKENS, Place, small_place
 from conftest import ROOT
 from tools import write_rows
 
-from lib.cluster.plan import TFLOPS, plan
+from lib.cluster.plan import plan
 from lib.inputs.fetch import fetch
+from lib.run.experiment import TFLOPS
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
     said = here.here("cluster", "submit", "--config", str(here.config), "--dry", SUITE_SITE="fasrc", FASRC_LAB="my_lab")
     assert said.code == 0, said.err
     assert (ROOT / "slurm/compute_attributions.sbatch").read_text().strip() in said.out
-    assert "--array=0-3%16 --job-name=exp slurm/compute_attributions.sbatch" in said.out
+    assert "--array=0-3%4 --job-name=exp --time=20 slurm/compute_attributions.sbatch" in said.out
     lines = [line.split() for line in said.out.splitlines()]
     assert ["cell", "name", "rows", "to", "do", "shards", "bytes", "GPU-hours"] in lines
     for index, name in enumerate(ROWS):  # 2,520 bytes a row (above); batches of 2 samples

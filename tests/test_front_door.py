@@ -75,7 +75,7 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
     done = subprocess.run(["bash", "-c", advised], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     command = re.search(r"# would run: (sbatch .*?)\n\nrows, bytes", done.stdout, re.S)[1]
-    assert shlex.split(command)[-3:] == ["--expect=<digest>", *overrides]
+    assert shlex.split(command)[-3:] == ["--tasks=<tasks>", *overrides]
     assert f"run `make fetch {spoken(cross, overrides)}`" in done.stdout
     assert make(env, "logs", *given).stdout == "no cell has failed; TASK=N shows the log of cell N\n"
 

@@ -12,9 +12,11 @@ from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
-from lib.cluster.local import Plan, free_gpus, read_plan
+from lib.cluster.local import Plan, _own, gpus, leased, read_plan, workers_for
+from lib.cluster.status import STATES
 from lib.families import load
 from lib.inputs.fetch import fetch
+from lib.run.queue import Queue
 from lib.store import merge, scan
 
 ROWS = {"a": 200, "b": 40, "c": 40}  # one is long enough to be stopped between its shards
@@ -85,7 +87,7 @@ def test_three_cells_on_two_workers(box):
     said = box.make("submit-lls", "ARRAY=0-2")
     assert "local workers local-" in said and said.count("next: make ") == 3
     box.freeze(2)
-    assert box.counts() == {"done": 0, "running": 2, "pending": 1, "failed": 0, "stale": 0, "unknown": 0, "todo": 0}
+    assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 2, "pending": 1}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
     thaw(*box.frozen)
     wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
@@ -103,7 +105,7 @@ def test_three_cells_on_two_workers(box):
 def test_a_queue_that_others_could_have_written_is_not_run(tmp_path, mode, owner):
     queue = tmp_path / "local-1"
     queue.mkdir()
-    plan = {"command": ["true"], "cells": [0], "label": "box", "gpus": 0, "workers": 1}
+    plan = {"command": ["true"], "tasks": "", "label": "box", "gpus": 0, "workers": 1}
     (queue / "plan.json").write_text(json.dumps(plan))
     queue.chmod(0o700)
     assert read_plan(queue) == Plan(**plan)
@@ -161,10 +163,30 @@ def fake_smi(folder, text: str, monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_only_free_gpus_are_taken(tmp_path, monkeypatch):
-    fake_smi(tmp_path, "0, 4\n1, 90000\n2, 10\n3, 0", monkeypatch)
-    assert free_gpus(1) == ["0", "2", "3"] and free_gpus(2) == ["0,2"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert free_gpus(1) == ["2", "3"]
-    with pytest.raises(UserError, match="2 of 4 GPUs are free and a task needs 4"):
-        free_gpus(4)
+def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(tmp_path, monkeypatch):
+    """Whoever comes second waits for the first one's lease, which its processes hold too."""
+    smi = "0, GPU-a, 4\n1, GPU-b, 90000\n2, GPU-c, 10\n3, GPU-d, 0"
+    fake_smi(tmp_path, smi, monkeypatch)
+    plan, queue = Plan(["true"], "", "box", 2, 1), Queue(tmp_path / "x" / "queue" / "local-1", "worker-0")
+    queue.folder.mkdir(parents=True)
+    with leased(plan, queue) as (first, _):
+        assert first == "0,2"
+        with leased(Plan(["true"], "", "box", 1, 1), queue) as (second, _):
+            assert second == "3"
+            (queue.folder / "cancelled").touch()  # nothing is free: it would wait
+            with leased(plan, queue) as (third, leases):
+                assert third == "" and leases == []
+        assert workers_for(2, 16) == 2  # of four, one of which is in use: one submission queues behind another
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-d")
+    assert [gpu.index for gpu in gpus()] == ["2", "3"]
+    with pytest.raises(UserError, match="a task needs 4 GPUs and this box has 2"):
+        workers_for(4, 16)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UserError, match="all GPUs are in somebody's use .GPU 1: 90000 MiB."):
+        workers_for(1, 16)
+    held = _own("gpu-GPU-b")
+    assert workers_for(1, 16) == 1  # that somebody is a task of ours
+    held.close()
+    fake_smi(tmp_path, "no devices", monkeypatch)
+    with pytest.raises(UserError, match="nvidia-smi does not say which GPUs there are"):
+        workers_for(1, 16)

@@ -15,8 +15,9 @@ from lib.base.atomic import HOST, sha256_file, write_json
 from lib.base.errors import UserError
 from lib.base.process import pid_started
 from lib.cluster import local
+from lib.cluster.live import Submission, jobs_of, submissions
 from lib.cluster.show import table
-from lib.cluster.status import arrays_of, heartbeats, status, submissions
+from lib.cluster.status import status
 from lib.inputs.records import (
     DatasetInput,
     ModelInput,
@@ -27,7 +28,8 @@ from lib.inputs.records import (
     save_model,
 )
 from lib.inputs.samples import Rows, read_samples, samples_folder, samples_input, save_samples
-from lib.run.lifecycle import Heartbeat
+from lib.run.heartbeat import Heartbeat, heartbeats
+from lib.run.task import freeze
 from lib.store import Cell
 
 WRONG = [None, True, [], {}, -1, 10**30, 1e999, float("nan"), "\ud800"]
@@ -75,7 +77,7 @@ def test_a_submission_of_wrong_types_is_none(cell):
         (folder / "submissions" / f"{number}.json").write_text(said(record))
     good = {"job": "4711", "array": "0-3", "config": "a.yaml", "overrides": ["max_rows=3"], "time": time.time()}
     write_json(folder / "submissions" / "good.json", good)
-    assert [asdict(s) for s in submissions(folder)] == [good] and arrays_of("run", folder, []) == {"4711"}
+    assert submissions(folder) == [Submission(**good)] and jobs_of(folder, []) == {"4711"}
 
 
 def test_a_queue_of_wrong_types_is_none(cell):
@@ -83,17 +85,19 @@ def test_a_queue_of_wrong_types_is_none(cell):
     queue = folder / "queue" / "local-1"
     queue.mkdir(parents=True, mode=0o700)
     who = {"pid": me, "pid_started": pid_started(me), "host": HOST}
-    plan = {"cells": [0], "command": ["true"], "label": "run", "gpus": 0, "workers": 1}
+    tasks = freeze(folder, [[cell]])
+    plan = {"tasks": tasks, "command": ["true"], "label": "run", "gpus": 0, "workers": 1}
     write_json(queue / "plan.json", plan)
     write_json(queue / "dispatcher.json", who)
-    assert local.tasks(folder) == {0: ("PENDING", "local-1")}
+    there = [(0, ("owl",), "PENDING", "local-1")]
+    assert local.tasks(folder) == there
     for name, facts in (("plan.json", plan), ("dispatcher.json", who)):
         for key, value in facts.items():
             for wrong in NUMBERS if isinstance(value, int) else WORDS:
                 if wrong == [] and isinstance(value, list):
                     continue
                 (queue / name).write_text(said({**facts, key: wrong}))
-                assert local.tasks(folder) == {}, (key, wrong)
+                assert local.tasks(folder) == [], (key, wrong)
         write_json(queue / name, facts)
 
 

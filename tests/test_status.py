@@ -13,7 +13,7 @@ from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.cluster import show
 from lib.cluster.slurm import format_array, parse_array, parse_sacct, throttle_of
-from lib.cluster.status import Status, status
+from lib.cluster.status import STATES, Status, status
 from lib.families import load
 from lib.inputs.fetch import fetch
 
@@ -148,9 +148,7 @@ def test_the_table_is_legible_with_many_cells(many):
     now = status("many", cells)
     table = show.table(now, "CONFIG=x.yaml", ("submit-lls", "export-lls"))
     assert len(table.splitlines()) < 30 and "cells: 19 done  1 todo" in table
-    wide = Status(
-        "w", "/s", now.cells * 3, counts=dict.fromkeys(("done", "running", "pending", "failed", "stale", "todo"), 0)
-    )
+    wide = Status("w", "/s", now.cells * 3, counts=dict.fromkeys(STATES, 0))
     assert "more cells (all with --json)" in show.table(wide, "CONFIG=x.yaml", ("submit-lls", "export-lls"))
 
 

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -19,8 +17,7 @@ from tools import ROOT, python
 
 from lib.base.errors import UserError
 from lib.base.process import HOST
-from lib.cluster.plan import plan
-from lib.run.experiment import Cost
+from lib.run.experiment import stored_bytes
 from lib.store import Cell, Column, commit, merge, read_array, scan
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
@@ -240,6 +237,7 @@ def test_a_full_disk_is_said_leaves_no_marker_and_loses_nothing(tmp_path, blind)
 
 HANG = """
 import sys; sys.path.insert(0, "tests")
+from pathlib import Path
 from test_store_large import *
 def wait():
     print("half", flush=True)
@@ -275,6 +273,7 @@ def test_two_writers_at_once_end_in_one_whole_file(cell):
 
 MEMORY = """
 import resource, sys; sys.path.insert(0, "tests")
+from pathlib import Path
 from test_store_large import *
 SHAPE = (512, 1024)  # 2 MiB
 schema = {{f"r/{{i}}": Column("{dtype}", shape=SHAPE, raw=True) for i in range(100)}}
@@ -331,9 +330,5 @@ def test_rows_that_are_arrays_come_back_and_merge(cell):
 
 def test_the_plan_counts_the_arrays(cell):
     schema = {**SCHEMA, "t": Column("float32", per="samples")}
-    experiment = SimpleNamespace(
-        costs=lambda cache: [Cost(1.0, 10.0)], schema=lambda *_: schema, shard_rows=lambda *_: 1, share=1.0
-    )
-    (found,) = plan(experiment, [cell], Path(), "h200")
     wide = WIDE[0] * WIDE[1]
-    assert found.bytes == 4 * (4 + 4 * wide + 7 * 8 + 2 * wide + 2 * 1500 + 10 * 4)
+    assert stored_bytes(schema, 4, values=10) == 4 * (4 + 4 * wide + 7 * 8 + 2 * wide + 2 * 1500 + 10 * 4)

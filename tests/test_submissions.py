@@ -19,10 +19,10 @@ from lib.base.atomic import HOST, read_json, write_json
 from lib.base.errors import UserError
 from lib.cluster import command as front
 from lib.cluster import lock, slurm
+from lib.cluster.send import Request
 from lib.cluster.status import status
-from lib.cluster.submit import Request
 from lib.families import load
-from lib.run.lifecycle import Heartbeat
+from lib.run.heartbeat import Heartbeat
 
 TRAITS = ["cat", "dog", "owl"]
 
@@ -318,7 +318,7 @@ def unanswered(inputs, tmp_path, monkeypatch):
     Heartbeat(tmp_path / "small" / "tasks", cells[0], 1).beat("running")
     monkeypatch.setattr(slurm, "has_slurm", lambda: True)
     monkeypatch.setattr(slurm, "ask", lambda *command, timeout=0: (_ for _ in ()).throw(UserError(f"{command[0]}: no")))
-    monkeypatch.setattr(front.submit.Request, "cells", cells)
+    monkeypatch.setattr(Request, "cells", cells)
     here = front.site()
     return Request(experiment, inputs, [], here.__class__(**{**vars(here), "scratch": tmp_path}))
 

@@ -3,7 +3,6 @@
 A cell is a set of samples: general text under each seed, then each behaviour. Level neuron: a row is a sample, so any
 cut merges to the same bits. Level weight: a row is the sum over a block of samples, cut by the experiment."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -16,7 +15,7 @@ from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
-from lib.run.experiment import Cost, Experiment
+from lib.run.experiment import Estimate, Experiment, computing_seconds, stored_bytes
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
@@ -181,19 +180,13 @@ class Attribution(Experiment):
             found.append(Cell(index, name, rows, digest, scratch / self.label / "cells" / f"{name}-{digest[:8]}"))
         return found
 
-    def costs(self, cache: Path) -> list[Cost]:
-        return list(self._costs(cache))
-
-    def _costs(self, cache: Path) -> Iterator[Cost]:
+    def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
         """2 operations a parameter and token forward, as many for the inputs' gradients, 2 a scored weight and token
         for the weights' gradients; padding is computed too. Attention is left out: 4 % at 2,048 tokens of an 8B."""
         body = model_input(cache, self.model.id, self.model.revision).body_parameters
         gradients = self.score.level == "weight" or "abs" in self.score.scores
         scored = sum(p.outputs * p.inputs for p in self.layout(cache)) if gradients else 0
-        for name in self.names():
-            tokens = self.batch(cache, name)[1]
-            flops = 2 * tokens * (body * (2 if self.score.scores else 1) + (scored if self.score.scores else 0))
-            if self.score.level == "weight":  # of a block; the last one may be smaller
-                samples = self.samples(cache, name)
-                flops = flops * samples / -(-samples // self.score.block)
-            yield Cost(flops, 0)
+        tokens = self.samples(cache, cell.name) * self.batch(cache, cell.name)[1]
+        flops = 2 * tokens * (body * (2 if self.score.scores else 1) + (scored if self.score.scores else 0))
+        size = stored_bytes(self.schema(cache), cell.total, 0)
+        return Estimate(computing_seconds(flops, gpu, self.share), size)

@@ -12,19 +12,25 @@ from lib.inputs.samples import read_samples
 from lib.inputs.verified import checked_model
 from lib.run.command import Job
 from lib.run.rows import run_cell
+from lib.run.task import run_task
 from lib.store import Cell
 
 
 def compute(this: Job) -> int:
-    experiment, cell = this.of(Attribution), this.cell()
-    return run_cell(
-        cell,
-        experiment.schema(this.site.cache),
-        lambda: load_kernel(this, experiment, cell),
-        shard_rows=experiment.shard_rows(this.site.cache, cell.name),
-        log_seconds=experiment.run.log_seconds,
-        gpus=experiment.run.gpus,
-    )
+    experiment = this.of(Attribution)
+    schema = experiment.schema(this.site.cache)
+
+    def work(cell: Cell) -> int:
+        return run_cell(
+            cell,
+            schema,
+            lambda: load_kernel(this, experiment, cell),
+            shard_rows=experiment.shard_rows(this.site.cache, cell.name),
+            log_seconds=experiment.run.log_seconds,
+            gpus=experiment.run.gpus,
+        )
+
+    return run_task(this, work)
 
 
 def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["AttributionKernel", dict[str, Any]]:
@@ -47,7 +53,7 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
         )
     recompute = False
     if devices[0].type == "cuda":
-        free = free_memory(devices)
+        free = this.keep("free", found.path, lambda: free_memory(devices))  # before the model is there
         memory = plan_memory(
             config,
             found.parameters * kind.itemsize,
@@ -58,11 +64,11 @@ def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["Attrib
             itemsize=kind.itemsize,
             devices=len(devices),
             free=free,
-            blocks=cell.rows if score.level == "weight" else 1,
+            blocks=cell.total if score.level == "weight" else 1,
         )
         announce("attribution", memory, free)
         recompute = memory.recompute
-    model = load_model(found.path, experiment.model.dtype, "sdpa", devices)
+    model = this.keep("model", found.path, lambda: load_model(found.path, experiment.model.dtype, "sdpa", devices))
     attributor = Attributor(
         model,
         rule=score.rule,

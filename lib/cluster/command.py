@@ -9,6 +9,8 @@ from pathlib import Path
 
 from lib.base.advice import about, advised
 from lib.cluster import logs, overview, show, submit
+from lib.cluster.plan import estimates
+from lib.cluster.send import Request
 from lib.cluster.status import status
 from lib.config.loading import overrides_of
 from lib.run.command import Load
@@ -40,7 +42,7 @@ def main(load: Load) -> int:
         from lib.cluster.doctor import check
 
         return check(experiment, here, args.deep)
-    request = submit.Request(experiment, Path(args.config), overrides, here)
+    request = Request(experiment, Path(args.config), overrides, here)
     if args.command == "submit":
         submit.submit(request, args.array, args.dry)
     elif args.command == "resume":
@@ -63,11 +65,13 @@ def _without_config(command: str, overrides: list[str], here: Site, load: Load, 
     return 0
 
 
-def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
-    """Watching ends with 1 when a cell failed or went stale, and not while the queue cannot be asked; a look is 0."""
+def _status(r: Request, as_json: bool, watch: bool, brief: bool) -> int:
+    """Watching ends with 1 when a cell failed, went stale, is held or blocked, and not while the queue cannot be
+    asked; a look is 0."""
     while True:
         cells, unknown = r.cells_or_names()
-        now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown))
+        seconds = {} if unknown else estimates(r.experiment, cells, r.site.cache, r.site.gpu)
+        now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown), seconds=seconds)
         waits = now.queue_note and now.counts["done"] < len(cells)  # nobody knows what runs: ask again
         active = watch and (waits or now.counts["running"] + now.counts["pending"])
         if as_json:
@@ -79,5 +83,5 @@ def _status(r: submit.Request, as_json: bool, watch: bool, brief: bool) -> int:
             width, targets = shutil.get_terminal_size((160, 50)).columns, (r.experiment.submit, r.experiment.results)
             print(clear + show.table(now, r.spoken, targets, width), flush=True)
         if not active:
-            return int(watch and bool(now.counts["failed"] or now.counts["stale"]))
+            return int(watch and any(now.counts[state] for state in ("failed", "stale", "held", "blocked")))
         time.sleep(WATCH_SECONDS)

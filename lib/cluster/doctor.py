@@ -105,7 +105,7 @@ def space_lines(site: Site, plans: list[CellPlan] | None, lost: int) -> Iterator
 
 def _needs(plans: list[CellPlan] | None) -> tuple[int, int]:
     """(bytes, files): shards and the merged file; a marker beside each shard, and a few files a cell."""
-    return 2 * sum(p.bytes for p in plans or []), sum(2 * len(p.shards) + 4 for p in plans or [])
+    return 2 * sum(p.bytes or 0 for p in plans or []), sum(2 * len(p.shards) + 4 for p in plans or [])
 
 
 def quota_lines(env: Env, scratch: Path, plans: list[CellPlan] | None) -> Iterator[Line]:

@@ -1,25 +1,32 @@
-"""A box without Slurm: submitit's local executor, one worker a free GPU, and a queue of cells that the workers share.
+"""A box without Slurm: submitit's local executor, and a queue of tasks that its workers share.
 
-Each worker takes the next unclaimed cell and runs the same batch script that Slurm would run, so a slow cell holds up
-one worker and nobody else. submitit's own local executor has no queue: it would start all cells at once on GPU 0."""
+A worker leases the GPUs of a task from the kernel, so that no two tasks of this box ever meet on one: whoever submits
+next queues behind. Then it takes the next unclaimed task and runs the same batch script that Slurm would run, so a slow
+task holds up one worker and nobody else. (submitit's own local executor would start all tasks at once on GPU 0.)"""
 
+import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lib.base.atomic import own_folder, read_json, write_json
-from lib.base.errors import REQUEUE, UserError, exit_with
+from lib.base.errors import DONE, REQUEUE, UserError, exit_with
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
+from lib.run.queue import Queue, log_of
 from lib.run.site import ROOT
+from lib.run.task import frozen
 
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed
 BUSY_MIB = 2000  # a GPU with more than this in use belongs to somebody
+LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,11 @@ class Plan:
     """What a queue's workers do."""
 
     command: list[str]  # the batch script and what it is called with
-    cells: list[int]
+    tasks: str  # by lib.run.task.freeze
     label: str
     gpus: int  # a task
     workers: int
+    after: list[str] = field(default_factory=list)  # queues whose end is waited for
 
 
 @dataclass(frozen=True)
@@ -72,93 +80,169 @@ def start(folder: Path, job: str, plan: Plan, env: dict[str, str], held: int) ->
     raise UserError(f"the local workers did not start; see {queue / 'dispatcher.log'}")
 
 
-def dispatch(queue: Path, held: int) -> None:
-    """Start one worker a free GPU (the site's throttle where a task needs none) and wait for them."""
+def dispatch(folder: Path, held: int) -> None:
+    """Start the workers of a queue, once those that it waits for have ended, and wait for them."""
     from submitit.local.local import LocalExecutor
 
-    plan = read_plan(queue)
-    write_json(queue / "dispatcher.json", asdict(Dispatcher(os.getpid(), pid_started(os.getpid()), HOST)))
+    plan, queue = read_plan(folder), Queue(folder, "")
+    write_json(folder / "dispatcher.json", asdict(Dispatcher(os.getpid(), pid_started(os.getpid()), HOST)))
     os.close(held)
-    gpus = free_gpus(plan.gpus) if plan.gpus else [""] * plan.workers
-    executor = LocalExecutor(queue / "submitit")
+    while any(map(is_alive, map(Path, plan.after))) and not queue.cancelled:
+        time.sleep(LOOK_SECONDS)
+    executor = LocalExecutor(folder / "submitit")
     executor.update_parameters(timeout_min=FOREVER_MIN, stderr_to_stdout=True)
-    jobs = [executor.submit(work, str(queue), gpu) for gpu in gpus[: len(plan.cells)]]
-    failed = [cell for job in jobs for cell in job.result()]
-    print(f"all workers have ended; cells that failed: {failed or 'none'}", flush=True)
+    tasks = frozen(folder.parent.parent, plan.tasks).indices
+    workers = range(min(len(tasks), plan.workers))
+    jobs = [executor.submit(work, str(folder), f"worker-{number}") for number in workers]
+    failed = sorted(index for job in jobs for index in job.result())
+    print(f"all workers have ended; tasks that failed: {failed or 'none'}", flush=True)
 
 
-def work(queue_path: str, gpu: str) -> list[int]:
-    """Take cells until none is left; returns those that failed."""
-    queue = Path(queue_path)
-    plan = read_plan(queue)
+def work(folder: str, worker: str) -> list[int]:
+    """Take tasks until none is left; returns those that failed."""
+    queue = Queue(Path(folder), worker)
+    plan = read_plan(queue.folder)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; a worker must be able to end
-    failed = []
-    for index in plan.cells:
-        if (queue / "cancelled").exists():
-            break
-        try:
-            (queue / f"cell-{index}").mkdir()  # exactly one worker succeeds
-        except FileExistsError:
-            continue
-        log = ROOT / "slurm" / "logs" / f"{plan.label}-{queue.name}_{index}.out"
-        env = {**os.environ, "SUITE_LOG": str(log), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_SUBMIT_DIR": str(ROOT)}
-        env["CUDA_VISIBLE_DEVICES"] = gpu
-        code = REQUEUE
-        with log.open("ab") as out:
-            while code == REQUEUE and not (queue / "cancelled").exists():
-                code = subprocess.call(["bash", *plan.command], cwd=ROOT, env=env, stdout=out, stderr=out)
-        (queue / f"cell-{index}" / "exit").write_text(f"{code}\n")
-        if code:
-            failed.append(index)
+    indices, failed = frozen(queue.folder.parent.parent, plan.tasks).indices, []
+    with leased(plan, queue) as (gpus, leases):
+        while (index := queue.claim(indices)) is not None:
+            code = REQUEUE
+            while code == REQUEUE and not queue.cancelled:
+                code = _run(plan, queue, index, gpus, leases)
+                index = queue.now  # its process may have gone on to a later task
+            queue.ended(index, code)
+            if code != DONE:
+                failed.append(index)
     return failed
 
 
-def free_gpus(per_task: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES values, one for each task that fits beside what runs already."""
+def _run(plan: Plan, queue: Queue, index: int, gpus: str, leases: list[int]) -> int:
+    log = log_of(plan.label, queue.folder.name, index, ROOT)
+    env = {**os.environ, "SUITE_LOG": str(log), "SLURM_ARRAY_TASK_ID": str(index), "SLURM_SUBMIT_DIR": str(ROOT)}
+    env |= {"CUDA_VISIBLE_DEVICES": gpus, "SUITE_QUEUE": str(queue.folder), "SUITE_WORKER": queue.worker}
+    with log.open("ab") as out:  # what it starts holds the leases too: a killed worker's job keeps its GPU
+        return subprocess.call(["bash", *plan.command], cwd=ROOT, env=env, stdout=out, stderr=out, pass_fds=leases)
+
+
+@contextmanager
+def leased(plan: Plan, queue: Queue) -> Iterator[tuple[str, list[int]]]:
+    """CUDA_VISIBLE_DEVICES for one task, and what holds these GPUs; waits for GPUs that are free."""
+    taken: list[socket.socket] = []
+    names: list[str] = []
+    wanted = plan.gpus or 1
+    while len(names) < wanted and not queue.cancelled:
+        for name, lease in _free(plan, queue).items():
+            if len(names) < wanted and (held := _own(lease)):
+                names.append(name)
+                taken.append(held)
+        if len(names) < wanted:
+            for held in taken:
+                held.close()
+            taken, names = [], []
+            time.sleep(LOOK_SECONDS)
+    try:
+        yield ",".join(names) if plan.gpus else "", [held.fileno() for held in taken]
+    finally:
+        for held in taken:
+            held.close()
+
+
+def _free(plan: Plan, queue: Queue) -> dict[str, str]:
+    """Name -> lease of what a task could run on: GPUs that nobody uses, or, where it needs none, the site's slots."""
+    if plan.gpus:
+        return {gpu.index: f"gpu-{gpu.uuid}" for gpu in gpus() if gpu.used_mib < BUSY_MIB}
+    scratch = hashlib.sha256(str(queue.folder.parent.parent.parent).encode()).hexdigest()[:16]
+    return {str(number): f"slot-{os.getuid()}-{scratch}-{number}" for number in range(plan.workers)}
+
+
+def _own(lease: str) -> socket.socket | None:
+    """A name that the kernel gives to one process, and those that it starts, and takes back when they have ended."""
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0hpc-job-suite-{lease}")
+    except OSError:
+        name.close()
+        return None
+    return name
+
+
+@dataclass(frozen=True)
+class Gpu:
+    index: str
+    uuid: str
+    used_mib: int
+
+
+def gpus() -> list[Gpu]:
+    """Those of this box, or of them those in CUDA_VISIBLE_DEVICES. A UserError where nvidia-smi does not say."""
     try:
         out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=30,
             check=True,
         ).stdout
-    except (OSError, subprocess.SubprocessError) as e:
+        rows = [[word.strip() for word in line.split(",")] for line in out.splitlines() if line.strip()]
+        found = [Gpu(index, uuid, int(used)) for index, uuid, used in rows]
+    except (OSError, subprocess.SubprocessError, ValueError) as e:
         raise UserError(
-            f"nvidia-smi does not run here ({e}) and a task needs {per_task} GPU; run.gpus=0 means none"
+            f"nvidia-smi does not say which GPUs there are ({e}); run.gpus=0 means that none is needed"
         ) from None
-    rows = [line.split(",") for line in out.splitlines() if "," in line]
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    free = [i.strip() for i, used in rows if int(used) < BUSY_MIB and (not allowed or i.strip() in allowed.split(","))]
-    if len(free) < per_task:
-        raise UserError(
-            f"{len(free)} of {len(rows)} GPUs are free and a task needs {per_task}; wait, or end what uses them"
-        )
-    return [",".join(free[i : i + per_task]) for i in range(0, len(free) - per_task + 1, per_task)]
+    return [gpu for gpu in found if not allowed or {gpu.index, gpu.uuid} & set(allowed.split(","))]
 
 
-def tasks(folder: Path) -> dict[int, tuple[str, str]]:
-    """Cells in the hands of a living dispatcher: PENDING in its queue, or RUNNING, with the queue's name."""
-    found: dict[int, tuple[str, str]] = {}
+def workers_for(per_task: int, most: int) -> int:
+    """How many tasks this box runs at once; a UserError where it can start none."""
+    if not per_task:
+        return most
+    have = gpus()
+    if len(have) < per_task:
+        raise UserError(f"a task needs {per_task} GPUs and this box has {len(have)}; lower run.gpus")
+    if not any(gpu.used_mib < BUSY_MIB or is_leased(gpu) for gpu in have):
+        used = ", ".join(f"GPU {gpu.index}: {gpu.used_mib} MiB" for gpu in have)
+        raise UserError(f"all GPUs are in somebody's use ({used}); wait, or end what uses them (nvidia-smi)")
+    return max(1, min(most, len(have)) // per_task)
+
+
+def is_leased(gpu: Gpu) -> bool:
+    """By a task of this suite, which will end: a submission queues behind it."""
+    held = _own(f"gpu-{gpu.uuid}")
+    if held:
+        held.close()
+    return held is None
+
+
+def is_alive(queue: Path) -> bool:
+    with suppress(Mistyped):
+        who = parse(Dispatcher, read_json(queue / "dispatcher.json"))
+        return who.host == HOST and pid_started(who.pid) == who.pid_started != ""
+    return False
+
+
+def tasks(folder: Path) -> list[tuple[int, tuple[str, ...], str, str]]:
+    """Tasks in the hands of a living dispatcher: index, cells, PENDING in its queue or RUNNING, the queue's name."""
+    found = []
     for queue in sorted((folder / "queue").glob("local-*")):
-        try:
-            who = parse(Dispatcher, read_json(queue / "dispatcher.json"))
-            plan = parse(Plan, read_json(queue / "plan.json"))
-        except Mistyped:
+        if not is_alive(queue):
             continue
-        alive = who.host == HOST and pid_started(who.pid) == who.pid_started != ""
-        for index in plan.cells if alive else []:
-            claim = queue / f"cell-{index}"
+        try:
+            them = frozen(folder, parse(Plan, read_json(queue / "plan.json")).tasks)
+        except (Mistyped, UserError):
+            continue
+        for index in them.indices:
+            claim, names = queue / f"task-{index}", tuple(them.cells[str(index)])
             if claim.exists() and not (claim / "exit").exists():
-                found[index] = ("RUNNING", queue.name)
+                found.append((index, names, "RUNNING", queue.name))
             elif not claim.exists() and not (queue / "cancelled").exists():
-                found[index] = ("PENDING", queue.name)
+                found.append((index, names, "PENDING", queue.name))
     return found
 
 
 def cancel(folder: Path) -> list[str]:
-    """No worker takes another cell. Returns the queues that were still alive."""
-    names = sorted({name for _, name in tasks(folder).values()})
+    """No worker takes another task. Returns the queues that were still alive."""
+    names = sorted({queue for *_, queue in tasks(folder)})
     for queue in (folder / "queue").glob("local-*"):
         with suppress(OSError):
             (queue / "cancelled").touch()

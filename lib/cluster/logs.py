@@ -3,10 +3,11 @@
 from lib.base.advice import advised
 from lib.base.atomic import disk_errors
 from lib.base.errors import UserError
-from lib.cluster.status import heartbeats, status
-from lib.cluster.submit import Request
+from lib.cluster.send import Request
+from lib.cluster.status import status
 from lib.run.extent import extent
-from lib.run.lifecycle import Beat
+from lib.run.heartbeat import Beat, heartbeats
+from lib.run.parents import made_again, why_blocked
 from lib.store import Cell
 from lib.store.columns import Schema
 from lib.store.markers import set_aside, sweep
@@ -48,14 +49,21 @@ def _tail(cell: Cell, beats: list[Beat], lines: int) -> None:
 def verify(cells: list[Cell], schema: Schema) -> int:
     """Read every byte of every shard; 1 when something does not hold or is missing. What does not hold is set aside:
     a look at names and sizes, which is what `make resume` takes, could not tell it from what does."""
-    wrong = missing = pieces = 0
+    wrong = missing = pieces = unknown = 0
     for cell in cells:
         sweep(cell.path)
         found = extent(cell, deep=True, schema=schema)
         done, bad = [piece for piece, _ in found.pieces], found.bad
         with disk_errors(cell.path):
             set_aside(bad)
-        left = sum(b - a for a, b in found.left)
+        left = sum(b - a for a, b in found.left or [])
+        if found.left is None:
+            unknown += 1
+            print(f"cell {cell.index} ({cell.name}): how many rows it has is not known: {why_blocked(cell)}")
+        for parent in made_again(cell, done):
+            print(
+                f"cell {cell.index} ({cell.name}) was made from an older {parent}: to make it again, delete {cell.path}"
+            )
         pieces, wrong, missing = pieces + len(done), wrong + len(bad), missing + left
         for one in bad:
             name = one.path.name
@@ -68,4 +76,4 @@ def verify(cells: list[Cell], schema: Schema) -> int:
         f"{pieces} pieces hold, {wrong} do not, {missing} rows are not done"
         + (advised("; run `make resume`") if missing else "")
     )
-    return int(bool(wrong or missing))
+    return int(bool(wrong or missing or unknown))

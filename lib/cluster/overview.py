@@ -6,8 +6,9 @@ from pathlib import Path
 from lib.base.advice import spoken
 from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
-from lib.cluster.status import Status, Submission, status, submissions
-from lib.cluster.submit import Request
+from lib.cluster.live import Submission, submissions
+from lib.cluster.send import Request
+from lib.cluster.status import Status, status
 from lib.run.command import Load
 from lib.run.site import ROOT, Site
 

@@ -1,52 +1,81 @@
-"""What an experiment will take, before it is submitted: shards, rows, bytes and GPU-hours, cell by cell."""
+"""What an experiment will take, before it is submitted: rows, shards, bytes, seconds and GPU-hours, cell by cell."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.run.experiment import Experiment
-from lib.run.extent import extent
+from lib.run.experiment import TFLOPS, Estimate, Experiment
+from lib.run.extent import Extent, extent
 from lib.store import Cell, plan_shards
-
-# bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the
-# 0.80 of its own that the H200 reached. cpu: float32 on two cores.
-TFLOPS = {"h200": 790.0, "b200": 1800.0, "h100": 790.0, "a100": 250.0, "cpu": 0.08}
 
 
 @dataclass(frozen=True)
 class CellPlan:
     cell: Cell
-    rows: int  # to do
+    found: Extent
     shards: list[tuple[int, int]]  # to do
-    bytes: int  # of the whole cell, before compression
-    gpu_hours: float
+    estimate: Estimate | None  # of the whole cell
+
+    @property
+    def rows(self) -> int | None:
+        """To do."""
+        return None if self.found.left is None else sum(b - a for a, b in self.found.left)
+
+    @property
+    def bytes(self) -> int | None:
+        """Of the whole cell, before compression."""
+        return self.estimate.bytes if self.estimate else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Computing what is to do, on one GPU."""
+        if self.found.whole or self.estimate is None:
+            return 0.0 if self.found.whole else None
+        share = 1.0 if self.rows is None else self.rows / max(self.cell.total, 1)
+        return self.estimate.seconds * share
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds / 3600
 
 
-def plan(experiment: Experiment, cells: list[Cell], cache: Path, gpu: str) -> list[CellPlan]:
-    rate = TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * experiment.share
-    plans, schema = [], experiment.schema(cache)
-    for cell, cost in zip(cells, experiment.costs(cache), strict=True):
-        missing = extent(cell).left
-        rows = sum(b - a for a, b in missing)
-        width = sum(c.value_bytes * (cost.values if c.per else 1) for c in schema.values())
-        hours = rows * cost.flops / rate / 3600
-        shards = plan_shards(missing, experiment.shard_rows(cache, cell.name))
-        plans.append(CellPlan(cell, rows, shards, round(width * cell.rows), hours))
+def plan(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -> list[CellPlan]:
+    plans = []
+    for cell in cells:
+        found = extent(cell)
+        shards = plan_shards(found.left or [], experiment.shard_rows(cache, cell.name))
+        plans.append(CellPlan(cell, found, shards, experiment.estimate(cache, cell, gpu)))
     return plans
+
+
+def estimates(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -> dict[str, float]:
+    """Seconds of the cells that can be estimated."""
+    known = ((cell.name, experiment.estimate(cache, cell, gpu)) for cell in cells if cell.rows is not None)
+    return {name: found.seconds for name, found in known if found}
 
 
 def table(plans: list[CellPlan], gpu: str, share: float) -> str:
     line = "{:>4}  {:<14} {:>9} {:>8} {:>7} {:>10} {:>10}"
     lines: list[str] = [line.format("cell", "name", "rows", "to do", "shards", "bytes", "GPU-hours")]
     for p in plans:
-        values = (p.cell.index, p.cell.name, p.cell.rows, p.rows, len(p.shards), si(p.bytes), f"{p.gpu_hours:.3f}")
-        lines.append(line.format(*values))
-    rows, todo, shards = sum(p.cell.rows for p in plans), sum(p.rows for p in plans), sum(len(p.shards) for p in plans)
-    hours = sum(p.gpu_hours for p in plans)
-    lines.append(line.format("", "all", rows, todo, shards, si(sum(p.bytes for p in plans)), f"{hours:.3f}"))
+        values = (_or(p.cell.rows), _or(p.rows), len(p.shards), _or(p.bytes, si), _or(p.gpu_hours, "{:.3f}".format))
+        lines.append(line.format(p.cell.index, p.cell.name, *values))
+    sums = [_sum([p.cell.rows for p in plans]), _sum([p.rows for p in plans]), sum(len(p.shards) for p in plans)]
+    sums += [_sum([p.bytes for p in plans], si), _sum([p.gpu_hours for p in plans], "{:.3f}".format)]
+    lines.append(line.format("", "all", *sums))
     lines.append(
         f"GPU-hours: arithmetic at {share:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
     )
     return "\n".join(lines)
+
+
+def _or(value: float | None, form: Callable[[float], str] = str) -> str:
+    return "?" if value is None else form(value)
+
+
+def _sum(values: Sequence[float | None], form: Callable[[float], str] = str) -> str:
+    known = [value for value in values if value is not None]
+    return form(sum(known)) + ("+?" if len(known) < len(values) else "")
 
 
 def si(n: float) -> str:

@@ -13,9 +13,7 @@ def table(s: Status, config: str, targets: tuple[str, str], width: int = 160) ->
         COLUMNS.format("cell", "name", "state", "rows", "%", "rows/s", "eta", "elapsed", "job", "note").rstrip()
     )
     shown = (
-        s.cells
-        if len(s.cells) <= MANY
-        else [c for c in s.cells if c.state in ("running", "failed", "stale", "unknown")][:MANY]
+        s.cells if len(s.cells) <= MANY else [c for c in s.cells if c.state not in ("done", "pending", "todo")][:MANY]
     )
     lines += [_line(c)[:width].rstrip() for c in shown]
     if len(shown) < len(s.cells):
@@ -41,14 +39,14 @@ def totals(s: Status) -> list[str]:
     left = "" if s.gpu_hours_left is None else f", {s.gpu_hours_left:.2f} left"
     if s.inputs_note:
         speed = "how many to do is not known"
-    elif s.done >= s.rows:
+    elif s.done >= s.rows and not s.unknown:
         speed = "complete"
     elif s.eta_s is not None:
         speed = f"{s.rows_per_s:.4g} rows/s, eta {clock(s.eta_s)}"
     else:
         speed = "loading" if s.counts["running"] else "nothing is running"
     return [
-        f"cells: {counts}    rows: {s.done:,} of {s.rows:,} ({percent:.1f}%)    {speed}",
+        f"cells: {counts}    rows: {s.done:,} of {s.rows:,}{'+?' * bool(s.unknown)} ({percent:.1f}%)    {speed}",
         f"GPU-hours: {s.gpu_hours_used:.2f} used{left}",
     ]
 
@@ -58,8 +56,8 @@ def _line(c: CellState) -> str:
     eta = clock(c.eta_s) if c.eta_s is not None else "-"
     elapsed = clock(c.elapsed_s) if c.elapsed_s is not None else "-"
     note = " ".join(filter(None, [c.node if c.state == "running" else "", c.max_rss, c.note.replace("\n", " ")]))
-    percent = f"{100 * c.done // max(c.rows, 1)}%"
-    rows = f"{c.done:,}/{c.rows:,}" if c.rows else f"{c.done:,}/?"
+    percent = "?" if c.rows is None else f"{100 * c.done // max(c.rows, 1)}%"
+    rows = f"{c.done:,}/?" if c.rows is None else f"{c.done:,}/{c.rows:,}"
     return COLUMNS.format(c.index, c.name, c.state, rows, percent, rate, eta, elapsed, c.job or "-", note)
 
 
@@ -72,14 +70,16 @@ def next_steps(s: Status, config: str, targets: tuple[str, str]) -> list[str]:
     look = next((c for c in s.cells if c.state in ("failed", "stale")), None)
     if look:
         steps.append(f"make logs{tail} TASK={look.index}")
+    held = sorted({c.job for c in s.cells if c.state == "held"})
+    steps += [f"scontrol release {job}" for job in held[:3]]
     if s.queue_note:  # to submit without knowing what runs is refused
         steps.append(f"make status{tail}")
-    elif s.counts["failed"] or s.counts["stale"] or (s.counts["todo"] and s.done):
+    elif any(s.counts[state] for state in ("failed", "stale", "cancelled")) or (s.counts["todo"] and s.done):
         steps.append(f"make resume{tail}")
     elif s.counts["todo"]:
         steps.append(f"make {submit}{tail}")
     if not s.queue_note and (s.counts["running"] or s.counts["pending"]):
         steps.append(f"make status{tail} WATCH=1")
-    if s.done >= s.rows and not s.inputs_note:
+    if s.done >= s.rows and not s.inputs_note and not s.unknown:
         steps.append(f"make {results}{tail}")
     return steps

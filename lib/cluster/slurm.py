@@ -22,6 +22,12 @@ class Queued:
     reason: str
     node: str
     name: str
+    cells: tuple[str, ...] = ()  # that share the task
+
+    @property
+    def held(self) -> bool:
+        """It waits for somebody to release it, for ever: Slurm does this by itself, after a launch that failed."""
+        return self.state == "PENDING" and ("held" in self.reason.lower() or self.reason.startswith("JobHold"))
 
     @property
     def id(self) -> str:
@@ -100,8 +106,8 @@ def parse_queue(out: str) -> list[Queued]:
         fields = [field.strip() for field in record.split(FIELD)]
         if len(fields) != len(FIELDS) or not all(map(re.fullmatch, FIELDS, fields)):
             raise unreadable("squeue")
-        array, index, *rest = fields
-        tasks.append(Queued(array, int(index) if index.isdigit() else None, *rest))
+        array, index, state, reason, node, name = fields
+        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name))
     return tasks
 
 

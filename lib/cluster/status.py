@@ -2,36 +2,32 @@
 
 Markers and squeue are the truth; sacct explains."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lib.base.atomic import read_json
 from lib.base.errors import UserError
-from lib.base.process import HOST, pid_started
-from lib.base.typed import Mistyped, parse
-from lib.cluster import local, slurm
+from lib.cluster import slurm
+from lib.cluster.live import Ask, cancelled_at, is_alive, local_tasks, slurm_tasks
 from lib.run.extent import extent
-from lib.run.lifecycle import Beat
+from lib.run.heartbeat import Beat, heartbeats
+from lib.run.parents import made_again, why_blocked
 from lib.store import Cell, Marker, Piece
 from lib.store.markers import counted
 
-WHOLE = "[!.]*.json"  # a hidden one is being written, or its writer was killed
-STATES = ("done", "running", "pending", "failed", "stale", "unknown", "todo")
-Ask = Callable[[], list[slurm.Queued]]
-UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
-FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
+# blocked: what it reads from is not done, and nobody works on it. held: Slurm waits for `scontrol release`.
+STATES = ("done", "running", "pending", "failed", "stale", "unknown", "held", "blocked", "cancelled", "todo")
+LOG_TAIL = 4096  # bytes in which a log's last line is looked for
 
 
 @dataclass
 class CellState:
     index: int
     name: str
-    rows: int
+    rows: int | None
     done: int
     state: str = "todo"  # one of STATES
     shards: int = 0
@@ -57,7 +53,8 @@ class Status:
     queue_note: str = ""  # why the queue could not be asked
     inputs_note: str = ""  # why it is not known how many rows there are
     older: int = 0
-    rows: int = 0
+    rows: int = 0  # as far as known
+    unknown: int = 0  # cells of which it is not known how many rows they have
     done: int = 0
     rows_per_s: float = 0.0
     eta_s: float | None = None
@@ -69,110 +66,30 @@ class Status:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What a record of a submission says, as far as anything relies on it."""
-
-    job: str
-    array: str = ""
-    config: str = ""
-    overrides: list[str] = field(default_factory=list)
-    time: float = 0.0
-
-
-def run_folder(cells: list[Cell]) -> Path:
-    return cells[0].path.parent.parent
-
-
-def heartbeats(folder: Path) -> dict[str, list[Beat]]:
-    """Attempts by cell name, oldest first."""
-    found: dict[str, list[Beat]] = {}
-    for path in sorted((folder / "tasks").glob(WHOLE)):
-        with suppress(Mistyped):
-            beat = replace(parse(Beat, read_json(path)), attempt=path.stem)
-            found.setdefault(beat.cell, []).append(beat)
-    for beats in found.values():
-        beats.sort(key=lambda b: b.started)
-    return found
-
-
-def submissions(folder: Path) -> list[Submission]:
-    found = []
-    for path in sorted((folder / "submissions").glob(WHOLE)):
-        with suppress(Mistyped):
-            found.append(parse(Submission, read_json(path)))
-    return sorted(found, key=lambda s: s.time)
-
-
-def arrays_of(label: str, folder: Path, queue: Iterable[slurm.Queued]) -> set[str]:
-    """Ids of the arrays that belong to an experiment: submitted by us, seen at work, or queued under its name."""
-    known = {s.job for s in submissions(folder) if s.job.isdigit()}
-    known |= {b.job.partition("_")[0] for beats in heartbeats(folder).values() for b in beats if b.job}
-    return known | {task.array for task in queue if task.name == label}
-
-
-def is_alive(beat: Beat) -> bool:
-    """Whether an attempt without Slurm still runs."""
-    if beat.state not in ("starting", "running"):
-        return False
-    if beat.host == HOST:
-        return bool(beat.pid_started) and pid_started(beat.pid) == beat.pid_started
-    return time.time() - beat.updated < FAR_HOST_SECONDS
-
-
-def live_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
-    """Queued or running tasks of this experiment, by cell index. A UserError when Slurm does not say."""
-    return local_tasks(label, cells) | slurm_tasks(label, run_folder(cells))
-
-
-def local_tasks(label: str, cells: list[Cell]) -> dict[int, slurm.Queued]:
-    """Those of the workers of this box, and what runs without Slurm."""
-    folder, found = run_folder(cells), {}
-    for index, (state, job) in local.tasks(folder).items():
-        reason = "waiting for a worker" if state == "PENDING" else ""
-        found[index] = slurm.Queued(job, index, state, reason, HOST, label)
-    beats = heartbeats(folder)
-    for cell in cells:
-        last = beats[cell.name][-1] if cell.name in beats else None
-        if last and last.digest == cell.digest and not last.job and is_alive(last):
-            found[cell.index] = slurm.Queued(f"pid {last.pid}", None, "RUNNING", "", last.host, label)
-    return found
-
-
-def slurm_tasks(label: str, folder: Path, ask: Ask | None = None) -> dict[int, slurm.Queued]:
-    if not slurm.has_slurm():
-        return {}
-    queue = (ask or slurm.queue)()
-    mine = arrays_of(label, folder, queue)
-    tasks = sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING")
-    return _unseen(label, folder, queue) | {t.index: t for t in tasks if t.index is not None}
-
-
-def _unseen(label: str, folder: Path, queue: list[slurm.Queued]) -> dict[int, slurm.Queued]:
-    """What was just submitted, and is neither in the queue nor known to have ended."""
-    shown = {task.array for task in queue}
-    found = {}
-    for record in submissions(folder):
-        job, young = record.job, time.time() - record.time < UNSEEN_SECONDS
-        if young and job.isdigit() and job not in shown and not slurm.known(job):
-            for index in slurm.parse_array(record.array, sys.maxsize):
-                found[index] = slurm.Queued(job, index, "PENDING", "just submitted", "", label)
-    return found
-
-
-def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", ask: Ask | None = None) -> Status:
+def status(
+    label: str,
+    cells: Sequence[Cell],
+    gpus: int = 1,
+    inputs_note: str = "",
+    ask: Ask | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Status:
     """Everything about one experiment, in one pass over its markers. `ask`: a queue that several share; nothing is then
-    asked of sacct."""
-    folder = run_folder(cells)
-    queue_note, live, beats = "", local_tasks(label, cells), heartbeats(folder)
+    asked of sacct. `seconds`: what cells take by their estimates."""
+    folder = cells[0].folder
+    queue_note, live, beats = "", local_tasks(cells), heartbeats(folder)
     try:
-        live |= slurm_tasks(label, folder, ask)
+        live |= slurm_tasks(cells, ask)
     except UserError as e:
         queue_note = str(e)
     with ThreadPoolExecutor(2) as pool:
         ids = {b.job.partition("_")[0] for bs in beats.values() for b in bs if b.job}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
-        states = [_cell_state(cell, live.get(cell.index), beats.get(cell.name, [])) for cell in cells]
+        cancelled = cancelled_at(folder)
+        states = [
+            _cell_state(cell, live.get(cell.name), beats.get(cell.name, []), cancelled, (seconds or {}).get(cell.name))
+            for cell in cells
+        ]
         for state in states:
             if queue_note and state.state == "stale" and state.job:
                 state.state, state.note = "unknown", "its last word was that it runs"
@@ -184,38 +101,76 @@ def status(label: str, cells: list[Cell], gpus: int = 1, inputs_note: str = "", 
     return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 
-def _cell_state(cell: Cell, task: slurm.Queued | None, beats: list[Beat]) -> CellState:
+def _cell_state(
+    cell: Cell, task: slurm.Queued | None, beats: list[Beat], cancelled: float, seconds: float | None
+) -> CellState:
     found = extent(cell)
-    done, bad, left = [piece for piece, _ in found.pieces], found.bad, sum(b - a for a, b in found.left)
+    done, bad = [piece for piece, _ in found.pieces], found.bad
+    left = None if found.left is None else sum(b - a for a, b in found.left)
     beats = [b for b in beats if b.digest == cell.digest]
     last = beats[-1] if beats else None
-    state = CellState(cell.index, cell.name, cell.rows, cell.rows - left, shards=len(done), broken=len(bad))
-    if not cell.rows:
-        state.done = sum(rows for _, rows in found.pieces)
+    reached = found.done if cell.rows is None or left is None else cell.rows - left
+    state = CellState(cell.index, cell.name, cell.rows, reached, shards=len(done), broken=len(bad))
     state.unscored = sum(m.unscored for m in done if isinstance(m, Marker))
     state.apart = int(counted(done, "rows_apart"))
     state.gpu_hours = sum(m.seconds * m.made.gpus for m in done) / 3600
     state.rows_per_s = _rate(found.pieces, last)
     if last:
         state.job, state.node, state.log = last.job, last.node, last.log
-    if not left and (cell.rows or (last and last.state == "done")):
-        state.state = "done"
-    elif task and task.state == "PENDING":
-        state.state, state.job, state.note = "pending", task.id, task.reason
-    elif task:
-        state.state, state.job, state.node = "running", task.id, task.node or state.node
-        state.note = task.state.lower() if task.state != "RUNNING" else ""
-    elif last and last.state == "failed":
-        state.state, state.note = "failed", last.error
-    elif last and last.state == "terminated":
-        state.state, state.note = "failed", f"stopped by {last.error or 'a signal'}"
-    elif last:
-        state.state, state.note = "stale", "ended without a word" if last.state != "requeue" else "was not requeued"
-    if state.state == "running" and state.rows_per_s:
-        state.eta_s = left / state.rows_per_s
+        if not last.job:
+            state.elapsed_s = round((time.time() if is_alive(last) else last.updated) - last.started)
+    whole = found.whole or bool(left is None and not cell.parents and last and last.state == "done")
+    state.state, state.note = ("done", "") if whole else _state(cell, task, last, cancelled)
+    if task and not whole:
+        state.job, state.node = task.id, task.node or state.node
+    if state.state == "running" and left is not None:
+        whole_s = cell.total / state.rows_per_s if state.rows_per_s else seconds
+        state.eta_s = None if whole_s is None else whole_s * left / max(cell.total, 1)
+    if again := made_again(cell, done) if whole else []:
+        state.note = f"made from an older {', '.join(again)}; to make it again delete {cell.path} and submit it"
     broken = f"{bad[0].path.name}: {bad[0].reason}" if bad and state.state != "done" else ""
     state.note = "; ".join(filter(None, [state.note, broken, _retired(found.retired)]))
     return state
+
+
+def _state(cell: Cell, task: slurm.Queued | None, last: Beat | None, cancelled: float) -> tuple[str, str]:
+    """(state, note) of a cell that is not done."""
+    if task and task.held:
+        return "held", f"{task.reason}; it waits for ever: scontrol release {task.id}"
+    if task and task.state == "PENDING":
+        return "pending", task.reason
+    if task and (len(task.cells) < 2 or (last and _in_hand(last, task))):
+        return "running", task.state.lower() if task.state != "RUNNING" else ""
+    if task and not (last and last.job == task.id and last.state in ("failed", "blocked")):
+        return "pending", f"in turn, in the task of {task.cells[0]}"
+    if why := why_blocked(cell):
+        return "blocked", why
+    if last is None or last.state == "blocked":
+        return "todo", ""
+    if last.state == "failed":
+        return "failed", last.error
+    if last.state == "terminated":
+        was_meant = last.started < cancelled <= last.updated
+        return ("cancelled", "") if was_meant else ("failed", f"stopped by {last.error or 'a signal'}")
+    return "stale", "was not requeued" if last.state == "requeue" else _last_line(last.log)
+
+
+def _in_hand(last: Beat, task: slurm.Queued) -> bool:
+    """Whether this cell is the one that its task is at."""
+    return last.state in ("starting", "running") and (last.job == task.id if last.job else is_alive(last))
+
+
+def _last_line(log: str) -> str:
+    """Of the log of an attempt that did not say how it ended; a full scratch, say, takes no heartbeat, but the log may
+    lie elsewhere."""
+    with suppress(OSError):
+        with Path(log or "/dev/null").open("rb") as f:
+            f.seek(-min(LOG_TAIL, f.seek(0, 2)), 2)
+            lines = [line.strip() for line in f.read().decode(errors="replace").splitlines()]
+        said = next((line for line in reversed(lines) if line), "")
+        if said:
+            return f"ended without a word; its log ends: {said[:200]}"
+    return "ended without a word"
 
 
 def _rate(done: list[tuple[Piece, int]], last: Beat | None) -> float:
@@ -234,12 +189,15 @@ def _explain(state: CellState, accounts: dict[str, slurm.Account]) -> None:
     account = accounts.get(state.job)
     if account:
         state.elapsed_s, state.max_rss = account.elapsed, account.max_rss
-        if state.state in ("stale", "failed") and account.state not in ("RUNNING", "COMPLETED", "PENDING"):
+        if state.state in ("stale", "failed") and account.state == "CANCELLED":
+            state.state, state.note = "cancelled", ""
+        elif state.state in ("stale", "failed") and account.state not in ("RUNNING", "COMPLETED", "PENDING"):
             state.note = f"{account.state} (sacct); {state.note}".rstrip("; ")
 
 
 def _total(s: Status, gpus: int) -> Status:
-    s.rows, s.done = sum(c.rows for c in s.cells), sum(c.done for c in s.cells)
+    s.rows, s.done = sum(c.rows or 0 for c in s.cells), sum(c.done for c in s.cells)
+    s.unknown = sum(c.rows is None for c in s.cells)
     s.counts = {k: sum(c.state == k for c in s.cells) for k in STATES}
     s.gpu_hours_used = sum(c.gpu_hours for c in s.cells)
     s.rows_per_s = sum(c.rows_per_s for c in s.cells if c.state == "running")
@@ -256,4 +214,4 @@ def missing_cells(s: Status) -> list[int]:
     """Cells that nobody has finished, works on or waits for; a UserError where that is not known."""
     if s.queue_note:
         raise UserError(f"nothing is submitted, since what runs is not known: {s.queue_note}")
-    return [c.index for c in s.cells if c.state in ("failed", "stale", "todo")]
+    return [c.index for c in s.cells if c.state in ("failed", "stale", "cancelled", "todo")]

@@ -3,79 +3,37 @@
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import asdict, replace
 
-from lib.base.advice import advised, spoken
+from lib.base.advice import advised
 from lib.base.atomic import write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.cluster import local, slurm
+from lib.cluster.arrays import Array, Parents, arrays_of, shares
+from lib.cluster.live import Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
 from lib.cluster.lock import submitting
+from lib.cluster.plan import CellPlan, table
 from lib.cluster.plan import plan as plan_of
-from lib.cluster.plan import table
-from lib.cluster.status import arrays_of, heartbeats, is_alive, live_tasks, missing_cells, status
-from lib.run.command import digest_of_all
-from lib.run.experiment import Experiment
-from lib.run.site import ROOT, Site
-from lib.store import Cell
-
-
-@dataclass(frozen=True)
-class Request:
-    experiment: Experiment
-    config: Path
-    overrides: Sequence[str]
-    site: Site
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """A UserError names an input that is not fetched."""
-        return self.experiment.cells(self.site.cache, self.site.scratch)
-
-    def cells_or_names(self) -> tuple[list[Cell], str]:
-        """The cells; where inputs are not fetched, what is known of them without, and what is missing."""
-        try:
-            return self.cells, ""
-        except UserError as e:
-            last = {name: beats[-1].digest for name, beats in heartbeats(self.folder).items()}
-            found = []
-            for index, name in enumerate(self.experiment.names()):
-                digest = last.get(name, "")
-                found.append(Cell(index, name, 0, digest, self.folder / "cells" / f"{name}-{digest[:8]}"))
-            return found, str(e)
-
-    @property
-    def folder(self) -> Path:
-        return self.site.scratch / self.experiment.label
-
-    @property
-    def spoken(self) -> str:
-        """How this experiment is named to make."""
-        return spoken(self.config, self.overrides)
-
-
-def sbatch_command(r: Request, indices: list[int], throttle: int, digest: str) -> list[str]:
-    """Flags win over SBATCH_* variables, which win over the script's #SBATCH lines."""
-    array = f"{slurm.format_array(indices)}%{throttle}"
-    flags = [f"--array={array}", f"--job-name={r.experiment.label}"]
-    if r.experiment.run.gpus > 1:  # the batch file asks for one
-        flags.append(f"--gpus-per-node={r.experiment.run.gpus}")
-    return ["sbatch", "--parsable", *flags, *_script(r, digest)]
-
-
-def _script(r: Request, digest: str) -> list[str]:
-    """The batch script and what it is called with; --expect stops a task whose configuration or inputs were edited."""
-    script = f"slurm/{r.experiment.job}.sbatch"
-    if r.config.suffix != ".yaml":
-        raise UserError(f"{r.config}: the batch script knows a configuration by its name's end; call it *.yaml")
-    return [script, str(r.config), f"--expect={digest[:16]}", *r.overrides]
+from lib.cluster.send import (
+    Request,
+    by_hand,
+    longest_minutes,
+    sbatch,
+    sbatch_command,
+    script,
+    start_local,
+    why_by_hand,
+)
+from lib.cluster.status import missing_cells, status
+from lib.run.experiment import Needs
+from lib.run.extent import Extent, extent
+from lib.run.heartbeat import heartbeats
+from lib.run.site import ROOT
+from lib.run.task import freeze
 
 
 def submit(r: Request, array: str, dry: bool) -> None:
@@ -85,19 +43,16 @@ def submit(r: Request, array: str, dry: bool) -> None:
         return show(r, wanted, throttle)
     cells = r.cells
     with submitting(r.folder) as held:
-        queued = live_tasks(r.experiment.label, cells)
-        busy = sorted(set(queued) & set(wanted))
+        queued = live_tasks(cells)
+        busy = [i for i in wanted if cells[i].name in queued]
         if busy:
-            jobs = ", ".join(sorted({queued[i].array for i in busy}))
+            jobs = ", ".join(sorted({queued[cells[i].name].array for i in busy}))
             print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
-        todo = {p.cell.index for p in plan_of(r.experiment, cells, r.site.cache, r.site.gpu) if p.rows}
-        indices = [i for i in wanted if i in todo and i not in busy]
-        finished = [i for i in wanted if i not in todo]
+        finished = [i for i in wanted if extent(cells[i]).whole]
         if finished:
             print(f"cells {slurm.format_array(finished)} are done: left out")
-        if indices:
-            return _send(r, indices, throttle, held)
-    print("nothing to submit")
+        if not _send(r, [i for i in wanted if i not in {*busy, *finished}], throttle, queued, held):
+            print("nothing to submit")
     return None
 
 
@@ -106,118 +61,140 @@ def resume(r: Request, array: str, dry: bool) -> None:
     wanted, throttle = chosen(r, array)
     cells = r.cells
     with nullcontext(-1) if dry else submitting(r.folder) as held:
-        missing = missing_cells(status(r.experiment.label, cells, r.experiment.run.gpus))
-        indices = [i for i in missing if i in wanted]
-        if not indices:
-            which = f" of {array}" if array else ""
-            print(f"nothing to resume: every cell{which} is done, running or waiting")
-        elif dry:
+        now = status(r.experiment.label, cells, r.experiment.run.gpus)
+        indices = [i for i in missing_cells(now) if i in wanted]
+        for state in (c for c in now.cells if c.index in wanted and c.state in ("held", "blocked")):
+            print(f"cell {state.index} ({state.name}) is {state.state}: {state.note}")
+        if dry and indices:
             show(r, indices, throttle)
-        else:
-            _send(r, indices, throttle, held)
+        elif not indices or not _send(r, indices, throttle, live_tasks(cells), held):
+            which = f" of {array}" if array else ""
+            print(f"nothing to resume: every cell{which} is done, running, waiting or named above")
 
 
-def chosen(r: Request, array: str) -> tuple[list[int], int]:
-    """The cells that ARRAY names, all without it, and how many of them may run at once."""
+def chosen(r: Request, array: str) -> tuple[list[int], int | None]:
+    """The cells that ARRAY names, all without it, and how many tasks may run at once, where it says so."""
     count = len(r.experiment.names())
-    return slurm.parse_array(array or f"0-{count - 1}", count), slurm.throttle_of(array) or r.site.throttle
+    return slurm.parse_array(array or f"0-{count - 1}", count), slurm.throttle_of(array)
 
 
-def _send(r: Request, indices: list[int], throttle: int, held: int) -> None:
+def batches(r: Request, indices: list[int], after: Mapping[str, frozenset[str]]) -> list[Array]:
+    plans = plan_of(r.experiment, [r.cells[i] for i in indices], r.site.cache, r.site.gpu)
+    return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r))
+
+
+def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live) -> list[int]:
+    """Tasks of each array that may run at the same time, beside what of this experiment runs already."""
+    if throttle:
+        return shares([replace(array, needs=Needs(0)) for array in arrays], throttle)
+    tasks = {(task.array, task.index) for task in queued.values()}
+    records = {record.job: record for record in submissions(r.folder)}
+    busy = 0
+    for job in {array for array, _ in tasks}:
+        count = sum(array == job for array, _ in tasks)
+        record = records.get(job)
+        busy += min(count, record.at_once) * max(record.gpus, 1) if record else count
+    return shares(arrays, max(1, r.site.throttle - busy))
+
+
+def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, held: int) -> bool:
+    """False where nothing is left to submit."""
+    indices, after = _waits(r, indices)
+    if not indices:
+        return False
+    if by_hand(r):
+        print("\n".join([why_by_hand(r), *(f"next: {command}" for command in by_hand(r, indices))]))
+        return True
+    arrays, first = batches(r, indices, after), True
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued), strict=True):
+        name = freeze(r.folder, array.cells)
+        start = sbatch if slurm.has_slurm() else start_local
+        job = start(r, array, tasks, name, held)
+        record = Submission(
+            job=job,
+            array=slurm.format_array(array.indices),
+            tasks=name,
+            config=str(r.config),
+            overrides=list(r.overrides),
+            at_once=tasks,
+            gpus=array.needs.gpus,
+            time=time.time(),
+        )
+        write_json(r.folder / "submissions" / f"{job}.json", {**asdict(record), "site": r.site.name})
+        where = "Slurm job" if slurm.has_slurm() else "no Slurm here: local workers"
+        waits = f", after {', '.join(sorted(map(str, array.after)))}" if array.after else ""
+        print(f"{where} {job}: cells {_named(array)} of {r.experiment.label}{waits}")
+        if first:
+            print("\n".join(f"next: {command}" for command in _next(r, job, array)))
+        first = False
+    return True
+
+
+def _named(array: Array) -> str:
+    cells = slurm.format_array(one.cell.index for task in array.tasks for one in task)
+    count = len(array.tasks)
+    return cells if all(len(task) == 1 for task in array.tasks) else f"{cells} in {count} task{'s' * (count > 1)}"
+
+
+def _next(r: Request, job: str, array: Array) -> list[str]:
     if slurm.has_slurm():
-        job = _sbatch(r, indices, throttle, held)
-        three = [
-            f"squeue -j {job}",
-            f"make status {r.spoken}",
-            f"sacct -j {job} --format=JobID,State,Elapsed,MaxRSS",
-        ]
-    else:
-        job = _start_local(r, indices, held)
-        three = [
-            f"make status {r.spoken}",
-            f"make logs {r.spoken} TASK={indices[0]}",
-            f"make cancel {r.spoken}",
-        ]
-    record = {
-        "job": job,
-        "array": slurm.format_array(indices),
-        "label": r.experiment.label,
-        "config": str(r.config),
-        "overrides": list(r.overrides),
-        "digest": digest_of_all(r.cells),
-        "site": r.site.name,
-        "time": time.time(),
-    }
-    write_json(r.folder / "submissions" / f"{job}.json", record)
-    where = "Slurm job" if slurm.has_slurm() else "no Slurm here: local workers"
-    print(f"{where} {job}: cells {slurm.format_array(indices)} of {r.experiment.label}")
-    print("\n".join(f"next: {command}" for command in three))
+        return [f"squeue -j {job}", f"make status {r.spoken}", f"sacct -j {job} --format=JobID,State,Elapsed,MaxRSS"]
+    return [f"make status {r.spoken}", f"make logs {r.spoken} TASK={array.indices[0]}", f"make cancel {r.spoken}"]
 
 
-def _start_local(r: Request, indices: list[int], held: int) -> str:
-    job = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    script, *arguments = _script(r, digest_of_all(r.cells))
-    label, gpus = r.experiment.label, r.experiment.run.gpus
-    plan = local.Plan([script, *arguments], indices, label, gpus, workers=r.site.throttle)
-    local.start(r.folder, job, plan, slurm.clean_environment(r.site.env), held)
-    return job
+def _waits(r: Request, indices: list[int]) -> tuple[list[int], dict[str, frozenset[str]]]:
+    """The cells that can be submitted, and what each has to wait for; the others are said."""
+    parents, after, left_out = Parents(), {}, {}
+    for cell in (r.cells[i] for i in indices):
+        try:
+            after[cell.name] = parents.waited_for(cell)
+        except UserError as e:
+            left_out[cell.index] = str(e)
+    for index, why in left_out.items():
+        print(f"cell {index} ({r.cells[index].name}) is left out: {why}")
+    return [i for i in indices if i not in left_out], after
 
 
-def _sbatch(r: Request, indices: list[int], throttle: int, held: int) -> str:
-    largest = slurm.max_array_size()
-    if indices[-1] >= largest:
-        raise UserError(
-            f"cell {indices[-1]} is beyond this cluster's largest array index ({largest - 1}, MaxArraySize)"
-        )
-    command = sbatch_command(r, indices, throttle, digest_of_all(r.cells))
-    try:  # it holds the lock too: were we killed now, it would still submit
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=slurm.clean_environment(r.site.env),
-            capture_output=True,
-            check=False,
-            pass_fds=(held,),
-        )
-    except OSError as e:
-        raise UserError(f"sbatch does not run here ({e.strerror}); see `make doctor`") from None
-    said, warned = (text.decode(errors="replace").strip() for text in (done.stdout, done.stderr))
-    if done.returncode:
-        why = ((warned or said).splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"sbatch refused: {why}; see `make doctor`, and `make {r.experiment.submit} DRY=1` for what was asked"
-        )
-    if warned:
-        print(warned, file=sys.stderr)
-    job = said.partition(";")[0]  # "20;cluster" with -M
-    if not job.isdecimal():
-        raise UserError(f"sbatch said '{said[:80]}', which names no job; see squeue for what it has submitted")
-    return job
-
-
-def show(r: Request, indices: list[int], throttle: int) -> None:
+def show(r: Request, indices: list[int], throttle: int | None) -> None:
     """DRY=1: the script, the variables and flags that win over it, and the plan."""
-    script = ROOT / "slurm" / f"{r.experiment.job}.sbatch"
-    print(script.read_text().rstrip())
+    print((ROOT / "slurm" / f"{r.experiment.job}.sbatch").read_text().rstrip())
     settings = sorted(f"{k}={v}" for k, v in r.site.env.items() if k.startswith("SBATCH_"))
     print(f"\n# site {r.site.name}: " + (" ".join(settings) or "no SBATCH_* variables"))
     cells, unknown = r.cells_or_names()
-    command = sbatch_command(r, indices, throttle, "<digest>" if unknown else digest_of_all(cells))
-    print(f"# would run: {shlex.join(command)}\n")
     if unknown:
-        print(f"rows, bytes, GPU-hours and the digest are not known yet: {advised(unknown)}")
+        plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
+        arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
     else:
-        plans = [p for p in plan_of(r.experiment, cells, r.site.cache, r.site.gpu) if p.cell.index in indices]
-        print(table(plans, r.site.gpu, r.experiment.share))
+        after = _waits(r, indices)[1] if not by_hand(r) else {}
+        arrays = batches(r, [i for i in indices if cells[i].name in after], after)
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}), strict=True):
+        print(f"# would {_would(r, array, tasks)}")
+    print()
+    if unknown:
+        print(f"rows, bytes, GPU-hours and the digests are not known yet: {advised(unknown)}")
+    else:
+        plans = [one for array in arrays for task in array.tasks for one in task]
+        print(table(sorted(plans, key=lambda one: one.cell.index), r.site.gpu, r.experiment.share))
     print(f"shards under {r.folder}")
+
+
+def _would(r: Request, array: Array, tasks: int) -> str:
+    if by_hand(r):
+        return f"run by hand: {'; '.join(by_hand(r, array.indices))}"
+    if slurm.has_slurm():
+        return f"run: {shlex.join(sbatch_command(r, array, tasks, '<tasks>'))}"
+    each = f", a task {array.needs.gpus} GPU" if array.needs.gpus else ""
+    return f"start {tasks} workers here{each}: bash {shlex.join(script(r, '<tasks>'))}, cells {_named(array)}"
 
 
 def cancel(r: Request) -> None:
     """End every queued or running task of the experiment; finished shards stay."""
     folder, ended = r.folder, []
+    if folder.is_dir():  # a task that ends from here on was meant to
+        write_json(folder / "cancelled.json", asdict(Cancelled(time.time())))
     if slurm.has_slurm():
         queue = slurm.queue()
-        mine = sorted({t.array for t in queue} & arrays_of(r.experiment.label, folder, queue))
+        mine = sorted({t.array for t in queue} & jobs_of(folder, queue))
         if mine:
             slurm.ask("scancel", *mine)
         ended += mine

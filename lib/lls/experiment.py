@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import DatasetInput, Messages, dataset_input, model_input, read_rows
 from lib.inputs.specs import DatasetSpec, ModelSpec
-from lib.run.experiment import Cost, Experiment
+from lib.run.experiment import Estimate, Experiment, computing_seconds, stored_bytes
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a bit of any score: it is part of every digest.
@@ -137,15 +137,21 @@ class Scoring(Experiment):
     def fingerprint(self, cache: Path) -> str:
         return model_input(cache, self.model.id, self.model.revision).fingerprint
 
-    def cost(self, cache: Path, traits: Iterable[str], conditions: int) -> Cost:
-        """2 operations a parameter and token; the head only where a response token is predicted."""
+    def datasets_for(self, cell: str) -> list[str]:
+        """The traits whose dataset a cell scores."""
+        raise NotImplementedError
+
+    def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        """2 operations a parameter and token; the head only where a response token is predicted. Every context counted
+        as if it were alone: of a matrix an upper bound."""
         model = model_input(cache, self.model.id, self.model.revision)
-        found = [self.input_of(cache, trait) for trait in traits]
+        found = [self.input_of(cache, trait) for trait in self.datasets_for(cell.name)]
         rows = sum(data.rows for data in found)
         prompt, answer = (sum(getattr(d, f"{k}_tokens") for d in found) / rows for k in ("prompt", "response"))
         tokens = prompt + answer + TEMPLATE_TOKENS
-        flops = 2 * conditions * (model.body_parameters * tokens + model.head_parameters * answer)
-        return Cost(flops, answer)
+        flops = 2 * len(self.conditions(cell.name)) * (model.body_parameters * tokens + model.head_parameters * answer)
+        size = stored_bytes(self.schema(cache), cell.total, answer)
+        return Estimate(computing_seconds(flops * cell.total, gpu, self.share), size)
 
 
 class LLS(Scoring):
@@ -184,8 +190,8 @@ class LLS(Scoring):
             found.append(Cell(index, trait, self.length(data), digest, path))
         return found
 
-    def costs(self, cache: Path) -> list[Cost]:
-        return [self.cost(cache, [trait], 2) for trait in self.traits]
+    def datasets_for(self, cell: str) -> list[str]:
+        return [cell]
 
 
 class LLSCross(Scoring):
@@ -239,9 +245,8 @@ class LLSCross(Scoring):
             found.append(Cell(index, name, rows, digest, scratch / self.label / "cells" / f"{name}-{digest[:8]}"))
         return found
 
-    def costs(self, cache: Path) -> list[Cost]:
-        """Every context counted as if it were alone: an upper bound."""
-        return [self.cost(cache, self.datasets_of, 1)] * (1 + len(self.all_prompts()))
+    def datasets_for(self, cell: str) -> list[str]:
+        return self.datasets_of
 
 
 def check_names(experiment: S, key: str, names: list[str]) -> S:

@@ -10,6 +10,7 @@ from lib.inputs.verified import checked_model
 from lib.lls.experiment import LLSCross, Scoring
 from lib.run.command import Job
 from lib.run.rows import run_cell
+from lib.run.task import run_task
 from lib.store import Cell
 from lib.store.columns import Schema
 
@@ -20,15 +21,20 @@ if TYPE_CHECKING:
 
 
 def compute(this: Job) -> int:
-    experiment, cell = this.of(Scoring), this.cell()
-    return run_cell(
-        cell,
-        experiment.schema(this.site.cache),
-        lambda: load_kernel(this, experiment, cell),
-        shard_rows=experiment.run.shard_rows,
-        log_seconds=experiment.run.log_seconds,
-        gpus=experiment.run.gpus,
-    )
+    experiment = this.of(Scoring)
+    schema = experiment.schema(this.site.cache)
+
+    def work(cell: Cell) -> int:
+        return run_cell(
+            cell,
+            schema,
+            lambda: load_kernel(this, experiment, cell),
+            shard_rows=experiment.run.shard_rows,
+            log_seconds=experiment.run.log_seconds,
+            gpus=experiment.run.gpus,
+        )
+
+    return run_task(this, work)
 
 
 def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, str]]:
@@ -46,8 +52,13 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
     how = experiment.base, experiment.date
     renderers = {name: Renderer(tokenizer, system, *how) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0
-    decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
-    kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder)
+
+    def load() -> tuple["Decoder", "Decoder | None"]:
+        decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
+        return decoder, decoder.higher() if check else None
+
+    decoder, higher = this.keep("decoder", path, load)
+    kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder, higher)
     if isinstance(experiment, LLSCross):
         kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, *how))
     return kernel, {"device": device_name(decoder.devices[0])}
@@ -68,6 +79,7 @@ class LlsKernel:
         places: dict[str, np.ndarray],
         renderers: dict[str, "Renderer"],
         decoder: "Decoder",
+        higher: "Decoder | None",
     ) -> None:
         from lib.lls.shift import conditions
         from lib.models.scorer import Scorer
@@ -78,8 +90,7 @@ class LlsKernel:
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
         self.pairs = [prefix.length for prefix in self.conditions.values()]
-        if score.check_every:
-            higher = decoder.higher()
+        if higher:
             self.checker = Scorer(higher, min(score.head_rows, 128))
             self.check_conditions = conditions(higher, renderers)
 

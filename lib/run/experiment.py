@@ -1,14 +1,23 @@
-"""What every experiment is: a configuration, inputs by reference, cells, and what they cost."""
+"""What every experiment is: a configuration, inputs by reference, cells, what they cost and what they ask for."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from lib.config.frozen import Configuration, Frozen
+from lib.inputs.records import model_input
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
-from lib.store import Cell, Column
+from lib.store import Cell
+from lib.store.columns import Schema
+
+# bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the
+# 0.80 of its own that the H200 reached. cpu: float32 on two cores.
+TFLOPS = {"h200": 790.0, "b200": 1800.0, "h100": 790.0, "a100": 250.0, "cpu": 0.08}
+START_SECONDS = 9.0  # of a task, before its weights: Python, torch, CUDA; of 12.5 s at 0.5B, 3.5 s computing, measured
+READ_RATE = 1.5e9  # bytes/s of weights, from a network file system; 2.9e9 from a local disk, measured
+START_SHARE = 0.1  # of a task at most, where run.cells is auto
 
 
 class RunSpec(Frozen):
@@ -17,45 +26,69 @@ class RunSpec(Frozen):
     shard_rows: int = Field(1024, ge=1, description="rows committed at once: what a kill can lose")
     log_seconds: float = Field(30.0, gt=0, description="one plain progress line this often in a log")
     gpus: int = Field(1, ge=0, description="GPUs a task uses, for the estimate and the GPU-hours")
+    cells: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="cells of a task at most, which share one load; auto: until starting takes a tenth of it"
+    )
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a row of a cell takes, for the plan."""
+class Estimate:
+    """What a cell takes."""
 
-    flops: float
-    values: float  # entries of the columns that hold several values a row
+    seconds: float  # computing all its rows, on one GPU of a kind
+    bytes: int  # of all its pieces, before compression
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a task asks for; tasks that ask for different things are different arrays."""
+
+    gpus: int
+    memory_gib: int = 0  # of the host, for the whole task; 0: what the batch file says
 
 
 class Experiment(Configuration):
     run: RunSpec = RunSpec()
 
     job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
-    submit: ClassVar[str]  # make targets: to submit it, and to get its results
-    results: ClassVar[str]
-    share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the plan
+    submit: ClassVar[str] = "submit"  # make targets: to submit it, and to get its results
+    results: ClassVar[str] = "verify"
+    share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the estimate
+    # A stage that needs a network, or no GPU, goes to the site's CPU partition, or else to the login node.
+    on_gpu: ClassVar[bool] = True
 
     # pydantic's own method of that name is deprecated, and never called here
-    def schema(self, cache: Path) -> dict[str, Column]:  # pyrefly: ignore[bad-override]
+    def schema(self, cache: Path) -> Schema:  # pyrefly: ignore[bad-override]
         """The columns of a shard."""
         raise NotImplementedError
 
-    def costs(self, cache: Path) -> list[Cost]:
-        """Arithmetic and values of a row, cell by cell; a UserError names an input that is not fetched."""
+    def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate | None:
+        """None: not known before what it reads from is done. A UserError names an input that is not fetched."""
         raise NotImplementedError
+
+    def needs(self, cache: Path, cell: Cell) -> Needs:
+        return Needs(self.run.gpus)
+
+    def load_of(self, cell: Cell) -> str:
+        """Cells that name the same here can share one load, and so a task."""
+        return ""
+
+    def start_seconds(self, cache: Path) -> float:
+        """Of a task, before it computes."""
+        return START_SECONDS + sum(model_input(cache, m.id, m.revision).bytes for m in self.models()) / READ_RATE
 
     def shard_rows(self, cache: Path, cell: str) -> int:
         """Rows that the job commits at once."""
         return self.run.shard_rows
 
     def models(self) -> list[ModelSpec]:
-        raise NotImplementedError
+        return []
 
     def datasets(self) -> list[DatasetSpec]:
-        raise NotImplementedError
+        return []
 
     def names(self) -> list[str]:
-        """The cells' names in array order: known before the inputs are."""
+        """The cells' names in order: known before the inputs are."""
         raise NotImplementedError
 
     def token_sets(self) -> TokenSets | None:
@@ -63,5 +96,14 @@ class Experiment(Configuration):
         return None
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
-        """All cells in array order; a UserError names an input that is not fetched."""
+        """All cells in order; a UserError names an input that is not fetched."""
         raise NotImplementedError
+
+
+def computing_seconds(flops: float, gpu: str, share: float) -> float:
+    return flops / (TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * share)
+
+
+def stored_bytes(schema: Schema, rows: int, values: float) -> int:
+    """Of so many rows; `values`: entries a row in the columns that hold several of them."""
+    return round(rows * sum(column.value_bytes * (values if column.per else 1) for column in schema.values()))

@@ -1,11 +1,12 @@
 """How far a cell is, in rows or in steps: its pieces, what does not hold, and what is left."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.store import Cell, Folder, Piece, gaps, scan, scan_folders
 from lib.store.columns import Schema
 from lib.store.markers import Bad
+from lib.store.shards import MOST_ROWS
 
 STATE = re.compile(r"step-(\d{8})")
 
@@ -14,18 +15,41 @@ STATE = re.compile(r"step-(\d{8})")
 class Extent:
     pieces: list[tuple[Piece, int]]  # with the rows, or steps, that each stands for
     bad: list[Bad]
-    left: list[tuple[int, int]]  # ranges of rows, or steps
+    left: list[tuple[int, int]] | None  # ranges of rows, or steps; None: how many there are is not known yet
     retired: list[Piece]  # whose bytes a reader may miss
+
+    @property
+    def whole(self) -> bool:
+        return self.left == []
+
+    @property
+    def done(self) -> int:
+        return sum(rows for _, rows in self.pieces)
+
+
+def settled(cell: Cell) -> Cell:
+    """A cell that is whole by the rows that its own markers speak of stays so, whatever its parents became."""
+    if not cell.parents:
+        return cell
+    found = _extent(replace(cell, rows=None), False, None)
+    said = {rows for piece, _ in found.pieces if (rows := piece.made.rows)}
+    known = [replace(cell, rows=rows) for rows in said]
+    return next((one for one in known if _extent(one, False, None).whole), cell)
 
 
 def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Extent:
-    shards, bad = scan(cell.path, cell.digest, deep, schema, cell.rows)
+    return _extent(settled(cell), deep, schema)
+
+
+def _extent(cell: Cell, deep: bool, schema: Schema | None) -> Extent:
+    shards, bad = scan(cell.path, cell.digest, deep, schema, MOST_ROWS if cell.rows is None else cell.rows)
     folders, worse = scan_folders(cell.path, cell.digest, deep)
-    left, steps = gaps(shards, cell.rows), states(cell, folders)
+    left, steps = None if cell.rows is None else gaps(shards, cell.rows), states(cell, folders)
     pieces: list[tuple[Piece, int]] = [(shard, shard.rows) for shard in shards]
     if steps:
-        done = steps_done(cell, steps)
-        left = [(done, cell.rows)] if done < cell.rows else []
+        if cell.rows is not None:
+            done = steps_done(cell, steps)
+            left = [(done, cell.rows)] if done < cell.rows else []
         before = [0, *map(step_of, steps)]
         pieces += [(state, step_of(state) - start) for state, start in zip(steps, before, strict=False)]
     others = [folder for folder in folders if folder not in steps]
@@ -46,7 +70,11 @@ def step_of(piece: Folder) -> int:
 
 def states(cell: Cell, folders: list[Folder]) -> list[Folder]:
     """Those that are states of a work in steps, in their order, retired ones too."""
-    return [f for f in folders if STATE.fullmatch(f.name) and 0 < step_of(f) <= cell.rows]
+    return [
+        f
+        for f in folders
+        if STATE.fullmatch(f.name) and step_of(f) > 0 and (cell.rows is None or step_of(f) <= cell.rows)
+    ]
 
 
 def steps_done(cell: Cell, steps: list[Folder]) -> int:

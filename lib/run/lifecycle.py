@@ -1,22 +1,20 @@
 """What every job goes through, whatever its kernel does: signals, heartbeat, exit codes, and who made what."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lib.base.advice import advised
-from lib.base.atomic import write_json
 from lib.base.errors import DONE, UserError
-from lib.base.process import HOST, pid_started
+from lib.run.extent import Extent, extent
+from lib.run.heartbeat import Heartbeat
+from lib.run.parents import read_from
+from lib.run.site import ROOT
 from lib.run.watch import ending_with_its_starters
 from lib.store import Cell
 from lib.store.markers import Facts
@@ -47,90 +45,64 @@ class Notice:
         raise Terminated(signum)
 
 
+_heeding: list[Notice] = []
+
+
 @contextlib.contextmanager
 def heed_signals(unit: str) -> Iterator[Notice]:
     """From here on USR1 asks for a tidy stop and TERM for one at once. A warning that comes after the work has nothing
-    left to stop and is passed over: USR1's default would end the process with another exit code."""
+    left to stop and is passed over: USR1's default would end the process with another exit code. Within a task that
+    heeds them its cells do too."""
+    if _heeding:
+        _heeding[0].unit = unit
+        yield _heeding[0]
+        return
     notice = Notice(unit)
+    _heeding.append(notice)
     wanted = {signal.SIGUSR1: notice.on_usr1, signal.SIGTERM: notice.on_term, signal.SIGINT: notice.on_term}
     before = {signum: signal.signal(signum, handler) for signum, handler in wanted.items()}
     before[signal.SIGUSR1] = lambda *_: None  # not SIG_IGN, which children would inherit
     try:
         yield notice
     finally:
+        _heeding.clear()
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-@dataclass(frozen=True)
-class Beat:
-    """What a heartbeat says, as far as anything relies on it."""
-
-    cell: str
-    digest: str
-    state: str
-    started: float
-    updated: float = 0.0
-    job: str = ""
-    host: str = ""
-    node: str = ""
-    pid: int = 0
-    pid_started: str = ""
-    log: str = ""
-    error: str = ""
-    attempt: str = ""  # the file's name
-
-
-class Heartbeat:
-    """A small file on scratch that tells `make status` which attempt works on a cell, and how the last one ended."""
-
-    def __init__(self, folder: Path, cell: Cell, gpus: int) -> None:
-        env = os.environ
-        array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
-        job = f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID", "")
-        restart = int(env.get("SLURM_RESTART_COUNT", "0"))
-        who = f"{job}.r{restart}" if job else f"{HOST}.{os.getpid()}"
-        self.path = folder / f"{cell.name}-{who}.json"
-        self.facts: dict[str, Any] = {
-            "cell": cell.name,
-            "index": cell.index,
-            "digest": cell.digest,
-            "job": job,
-            "job_id": env.get("SLURM_JOB_ID", ""),
-            "restart": restart,
-            "host": HOST,
-            "node": env.get("SLURMD_NODENAME", HOST),
-            "pid": os.getpid(),
-            "pid_started": pid_started(os.getpid()),
-            "gpus": gpus,
-            "started": time.time(),
-            "log": env.get("SUITE_LOG", ""),
-        }
-
-    def beat(self, state: str, **more: Any) -> None:
-        self.facts.update(state=state, updated=time.time(), **more)
-        write_json(self.path, self.facts)
-
-
 def live(cell: Cell, gpus: int, unit: str, kept: str, work: Callable[[Heartbeat, Notice], int]) -> int:
     """Bring one cell to its end, or to the signal that stops it. Returns the exit code."""
-    beat = Heartbeat(cell.path.parent.parent / "tasks", cell, gpus)
+    beat = Heartbeat(cell.folder / "tasks", cell, gpus)
     with heed_signals(unit) as notice, ending_with_its_starters():
         try:
             beat.beat("starting")
             code = work(beat, notice)
+            if code == DONE and not (now := extent(cell)).whole:
+                raise UserError(
+                    f"{_gone(cell, now)}, although they were committed: {cell.path} was changed meanwhile; "
+                    "`make resume` does them again"
+                )
             beat.beat("done" if code == DONE else "requeue")
             return code
         except Terminated as t:
-            rest = advised("`make resume` does the rest")
-            print(f"stopped by {t}: {kept} are kept; {rest}", file=sys.stderr, flush=True)
+            code = stopped_by(t, kept)
             with contextlib.suppress(UserError):
                 beat.beat("terminated", error=str(t))
-            return 128 + t.signum
+            return code
         except BaseException as e:
             with contextlib.suppress(Exception):
                 beat.beat("failed", error=advised(f"{type(e).__name__}: {e}".replace("UserError: ", ""))[:500])
             raise
+
+
+def stopped_by(t: Terminated, kept: str) -> int:
+    """Says it; the exit code."""
+    print(f"stopped by {t}: {kept} are kept; {advised('`make resume` does the rest')}", file=sys.stderr, flush=True)
+    return 128 + t.signum
+
+
+def _gone(cell: Cell, now: Extent) -> str:
+    return f"{sum(b - a for a, b in now.left or [])} of {cell.total} are gone"
 
 
 class Totals(dict[str, float]):
@@ -147,10 +119,10 @@ class Totals(dict[str, float]):
             print(f"in all: {said}", flush=True)
 
 
-def provenance(beat: Heartbeat) -> dict[str, Any]:
-    """Who made a piece: kept in its marker, never in the data."""
+def provenance(beat: Heartbeat, cell: Cell) -> dict[str, Any]:
+    """Who made a piece, and from what: kept in its marker, never in the data."""
     names = ["torch", "transformers", "numpy", "h5py"]
-    return {
+    made = {
         "attempt": beat.path.stem,
         "host": beat.facts["node"],
         "job": beat.facts["job"],
@@ -159,6 +131,7 @@ def provenance(beat: Heartbeat) -> dict[str, Any]:
         "code": _commit(),
         "versions": {name: _version(name) for name in names},
     }
+    return made | ({"rows": cell.total, "parents": read_from(cell)} if cell.parents else {})
 
 
 def _version(package: str) -> str:
@@ -170,10 +143,9 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """The repository's commit, '+' when the tree has changes on top; empty outside a repository."""
-    root = Path(__file__).parent.parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         out = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"],
             capture_output=True,
             text=True,
             timeout=10,

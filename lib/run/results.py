@@ -12,7 +12,7 @@ from lib.store.merge import merged_is_current
 def merged_files(this: Job) -> dict[Cell, Path]:
     """The merged file of each cell that is done; made again only where it is not there: it may hold tens of GB."""
     schema, config = this.experiment.schema(this.site.cache), this.experiment.science_json()
-    done = [cell for cell in this.cells() if not gaps(scan(cell.path, cell.digest)[0], cell.rows)]
+    done = [cell for cell in this.cells() if not gaps(scan(cell.path, cell.digest)[0], cell.total)]
     return {c: c.path / "merged.h5" if merged_is_current(c, schema) else merge(c, schema, config) for c in done}
 
 

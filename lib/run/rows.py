@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 from lib.base.errors import DONE, REQUEUE
 from lib.base.progress import Progress
-from lib.run.lifecycle import Heartbeat, Notice, Totals, live, provenance
+from lib.run.extent import settled
+from lib.run.heartbeat import Heartbeat
+from lib.run.lifecycle import Notice, Totals, live, provenance
+from lib.run.parents import without_older_parents
 from lib.store import Cell, Marker, commit, gaps, plan_shards, scan
 from lib.store.columns import Schema, Values
 from lib.store.markers import Facts, drop_retired, set_aside, sweep
@@ -41,6 +44,7 @@ def run_cell(
     def work(beat: Heartbeat, notice: Notice) -> int:
         return _work(cell, schema, make_kernel, shard_rows, log_seconds, sampled, beat, notice)
 
+    cell = settled(cell)
     return live(cell, gpus, "shard", "finished shards", work)
 
 
@@ -55,24 +59,27 @@ def _work(
     notice: Notice,
 ) -> int:
     sweep(cell.path)
-    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
+    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.total)
+    if gaps(done, cell.total):
+        done, older = without_older_parents(cell, done)
+        bad += older
     for one in bad:
         print(f"shard {one.path.stem} does not hold: {one.reason}; it is done again", flush=True)
     set_aside(bad)
     drop_retired(done)
-    shards = plan_shards(gaps(done, cell.rows), shard_rows)
+    shards = plan_shards(gaps(done, cell.total), shard_rows)
     left = sum(b - a for a, b in shards)
     print(
-        f"cell {cell.index} ({cell.name}): {cell.rows - left} of {cell.rows} rows done, {len(shards)} shards to do",
+        f"cell {cell.index} ({cell.name}): {cell.total - left} of {cell.total} rows done, {len(shards)} shards to do",
         flush=True,
     )
     if not shards:
         return DONE
     kernel, about = make_kernel()
     beat.facts["loaded"] = time.time()
-    progress = Progress(cell.rows, cell.rows - left, every=log_seconds)
+    progress = Progress(cell.total, cell.total - left, every=log_seconds)
     try:
-        made = {**provenance(beat), **about}
+        made = {**provenance(beat, cell), **about}
         return _shards(cell, schema, kernel, shards, made, sampled, progress, beat, notice)
     finally:
         progress.close()
@@ -90,12 +97,12 @@ def _shards(
     notice: Notice,
 ) -> int:
     """Three shards at once: one being prepared, one computed, one written; the device does not wait for the host."""
-    totals = Totals()
+    totals, stopped = Totals(), False
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
         prepared = ahead.submit(kernel.prepare, *shards[0])
         written: Future[Marker] | None = None
         for number, (start, stop) in enumerate(shards):
-            if notice.came:
+            if stopped := notice.came:
                 break
             beat.beat("running", rows_done=progress.done)
             ready = prepared.result()
@@ -112,14 +119,12 @@ def _shards(
             written = behind.submit(commit, cell.path, cell.digest, start, stop, schema, columns, **about)
             progress.add(stop - start)
             totals.count(facts)
-        else:
-            notice.came = False
         if written:
             written.result()
     totals.say()
-    return REQUEUE if notice.came else DONE
+    return REQUEUE if stopped else DONE
 
 
 def _still_missing(cell: Cell, start: int, stop: int) -> bool:
-    done, _ = scan(cell.path, cell.digest, rows=cell.rows)
-    return any(a < stop and start < b for a, b in gaps(done, cell.rows))
+    done, _ = scan(cell.path, cell.digest, rows=cell.total)
+    return any(a < stop and start < b for a, b in gaps(done, cell.total))

@@ -11,8 +11,10 @@ from typing import Any, Literal, Protocol
 
 from lib.base.errors import DONE, REQUEUE
 from lib.base.progress import Progress
-from lib.run.extent import state_name, states, step_of, steps_done
-from lib.run.lifecycle import Heartbeat, Notice, Totals, live, provenance
+from lib.run.extent import settled, state_name, states, step_of, steps_done
+from lib.run.heartbeat import Heartbeat
+from lib.run.lifecycle import Notice, Totals, live, provenance
+from lib.run.parents import without_older_parents
 from lib.store import Cell, Folder, commit_folder, retire, scan_folders
 from lib.store.markers import Facts, drop_retired, set_aside, sweep
 
@@ -43,11 +45,13 @@ def run_steps(
     log_seconds: float,
     gpus: int,
 ) -> int:
-    """Bring a cell of `cell.rows` steps to its end, or to the signal that stops it. A state is committed after every so
-    many steps, those that `keep` lists, and the last; what is not to be kept is retired once a newer one holds. A
-    state's first marker wins: a copy that comes second with other bits goes on from what is there."""
-    if every < 1 or cell.rows < 1:
-        raise ValueError(f"{cell.rows} steps, a state every {every}: both are from 1 up")
+    """Bring a cell to its last step, or to the signal that stops it. A state is committed after every so many steps,
+    those that `keep` lists, and the last; what is not to be kept is retired once a newer one holds. A state's first
+    marker wins: a copy that comes second with other bits goes on from what is there."""
+    if every < 1 or cell.total < 1:
+        raise ValueError(f"{cell.total} steps, a state every {every}: both are from 1 up")
+
+    cell = settled(cell)
 
     def work(beat: Heartbeat, notice: Notice) -> int:
         return _Steps(cell, every, keep, beat, notice).work(make_kernel, log_seconds)
@@ -69,14 +73,14 @@ class _Steps:
         sweep(cell.path)
         self._last(tell=True)
         step = steps_done(cell, self._states())
-        print(f"cell {cell.index} ({cell.name}): {step} of {cell.rows} steps done", flush=True)
-        if step == cell.rows:
+        print(f"cell {cell.index} ({cell.name}): {step} of {cell.total} steps done", flush=True)
+        if step == cell.total:
             self._tidy(step)
             return DONE
         kernel, about = make_kernel()
-        self.made = {**provenance(self.beat), **about}
+        self.made = {**provenance(self.beat, cell), **about}
         self.beat.facts["loaded"] = time.time()
-        progress = Progress(cell.rows, step, unit="steps", every=log_seconds)
+        progress = Progress(cell.total, step, unit="steps", every=log_seconds)
         try:
             return self._go(kernel, progress)
         finally:
@@ -85,7 +89,7 @@ class _Steps:
     def _go(self, kernel: StepKernel, progress: Progress) -> int:
         step, totals, since, facts = self._restore(kernel), Totals(), time.monotonic(), _Facts()
         said = float("-inf")
-        while step < self.cell.rows and not self.notice.came:
+        while step < self.cell.total and not self.notice.came:
             if time.monotonic() - said > BEAT_SECONDS:
                 said = time.monotonic()
                 self.beat.beat("running", rows_done=step)
@@ -101,7 +105,7 @@ class _Steps:
                 self._tidy(step)
                 since, facts = time.monotonic(), _Facts()
         totals.say()
-        return DONE if step == self.cell.rows else REQUEUE
+        return DONE if step == self.cell.total else REQUEUE
 
     def _commit(self, kernel: StepKernel, step: int, seconds: float, facts: Facts) -> Folder:
         about = {"seconds": seconds, "made": self.made, "facts": facts, "sampled": True}
@@ -122,6 +126,9 @@ class _Steps:
 
     def _last(self, tell: bool = False) -> Folder | None:
         done, bad = scan_folders(self.cell.path, self.cell.digest, deep=True)
+        if steps_done(self.cell, states(self.cell, done)) < self.cell.total:
+            done, older = without_older_parents(self.cell, done)
+            bad += older
         for one in bad if tell else []:
             print(f"{one.path.stem} does not hold: {one.reason}; it is done again", flush=True)
         set_aside(bad)
@@ -133,7 +140,7 @@ class _Steps:
 
     def _is_due(self, step: int) -> bool:
         wanted = not isinstance(self.keep, str) and step in self.keep
-        return step % self.every == 0 or step == self.cell.rows or wanted
+        return step % self.every == 0 or step == self.cell.total or wanted
 
     def _tidy(self, newest: int) -> None:
         """Retire states before the newest that are not to be kept; `all`: what a warning left between."""

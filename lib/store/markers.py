@@ -39,6 +39,8 @@ class Made:
     device: str = ""
     code: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    rows: int = 0  # of the whole cell, for one that reads from others
+    parents: dict[str, str] = field(default_factory=dict)  # what it read from -> sha256 of what that held
 
 
 @dataclass(frozen=True)

@@ -33,20 +33,20 @@ class Merged:
 
 def merge(cell: Cell, schema: Schema, config: str) -> Path:
     """Write <cell>/merged.h5 from verified shards; a missing or broken one is an error that names it."""
-    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows)
-    missing = gaps(done, cell.rows)
+    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.total)
+    missing = gaps(done, cell.total)
     if missing:
         set_aside(bad)  # else `make resume`, which reads no shard, would find nothing to do
         why = f"; {bad[0][0].name}: {bad[0][1]}" if bad else ""
         first = ", ".join(f"{a}-{b}" for a, b in missing[:3])
         raise UserError(
-            f"cell {cell.index} ({cell.name}): rows {first} of {cell.rows} are not done{why}; run `make resume` first"
+            f"cell {cell.index} ({cell.name}): rows {first} of {cell.total} are not done{why}; run `make resume` first"
         )
-    taken = _cover(done, cell.rows)
+    taken = _cover(done, cell.total)
     parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in taken]
     columns = {name: _joined(c, [p[name] for p in parts]) for name, c in schema.items() if not c.raw}
-    check_columns({name: column for name, column in schema.items() if not column.raw}, columns, cell.rows)
-    about = {"digest": cell.digest, "cell": cell.name, "rows": cell.rows, "config": config}
+    check_columns({name: column for name, column in schema.items() if not column.raw}, columns, cell.total)
+    about = {"digest": cell.digest, "cell": cell.name, "rows": cell.total, "config": config}
     path = cell.path / "merged.h5"
     if any(column.raw for column in schema.values()):
         sha, size = _merge_raw(path, schema, columns, about, taken)
@@ -54,7 +54,7 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
         data = to_hdf5(schema, columns, about)
         write_bytes(path, data)
         sha, size = hashlib.sha256(data).hexdigest(), len(data)
-    write_json(cell.path / "merged.json", asdict(Merged(cell.digest, cell.rows, sha, size)))
+    write_json(cell.path / "merged.json", asdict(Merged(cell.digest, cell.total, sha, size)))
     return path
 
 
@@ -139,9 +139,9 @@ def rounding_of(cell: Cell, schema: Schema) -> tuple[float, float] | None:
 
 def merged_is_current(cell: Cell, schema: Schema) -> bool:
     """Whether merged.h5 is there, for this digest, with the sha256 that was recorded and the cell's rows in it."""
-    path, about = cell.path / "merged.h5", {"digest": cell.digest, "cell": cell.name, "rows": cell.rows}
+    path, about = cell.path / "merged.h5", {"digest": cell.digest, "cell": cell.name, "rows": cell.total}
     with suppress(OSError, Mistyped):
         said = parse(Merged, read_json(cell.path / "merged.json"), exact=True)
-        if (said.digest, said.rows, said.bytes) == (cell.digest, cell.rows, path.stat().st_size):
-            return sha256_file(path) == said.sha256 and not why_wrong(path, about, schema, cell.rows, summed=True)
+        if (said.digest, said.rows, said.bytes) == (cell.digest, cell.total, path.stat().st_size):
+            return sha256_file(path) == said.sha256 and not why_wrong(path, about, schema, cell.total, summed=True)
     return False

@@ -34,13 +34,32 @@ FILE_NAME = re.compile(r"(\d{8}-\d{8})-[0-9a-f]+\.h5")
 
 @dataclass(frozen=True)
 class Cell:
-    """One array index: a name, its rows (or steps) and the digest of all that decides its results."""
+    """What is resumed by itself: a name, its rows (or steps), and the digest of all that decides its results, which the
+    digests of what it reads from are part of: it has an identity before they are done."""
 
     index: int
     name: str
-    rows: int
+    rows: int | None  # None: not known before what it reads from is done
     digest: str
-    path: Path  # folder of its shards on scratch
+    path: Path  # folder of its pieces: <scratch>/<experiment>/cells/<name>-<digest>
+    parents: tuple["Cell", ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Its rows, where they are known."""
+        if self.rows is None:
+            raise ValueError(f"how many rows {self.spoken} has is not known yet")
+        return self.rows
+
+    @property
+    def folder(self) -> Path:
+        """Of its experiment."""
+        return self.path.parent.parent
+
+    @property
+    def spoken(self) -> str:
+        """Its name among those of all experiments."""
+        return f"{self.folder.name}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,135 @@
+"""Who works on which cell: tasks in Slurm's queue, workers of this box, and what runs without either."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lib.base.atomic import read_json
+from lib.base.errors import UserError
+from lib.base.process import HOST, pid_started
+from lib.base.typed import Mistyped, parse
+from lib.cluster import local, slurm
+from lib.run.heartbeat import WHOLE, Beat, heartbeats
+from lib.run.task import Tasks, frozen
+from lib.store import Cell
+
+Ask = Callable[[], list[slurm.Queued]]
+Live = dict[str, slurm.Queued]  # cell -> the task that it is in
+UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
+FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a record of a submission says, as far as anything relies on it."""
+
+    job: str
+    array: str = ""  # indices
+    tasks: str = ""  # what they stand for, by lib.run.task.freeze
+    config: str = ""
+    overrides: list[str] = field(default_factory=list)
+    at_once: int = 0  # tasks, at most
+    gpus: int = 0  # of a task
+    time: float = 0.0
+
+
+def submissions(folder: Path) -> list[Submission]:
+    found = []
+    for path in sorted((folder / "submissions").glob(WHOLE)):
+        with suppress(Mistyped):
+            found.append(parse(Submission, read_json(path)))
+    return sorted(found, key=lambda s: s.time)
+
+
+def jobs_of(folder: Path, queue: Iterable[slurm.Queued]) -> set[str]:
+    """Ids of the arrays that belong to an experiment: submitted by us, seen at work, or queued under its name."""
+    known = {s.job for s in submissions(folder) if s.job.isdigit()}
+    known |= {b.job.partition("_")[0] for beats in heartbeats(folder).values() for b in beats if b.job}
+    return known | {task.array for task in queue if task.name == folder.name}
+
+
+def is_alive(beat: Beat) -> bool:
+    """Whether an attempt without Slurm still runs."""
+    if beat.state not in ("starting", "running"):
+        return False
+    if beat.host == HOST:
+        return bool(beat.pid_started) and pid_started(beat.pid) == beat.pid_started
+    return time.time() - beat.updated < FAR_HOST_SECONDS
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """When `make cancel` was last said."""
+
+    time: float
+
+
+def cancelled_at(folder: Path) -> float:
+    with suppress(Mistyped):
+        return parse(Cancelled, read_json(folder / "cancelled.json")).time
+    return 0.0
+
+
+def live_tasks(cells: Sequence[Cell]) -> Live:
+    """The cells of one experiment that are in queued or running tasks. A UserError when Slurm does not say."""
+    return local_tasks(cells) | slurm_tasks(cells)
+
+
+def local_tasks(cells: Sequence[Cell]) -> Live:
+    """Those of the workers of this box, and what runs without Slurm."""
+    folder, found = cells[0].folder, {}
+    for index, names, state, queue in local.tasks(folder):
+        reason = "waiting for a worker" if state == "PENDING" else ""
+        task = slurm.Queued(queue, index, state, reason, HOST, folder.name, names)
+        found |= dict.fromkeys(names, task)
+    beats = heartbeats(folder)
+    for cell in cells:
+        last = beats[cell.name][-1] if cell.name in beats else None
+        if last and last.digest == cell.digest and not last.job and is_alive(last) and cell.name not in found:
+            found[cell.name] = slurm.Queued(f"pid {last.pid}", None, "RUNNING", "", last.host, folder.name)
+    return found
+
+
+def slurm_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
+    if not slurm.has_slurm():
+        return {}
+    folder, queue = cells[0].folder, (ask or slurm.queue)()
+    names: dict[int | None, str] = {cell.index: cell.name for cell in cells}
+    mine = jobs_of(folder, queue)
+    records = {record.job: record for record in submissions(folder)}
+    found = _unseen(folder, queue)
+    for task in sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING"):
+        held = names_in(folder, records.get(task.array), task.index, names)
+        found |= dict.fromkeys(held, replace(task, cells=held))
+    return found
+
+
+def names_in(
+    folder: Path, record: Submission | None, index: int | None, names: Mapping[int | None, str]
+) -> tuple[str, ...]:
+    """The cells of an array index; one, where plain sbatch submitted it."""
+    tasks = tasks_of(folder, record)
+    if tasks:
+        return tuple(tasks.cells.get(str(index), []))
+    return (names[index],) if index in names else ()
+
+
+def tasks_of(folder: Path, record: Submission | None) -> Tasks | None:
+    with suppress(UserError):
+        return frozen(folder, record.tasks) if record and record.tasks else None
+    return None
+
+
+def _unseen(folder: Path, queue: list[slurm.Queued]) -> Live:
+    """What was just submitted, and is neither in the queue nor known to have ended."""
+    shown, found = {task.array for task in queue}, {}
+    for record in submissions(folder):
+        job, young = record.job, time.time() - record.time < UNSEEN_SECONDS
+        if young and job.isdigit() and job not in shown and not slurm.known(job):
+            tasks = tasks_of(folder, record)
+            for index, names in tasks.cells.items() if tasks else ():
+                task = slurm.Queued(job, int(index), "PENDING", "just submitted", "", folder.name, tuple(names))
+                found |= dict.fromkeys(names, task)
+    return found

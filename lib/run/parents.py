@@ -1,0 +1,56 @@
+"""What a cell reads from: cells of an earlier stage, by their markers. So a chain can be submitted before its first
+stage has run, and a child that starts looks whether it can."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import TypeVar
+
+from lib.run.extent import extent
+from lib.run.heartbeat import heartbeats
+from lib.store import Cell, Piece
+from lib.store.markers import Bad, seen
+
+P = TypeVar("P", bound=Piece)
+
+
+def why_blocked(cell: Cell) -> str:
+    """Why a cell cannot run yet; '' where all that it reads from is done."""
+    return "; ".join(why for parent in cell.parents if (why := _why_not_done(parent)))
+
+
+def _why_not_done(parent: Cell) -> str:
+    found = extent(parent)
+    if found.whole:
+        return ""
+    last = next(reversed(heartbeats(parent.folder).get(parent.name, [])), None)
+    ended = f"; it {last.state}: {last.error}" if last and last.state in ("failed", "blocked") else ""
+    how_far = f"{found.done} of {'?' if parent.rows is None else parent.rows}"
+    return f"{parent.spoken}, which it reads from, is not done ({how_far}{ended})"
+
+
+def contents(cell: Cell) -> str:
+    """sha256 over a cell's pieces: another one when they were made again with other bits, or cut otherwise."""
+    pieces = sorted((piece.path.name, piece.sha256) for piece, _ in extent(cell).pieces)
+    return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+
+
+def read_from(cell: Cell) -> dict[str, str]:
+    """What a cell's markers say of its parents: the contents that it reads."""
+    return {parent.spoken: contents(parent) for parent in cell.parents}
+
+
+def made_again(cell: Cell, pieces: Iterable[Piece]) -> list[str]:
+    """The parents with other contents than some piece of the cell was made from."""
+    now, said = read_from(cell), [piece.made.parents for piece in pieces]
+    return [name for name, sha in now.items() if any(parents.get(name, sha) != sha for parents in said)]
+
+
+def without_older_parents(cell: Cell, pieces: list[P]) -> tuple[list[P], list[Bad]]:
+    """Of a cell that goes on, the pieces made from what its parents hold now, and the others: the two must not meet in
+    one result."""
+    older = {piece.path: names for piece in pieces if (names := made_again(cell, [piece]))}
+    bad = [
+        Bad(path, f"it was made from another copy of {', '.join(names)}", seen(path)) for path, names in older.items()
+    ]
+    return [piece for piece in pieces if piece.path not in older], bad
