@@ -57,10 +57,13 @@ def test_the_plan_of_weights_counts_blocks(place, tmp_path):
 
 def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
     here = place.at(tmp_path)
-    said = here.here("cluster", "submit", "--config", str(here.config), "--dry", SUITE_SITE="fasrc", FASRC_LAB="my_lab")
+    ask = ("cluster", "submit", "--config", str(here.config), "--dry")
+    said = here.here(*ask, SUITE_SITE="fasrc", FASRC_LAB="my_lab", SUITE_SLURM="yes")
     assert said.code == 0, said.err
     assert (ROOT / "slurm/compute_attributions.sbatch").read_text().strip() in said.out
-    assert "--array=0-3%4 --job-name=exp --time=20 slurm/compute_attributions.sbatch" in said.out
+    command = next(line for line in said.out.splitlines() if line.startswith("# would run: "))
+    assert command.split()[3:7] == ["sbatch", "--parsable", "--array=0-3%4", "--job-name=exp"], command
+    assert "--time=20" in command  # 15 minutes, and twice what the estimate says, in fives
     lines = [line.split() for line in said.out.splitlines()]
     assert ["cell", "name", "rows", "to", "do", "shards", "bytes", "GPU-hours"] in lines
     for index, name in enumerate(ROWS):  # 2,520 bytes a row (above); batches of 2 samples
@@ -72,6 +75,9 @@ def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
             f"{2.52 * ROWS[name]:.3g}",
             "kB",
         ]
+    assert (
+        "# would start 2 workers here: bash slurm/compute_attributions.sbatch" in here.here(*ask, SUITE_SLURM="no").out
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from tools import ROOT, small_lls
+from tools import ROOT, copy_of_the_repository, small_lls
 
 from lib.base.advice import spoken
 from lib.families import load
@@ -176,13 +176,7 @@ def test_every_target_takes_the_variables_that_its_program_reads():
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """The tracked files under a name with blanks, quotes and a dollar, with an experiment beside them."""
-    root = tmp_path_factory.mktemp("odd") / """it's $HOME "a  b" ;& (x)"""
-    files = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
-    for name in files.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
-    (root / ".venv").symlink_to(ROOT / ".venv")
+    root = copy_of_the_repository(tmp_path_factory.mktemp("odd") / """it's $HOME "a  b" ;& (x)""")
     small_lls(root, "cat", "dog", more="max_rows: 4\n")
     return root
 

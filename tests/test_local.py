@@ -182,7 +182,7 @@ def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(t
     with pytest.raises(UserError, match="a task needs 4 GPUs and this box has 2"):
         workers_for(4, 16)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(UserError, match="all GPUs are in somebody's use .GPU 1: 90000 MiB."):
+    with pytest.raises(UserError, match=r"all GPUs are in somebody's use .GPU 1: 90000 MiB."):
         workers_for(1, 16)
     held = _own("gpu-GPU-b")
     assert workers_for(1, 16) == 1  # that somebody is a task of ours

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,17 @@ def small_lls(folder: Path, *traits: str, rows: int = 10, more: str = "") -> Pat
     )
     fetch(load(config), folder / "cache")
     return config
+
+
+def copy_of_the_repository(root: Path) -> Path:
+    """The files of the working tree, with the same .venv."""
+    files = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
+    for name in files.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    (root / ".venv").symlink_to(ROOT / ".venv")
+    return root
 
 
 def python(*args: str, env: dict[str, str], cwd: Path = ROOT, **kw) -> subprocess.CompletedProcess[str]:
