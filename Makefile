@@ -7,9 +7,10 @@ cluster = $(python) -m jobs.cluster
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
 for_fetch := CONFIG SET UPDATE
 for_doctor := CONFIG SET DEEP
-for_submit-lls := CONFIG SET ARRAY DRY
-for_submit-attributions := $(for_submit-lls)
-for_resume := $(for_submit-lls)
+for_submit := CONFIG SET ARRAY DRY
+for_submit-lls := $(for_submit)
+for_submit-attributions := $(for_submit)
+for_resume := $(for_submit)
 for_cancel := CONFIG SET
 for_status := CONFIG SET WATCH JSON
 for_logs := CONFIG SET TASK
@@ -22,7 +23,7 @@ for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
   SUITE_BUILD SUITE_MAX_REQUEUES FASRC_LAB FASRC_ACCOUNT PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit-lls submit-attributions resume cancel status logs verify export-lls \
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions resume cancel status logs verify export-lls \
   export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
@@ -79,6 +80,9 @@ submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=
 
 submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds 0-2, toxic) [CONFIG=...] [DRY=1]
 	@$(cluster) submit $(or_default) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
+
+submit: setup ## the same for any CONFIG=...: a stage that reads from another waits for it [ARRAY=0-14] [DRY=1]
+	@$(cluster) submit $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
 resume: setup ## submit just the cells that nobody has finished, works on or waits for: CONFIG=... [ARRAY=0-14] [DRY=1]
 	@$(cluster) resume $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)

@@ -62,7 +62,7 @@ def test_dry_shows_the_batch_file_and_the_plan(place, tmp_path):
     assert said.code == 0, said.err
     assert (ROOT / "slurm/compute_attributions.sbatch").read_text().strip() in said.out
     command = next(line for line in said.out.splitlines() if line.startswith("# would run: "))
-    assert command.split()[3:7] == ["sbatch", "--parsable", "--array=0-3%4", "--job-name=exp"], command
+    assert command.split()[3:7] == ["sbatch", "--parsable", "--array=0-3%16", "--job-name=exp"], command
     assert "--time=20" in command  # 15 minutes, and twice what the estimate says, in fives
     lines = [line.split() for line in said.out.splitlines()]
     assert ["cell", "name", "rows", "to", "do", "shards", "bytes", "GPU-hours"] in lines

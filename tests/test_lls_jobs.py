@@ -17,6 +17,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.lls.matrix import Measure
 from lib.lls.results import cross as matrix_from
+from lib.run.task import freeze
 from lib.store import merge, scan
 
 TRAITS = ("cat", "dog", "neutral")
@@ -94,6 +95,22 @@ def test_matrix_cells_equal_single_runs_bit_for_bit(folder, results):
             order = np.argsort(one["row"][here])
             assert np.array_equal(one["prompt_sum"][here][order], alone[f"{name}_sum"])
             assert np.array_equal(one["prompt_end"][here][order], alone[f"{name}_end"])
+
+
+def test_cells_of_one_task_share_a_load_and_have_the_bits_of_cells_alone(folder, results, tmp_path):
+    kind = "cross"
+    env = environment(folder, kind) | {"SUITE_SCRATCH": str(tmp_path)}
+    experiment = load(folder / kind / "exp.yaml")
+    here = experiment.cells(folder / kind / "cache", tmp_path)
+    name = freeze(tmp_path / experiment.label, [here])
+    done = forked(*command(folder, kind, 0)[1:], f"--tasks={name}", env=env)
+    assert done.returncode == 0 and done.stdout.count("weights: ") == 1, done.stderr
+    for cell in here:
+        with h5py.File(merge(cell, experiment.schema(Path()), experiment.science_json())) as f:
+            for column, values in results[kind, cell.index][0].items():
+                assert f[column][:].tobytes() == values.tobytes(), (cell.name, column)
+    other = forked(*command(folder, kind, 1)[1:], f"--tasks={name}", env=env)
+    assert other.returncode == 2 and "index 1 is none of this array's: 0; submit again" in other.stderr
 
 
 def test_the_reports_matrix_is_made_of_the_same_numbers(folder, results):

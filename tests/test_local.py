@@ -101,6 +101,22 @@ def test_three_cells_on_two_workers(box):
     assert "rows 40/40 100%" in box.make("logs", "TASK=2")
 
 
+def test_one_worker_keeps_its_process_and_who_submits_next_queues_behind(box):
+    box.env["SUITE_THROTTLE"] = "1"
+    assert "local workers local-" in box.make("submit-lls", "ARRAY=1-2")
+    box.freeze(1)
+    assert "cells 0 of box" in box.make("submit-lls", "ARRAY=0")
+    assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 1, "pending": 2}
+    thaw(*box.frozen)
+    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
+    assert max(overlaps(box)) == 1
+    processes = {beat["cell"]: beat["pid"] for beat in box.beats()}
+    assert processes["b"] == processes["c"] != processes["a"]  # one load for a queue
+    logs = {beat["cell"]: Path(beat["log"]).read_text() for beat in box.beats()}
+    assert logs["b"].count("weights: ") == 1 and logs["c"].startswith("task 2 in the process of the one before\ncell 2")
+    assert "weights: " not in logs["c"] and "elapsed" in box.make("status") and box.make("status").count(" 0:") >= 3
+
+
 @pytest.mark.parametrize("mode, owner", [(0o775, 0), (0o707, 0), (0o700, 12345)])
 def test_a_queue_that_others_could_have_written_is_not_run(tmp_path, mode, owner):
     queue = tmp_path / "local-1"

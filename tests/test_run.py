@@ -5,6 +5,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def test_a_termination_stops_at_once_and_keeps_what_is_whole(tmp_path, signum):
     assert code == 128 + signum and time.monotonic() - began < 30  # of 100
     assert re.search(r"stopped by SIG(TERM|INT): finished shards are kept", out)
     assert states(tmp_path) == ["terminated"]
+
+
+def test_a_cell_whose_folder_is_removed_in_the_middle_is_not_done(tmp_path):
+    job = start(tmp_path, SHARD_SECONDS=0.05)
+    wait_for_shards(tmp_path, 3)
+    shutil.rmtree(cell_in(tmp_path).path)
+    code, out = finish(job)
+    assert code == 2 and "Traceback" not in out
+    assert re.search(r"error: \d+ of 400 are gone, although they were committed: .* `make resume` does them again", out)
+    assert states(tmp_path) == ["failed"]
 
 
 def test_two_copies_at_once_both_end_well(tmp_path, uninterrupted):

@@ -221,11 +221,26 @@ def test_cancel_ends_for_good_and_resume_submits_just_the_rest(run, undisturbed)
     run.slurm.wait_for(job, "CANCELLED", timeout=60)
     time.sleep(3)
     assert set(run.slurm.states(job).values()) == {"CANCELLED"}  # our own exit does not requeue what a user cancelled
-    wait_until(lambda: run.state(0)["state"] == "failed", 30, lambda: str(run.state(0)))
+    assert [run.state(i)["state"] for i in range(3)] == ["cancelled"] * 3  # which is not failed
     again = run.make("resume").split()[2].rstrip(":")
     run.slurm.wait_for(again, "COMPLETED", timeout=120)
     assert "nothing to resume" in run.make("resume")
     assert [run.merged(i) for i in range(3)] == undisturbed
+
+
+def test_what_slurm_holds_is_named_with_its_release(run):
+    run.slurm.run("scontrol", "update", "nodename=n[1-3]", "state=drain", "reason=test")
+    try:
+        job = run.submit("0-1")
+        run.slurm.run("scontrol", "hold", f"{job}_1")
+        assert [run.state(i)["state"] for i in range(3)] == ["pending", "held", "todo"]
+        assert run.state(1)["note"].endswith(f"it waits for ever: scontrol release {job}_1")
+        assert f"next: scontrol release {job}_1" in run.make("status")
+        said = run.make("resume")  # what is held is not submitted twice
+        assert f"cell 1 ({TRAITS[1]}) is held: " in said and "cells 2 of small" in said
+        run.make("cancel")
+    finally:
+        run.slurm.run("scontrol", "update", "nodename=n[1-3]", "state=resume")
 
 
 def test_a_failed_task_is_shown_with_its_reason_and_log(run, inputs):

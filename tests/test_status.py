@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
+from lib.base.atomic import write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.cluster import show
@@ -18,6 +20,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 
 SHARDS = 10_000
+FULL = "error: cannot write x: No space left on device"
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +119,13 @@ def beat(folder, cell, state: str, **more) -> None:
     (tasks / f"{cell.name}-x.json").write_text(json.dumps(facts | more))
 
 
-def test_every_state_of_a_task_without_slurm(many, monkeypatch):
+def test_every_state_of_a_task_without_slurm(many, monkeypatch, tmp_path):
     folder, cells = many
     monkeypatch.setenv("SUITE_SLURM", "no")
-    last = cells[19]
+    last, log = cells[19], str(tmp_path / "log")
+    Path(log).write_text("x" * 9000 + f"\nrows 7/9\n  {FULL}  \n\n")
+    cancelled = folder / "scratch" / "many" / "cancelled.json"
+    write_json(cancelled, {"time": 100.0})
     stat = open("/proc/self/stat").read().rpartition(")")[2].split()[19]  # noqa: PTH123, SIM115
     for given, want, note in [
         ({"state": "running", "pid": os.getpid(), "pid_started": stat}, "running", ""),
@@ -128,7 +134,15 @@ def test_every_state_of_a_task_without_slurm(many, monkeypatch):
         ({"state": "running", "host": "elsewhere", "updated": 1.0}, "stale", "ended without a word"),
         ({"state": "requeue"}, "stale", "was not requeued"),
         ({"state": "failed", "error": "no GPU"}, "failed", "no GPU"),
-        ({"state": "terminated", "error": "SIGTERM"}, "failed", "stopped by SIGTERM"),
+        ({"state": "terminated", "error": "SIGTERM", "started": 50.0, "updated": 101.0}, "cancelled", ""),
+        ({"state": "terminated", "error": "SIGTERM", "started": 101.0}, "failed", "stopped by SIGTERM"),
+        ({"state": "requeue", "started": 50.0, "updated": 101.0}, "stale", "was not requeued"),
+        (
+            {"state": "running", "log": log},
+            "stale",
+            f"ended without a word; its log ends: {FULL}",
+        ),
+        ({"state": "running", "log": f"{log}-gone"}, "stale", "ended without a word"),
         ({"state": "failed", "digest": "of before"}, "todo", ""),
         ({"state": "failed", "error": "no memory"}, "failed", "no memory"),
     ]:
@@ -139,7 +153,7 @@ def test_every_state_of_a_task_without_slurm(many, monkeypatch):
     whole = (tasks / f"{last.name}-x.json").rename(tasks / f".tmp-{HOST}-1-0a-{last.name}-x.json")
     beat(folder, last, state="requeue", started=0.5)
     assert status("many", [last]).cells[0].note == "was not requeued"  # one that was killed while it was written
-    for path in (whole, tasks / f"{last.name}-x.json"):
+    for path in (whole, tasks / f"{last.name}-x.json", cancelled):
         path.unlink()
 
 

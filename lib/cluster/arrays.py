@@ -96,6 +96,5 @@ def shares(arrays: Sequence[Array], gpus: int) -> list[int]:
     """Tasks of each array at once: all together keep to so many GPUs, parted by what is in them; one at least."""
     weight = [len(array.tasks) * max(array.needs.gpus, 1) for array in arrays]
     return [
-        max(1, min(len(array.tasks), gpus * own // sum(weight) // max(array.needs.gpus, 1)))
-        for array, own in zip(arrays, weight, strict=True)
+        max(1, gpus * own // sum(weight) // max(array.needs.gpus, 1)) for array, own in zip(arrays, weight, strict=True)
     ]

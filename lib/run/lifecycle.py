@@ -17,7 +17,7 @@ from lib.run.parents import read_from
 from lib.run.site import ROOT
 from lib.run.watch import ending_with_its_starters
 from lib.store import Cell
-from lib.store.markers import Facts
+from lib.store.markers import Facts, sweep
 
 
 class Terminated(BaseException):
@@ -72,6 +72,7 @@ def heed_signals(unit: str) -> Iterator[Notice]:
 
 def live(cell: Cell, gpus: int, unit: str, kept: str, work: Callable[[Heartbeat, Notice], int]) -> int:
     """Bring one cell to its end, or to the signal that stops it. Returns the exit code."""
+    sweep(cell.folder / "tasks")
     beat = Heartbeat(cell.folder / "tasks", cell, gpus)
     with heed_signals(unit) as notice, ending_with_its_starters():
         try:
