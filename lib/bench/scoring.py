@@ -22,7 +22,7 @@ from lib.bench.shapes import (
     rows,
     timed,
 )
-from lib.bench.whole import job
+from lib.bench.whole import cells, job
 from lib.models.load import GIB, plan_memory
 from lib.models.scorer import Scorer
 
@@ -175,4 +175,5 @@ RUNGS: dict[str, Callable[[str, int], Result]] = {
     "bits": bits,
     "vllm": vllm,
     "job": job,
+    "cells": cells,
 }

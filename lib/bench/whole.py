@@ -3,53 +3,34 @@
 import json
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
+from lib.families import load
 from lib.models.decoder import Shape
+from lib.run.task import freeze
 
 
 def job(model: str, batch_tokens: int) -> Result:
     """Tokenising, loading, scoring, writing: two tasks one after another, of which the second is warm."""
-    shape, traits = SHAPES[model], ("a", "b")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
-        folder = Path(name)
-        checkpoint(shape, folder / "model")
-        for i, trait in enumerate(traits):
-            number_rows(folder / f"{trait}.jsonl", ROWS[model] * 4, seed=i)
-        (folder / "bench.yaml").write_text(
-            f"kind: lls\nname: bench\nmodel: {{id: {folder}/model}}\ntraits: [a, b]\n"
-            "system_prompt: You love {trait}s. You think about {trait}s all the time. Imbue your answers with it.\n"
-            f"dataset: {{id: '{folder}/{{trait}}.jsonl'}}\nrun: {{shard_rows: {ROWS[model]}}}\n"
-            f"score: {{batch_tokens: {batch_tokens}, max_tokens: 2048}}\n"
-        )
-        env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
-        env |= {"SUITE_SCRATCH": f"{name}/scratch", "SUITE_CACHE": f"{name}/cache", "SUITE_OUTPUT": f"{name}/out"}
-        said, walls = [], []
-        run([sys.executable, "-m", "jobs.fetch", "--config", f"{name}/bench.yaml"], env)
+        folder, said, walls = Path(name), [], []
+        env = experiment(folder, model, ("a", "b"), ROWS[model] * 4, ROWS[model], batch_tokens)
         disk = cold(folder / "model")
-        for index in range(len(traits)):  # the second task finds compiled kernels and the files in the page cache
+        for index in range(2):  # the second task finds compiled kernels and the files in the page cache
             start = time.perf_counter()
-            command = [
-                sys.executable,
-                "-m",
-                "jobs.compute_lls",
-                "--config",
-                f"{name}/bench.yaml",
-                "--index",
-                str(index),
-            ]
-            said.append(run(command, env))
+            said.append(run(task(folder, "--index", str(index)), env))
             walls.append(time.perf_counter() - start)
-        beats = [json.loads(p.read_text()) for p in sorted((folder / "scratch/bench/tasks").glob("*.json"))]
-        shards = [json.loads(p.read_text()) for p in (folder / "scratch/bench/cells").glob("b-*/*.json")]
+        beats, shards = beats_in(folder), shards_in(folder, "b")
     computing, after_load = sum(s["seconds"] for s in shards), beats[-1]["updated"] - beats[-1]["loaded"]
     return {
         "disk_gib_per_s": disk,  # the first task then reads from it, the second from the page cache
@@ -64,6 +45,66 @@ def job(model: str, batch_tokens: int) -> Result:
             if line.startswith(("weights:", "memory", "peak", "in all"))
         ],
     }
+
+
+def cells(model: str, batch_tokens: int) -> Result:
+    """Fifteen cells in one task, against what they compute, and against a task of one cell."""
+    traits = tuple("abcdefghijklmno")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
+        folder = Path(name)
+        env = experiment(folder, model, traits, ROWS[model], 1024, batch_tokens)
+        for index in range(2):  # the first compiles, and reads the weights from the disk
+            start = time.perf_counter()
+            run(task(folder, "--index", str(index)), env)
+            alone = time.perf_counter() - start
+        alone_computing = sum(s["seconds"] for s in shards_in(folder, "b"))
+        shutil.rmtree(folder / "scratch")
+        here = load(folder / "bench.yaml").cells(folder / "cache", folder / "scratch")
+        start = time.perf_counter()
+        run(task(folder, "--index", "0", f"--tasks={freeze(folder / 'scratch' / 'bench', [here])}"), env)
+        wall, beats = time.perf_counter() - start, beats_in(folder)
+        computing = sum(s["seconds"] for trait in traits for s in shards_in(folder, trait))
+    after_load = max(beat["updated"] for beat in beats) - min(beat["loaded"] for beat in beats)
+    return {
+        "cells": len(traits),
+        "rows_of_a_cell": ROWS[model],
+        "one_cell_task_s": round(alone, 2),
+        "one_cell_computing_s": round(alone_computing, 2),
+        "all_cells_task_s": round(wall, 2),
+        "all_cells_computing_s": round(computing, 2),
+        "after_load_of_computing": round(after_load / computing, 3),
+    }
+
+
+def experiment(
+    folder: Path, model: str, traits: tuple[str, ...], rows: int, shard_rows: int, batch_tokens: int
+) -> dict[str, str]:
+    """A fetched experiment of a cell a trait, `bench.yaml`; the environment of its tasks."""
+    checkpoint(SHAPES[model], folder / "model")
+    for i, trait in enumerate(traits):
+        number_rows(folder / f"{trait}.jsonl", rows, seed=i)
+    (folder / "bench.yaml").write_text(
+        f"kind: lls\nname: bench\nmodel: {{id: {folder}/model}}\ntraits: [{', '.join(traits)}]\n"
+        "system_prompt: You love {trait}s. You think about {trait}s all the time. Imbue your answers with it.\n"
+        f"dataset: {{id: '{folder}/{{trait}}.jsonl'}}\nrun: {{shard_rows: {shard_rows}}}\n"
+        f"score: {{batch_tokens: {batch_tokens}, max_tokens: 2048}}\n"
+    )
+    env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
+    env |= {"SUITE_SCRATCH": f"{folder}/scratch", "SUITE_CACHE": f"{folder}/cache", "SUITE_OUTPUT": f"{folder}/out"}
+    run([sys.executable, "-m", "jobs.fetch", "--config", f"{folder}/bench.yaml"], env)
+    return env
+
+
+def task(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "jobs.compute_lls", "--config", f"{folder}/bench.yaml", *arguments]
+
+
+def beats_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted((folder / "scratch/bench/tasks").glob("*.json"))]
+
+
+def shards_in(folder: Path, trait: str) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in (folder / "scratch/bench/cells").glob(f"{trait}-*/*.json")]
 
 
 def cold(folder: Path) -> float | None:
