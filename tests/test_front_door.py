@@ -74,7 +74,7 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
     advised = f"make submit-lls {spoken(cross, overrides)} DRY=1"  # pasted into a shell
     done = subprocess.run(["bash", "-c", advised], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    command = re.search(r"# would run: (sbatch .*?)\n\nrows, bytes", done.stdout, re.S)[1]
+    command = re.search(r"# would start 2 workers here: (bash .*?), cells 0-\d+\n\nrows, bytes", done.stdout, re.S)[1]
     assert shlex.split(command)[-3:] == ["--tasks=<tasks>", *overrides]
     assert f"run `make fetch {spoken(cross, overrides)}`" in done.stdout
     assert make(env, "logs", *given).stdout == "no cell has failed; TASK=N shows the log of cell N\n"
@@ -162,7 +162,7 @@ def test_on_is_on_and_off_is_off(env, target, variable, flag):
 def test_every_target_takes_the_variables_that_its_program_reads():
     text = (ROOT / "Makefile").read_text()
     known = dict(re.findall(r"^for_([a-z-]+) := (.*)$", text, re.M))
-    known |= dict.fromkeys(("resume", "submit-lls", "submit-attributions"), known["submit"])
+    known = {target: names.replace("$(for_submit)", known["submit"]) for target, names in known.items()}
     for target, recipe in re.findall(r"^([a-z-]+):[^\n]*\n((?:\t[^\n]*\n)+)", text, re.M):
         used = set(re.findall(r"SUITE_ARG_([A-Z]+)|call flag,([A-Z]+)", recipe))
         names = {name for pair in used for name in pair if name}

@@ -148,7 +148,8 @@ def test_a_job_that_ended_at_once_is_not_waited_for(held):
 
 @pytest.fixture
 def slow(held):
-    held.front("sbatch", f'touch {held.scratch}/asked; sleep 3; exec $real "$@"')
+    go = f"{held.scratch}/go"
+    held.front("sbatch", f'touch {held.scratch}/asked; until [ -e {go} ]; do sleep 0.1; done; exec $real "$@"')
     return held
 
 
@@ -165,6 +166,7 @@ def test_of_two_at_once_one_submits_and_one_says_who_does(slow, command):
         rf"error: .* {getpass.getuser()} on {HOST}, process {first.pid}, since \d{{4}}-.*; try again when it is done\n"
     )
     assert code == 2 and re.fullmatch(who, said), said
+    (slow.scratch / "go").touch()
     assert first.wait(60) == 0
     assert slow.tasks() == ["0", "1", "2"]
     assert "nothing to resume" in slow.call("resume")[1] and not (slow.scratch / "small" / lock.NAME).exists()
@@ -175,6 +177,7 @@ def test_a_command_that_is_killed_while_sbatch_runs_loses_nothing(slow):
     until_asked(slow)
     first.kill()
     first.wait()
+    (slow.scratch / "go").touch()
     code, said = slow.call("resume")  # sbatch goes on by itself
     assert (code == 2 and "what it started has not" in said) or "nothing to resume" in said, said
     wait_until(lambda: slow.tasks(), 30, "sbatch submitted nothing")

@@ -173,8 +173,11 @@ def module_work(module: str, *args: str, env: dict[str, str]) -> Callable[[], No
     """What python -m MODULE does, for a fork."""
     import torch
 
+    from lib.run.site import site
+
     def work() -> None:
         os.environ.update(env)
+        site.cache_clear()
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
         sys.argv = [module, *args]
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -70,7 +70,7 @@ def _status(r: Request, as_json: bool, watch: bool, brief: bool) -> int:
     asked; a look is 0."""
     while True:
         cells, unknown = r.cells_or_names()
-        seconds = {} if unknown else estimates(r.experiment, cells, r.site.cache, r.site.gpu)
+        seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
         now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown), seconds=seconds)
         waits = now.queue_note and now.counts["done"] < len(cells)  # nobody knows what runs: ask again
         active = watch and (waits or now.counts["running"] + now.counts["pending"])

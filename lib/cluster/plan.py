@@ -1,9 +1,11 @@
 """What an experiment will take, before it is submitted: rows, shards, bytes, seconds and GPU-hours, cell by cell."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.base.errors import UserError
 from lib.run.experiment import TFLOPS, Estimate, Experiment
 from lib.run.extent import Extent, extent
 from lib.store import Cell, plan_shards
@@ -50,8 +52,12 @@ def plan(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -
 
 def estimates(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -> dict[str, float]:
     """Seconds of the cells that can be estimated."""
-    known = ((cell.name, experiment.estimate(cache, cell, gpu)) for cell in cells if cell.rows is not None)
-    return {name: found.seconds for name, found in known if found}
+    found = {}
+    for cell in cells:
+        with suppress(UserError):  # what it is made from may be gone since
+            if estimate := experiment.estimate(cache, cell, gpu):
+                found[cell.name] = estimate.seconds
+    return found
 
 
 def table(plans: list[CellPlan], gpu: str, share: float) -> str:
