@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
-from lib.models.decoder import Shape
+from lib.checkpoint.families import Shape
 
 
 def job(model: str, batch_tokens: int) -> Result:

@@ -1,2 +1,2 @@
-"""Models onto devices, chat rendering and token boundaries (in a process apart), rows packed into batches of one shape, the scoring decoder.
+"""Models onto devices, chat rendering and token boundaries, rows packed into batches of one shape, the scoring decoder.
 Public: chat.Renderer, packing.pack, decoder.Decoder, load.load_decoder, load.load_model, scorer.Scorer."""
