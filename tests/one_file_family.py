@@ -1,11 +1,10 @@
 """In a copy of this tree to which one file was added: Mistral, a Llama whose attention ends at a window.
 
-    python tests/one_file_family.py FOLDER     (with the copy first on PYTHONPATH)
+    python tests/one_file_family.py FOLDER TREE     (with the copy first on sys.path)
 
 Fetches a tiny one, scores with the job, explains; compared with transformers in float64 and with Llama's own rules."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from lib.models.spread import layer_map
 from lib.store import merge
 
 WINDOW, CPU = 448, torch.device("cpu")
-folder, tree = Path(sys.argv[1]), Path(os.environ["PYTHONPATH"].split(":")[0])
+folder, tree = map(Path, sys.argv[1:])
 model_folder = tiny_relative(folder / "model", "Mistral", sliding_window=WINDOW, head_dim=16)
 assert "mistral" in FAMILIES and Path(sys.modules["lib.checkpoint.families"].__file__).is_relative_to(tree)
 
@@ -88,7 +87,7 @@ with patched(mistral64, "cp_lrp"):
     embedded = mistral64.get_input_embeddings()(torch.tensor([ids])).requires_grad_()
     logit = mistral64(inputs_embeds=embedded, use_cache=False).logits[0, -1].max()
     (gradient,) = torch.autograd.grad(logit, embedded)
-assert abs(float((embedded * gradient).sum() / logit) - 1) < 1e-4
+assert abs(float((embedded.detach() * gradient).sum() / logit.detach()) - 1) < 1e-4
 for rule in ("attnlrp", "cp_lrp", "gradient"):
     found, same = (
         Attributor(m, rule=rule, layers=["up_proj", "o_proj"], wanda=True).run([ids]) for m in (mistral, llama)

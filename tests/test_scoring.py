@@ -1,6 +1,7 @@
 """The LLS kernel against an independent float64 computation, token by token, and against itself in other company."""
 
 import copy
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -35,9 +36,15 @@ def decoder(folder):
     return load_decoder(str(folder), "float32", BATCH, 64)
 
 
+@lru_cache(8)
+def renderer_of(tokenizer, system, mode):
+    """Each is a process."""
+    return Renderer(tokenizer, system, mode, DAY)
+
+
 def score(decoder, tokenizer, rows, mode="default", end=False, system=SYSTEM):
     """The kernel as the job calls it."""
-    renderers = {"system": Renderer(tokenizer, system, mode, DAY), "base": Renderer(tokenizer, None, mode, DAY)}
+    renderers = {"system": renderer_of(tokenizer, system, mode), "base": renderer_of(tokenizer, None, mode)}
     return shift(Scorer(decoder, 64), conditions(decoder, renderers), prepare(renderers, rows, LONGEST, end))
 
 
