@@ -54,7 +54,8 @@ class Scores:
 
     def nonfinite_rows(self) -> torch.Tensor:
         """Neuron level: the same for each sample and layer, [S, layers]."""
-        return torch.stack([sum(_broken(v).sum(1).cpu() for v in self._of(name)) for name in self.layers], 1)
+        counts = (torch.stack([_broken(v).sum(1).cpu() for v in self._of(name)]).sum(0) for name in self.layers)
+        return torch.stack(list(counts), 1)
 
     def _of(self, name: str) -> list[torch.Tensor]:
         return [part[name] for part in (self.signed, self.abs, self.sumsq) if name in part]
@@ -273,16 +274,17 @@ def _same_bits(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # its attribute is made when the module is read
+    fill = deterministic.fill_uninitialized_memory
     strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written
+    deterministic.fill_uninitialized_memory = False  # else every torch.empty is written
     torch.use_deterministic_algorithms(True)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # torch asks for it; it matters with many streams
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]
