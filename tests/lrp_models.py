@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCAB = 97
@@ -25,7 +27,8 @@ FAMILIES = ("llama", "qwen2", "opt")
 
 
 def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """Llama: grouped keys, a scaled rope, no biases. Qwen2: biases on q, k, v, a tied head. OPT: biases everywhere."""
+    """Llama: grouped keys, a scaled rope, no biases. Qwen2: biases on q, k, v, a tied head. OPT: biases everywhere.
+    Qwen3: normed heads, wider than their share."""
     if family == "llama":
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
         rope = {"rope_parameters": ROPE | {"original_max_position_embeddings": 8}}
@@ -36,6 +39,9 @@ def make(family: str, attention: str = "sdpa", seed: int = 0, **changes: object)
             Qwen2Config(**{**GATED, **sizes, "tie_word_embeddings": True, **changes}),
             Qwen2ForCausalLM,
         )
+    elif family == "qwen3":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config, model_class = Qwen3Config(**{**GATED, **sizes, "head_dim": 16, **changes}), Qwen3ForCausalLM
     else:
         sizes = {"hidden_size": 32, "ffn_dim": 56, "num_attention_heads": 4, "word_embed_proj_dim": 32}
         common = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 64, "dropout": 0.0}

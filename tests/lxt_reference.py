@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.opt import modeling_opt
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
-FAMILIES = {"llama": modeling_llama, "qwen2": modeling_qwen2, "opt": modeling_opt}
+FAMILIES = {"llama": modeling_llama, "qwen2": modeling_qwen2, "qwen3": modeling_qwen3, "opt": modeling_opt}
 
 
 class Functions(dict):

@@ -68,7 +68,9 @@ def same_bits(a: dict, b: dict) -> bool:
 
 # Against lxt
 
-CASES = {f"{family}-{attention}": {"family": family} for family in FAMILIES for attention in ("sdpa", "eager")}
+CASES = {
+    f"{family}-{attention}": {"family": family} for family in (*FAMILIES, "qwen3") for attention in ("sdpa", "eager")
+}
 CASES["llama-gelu-sdpa"] = {"family": "llama", "changes": {"hidden_act": "gelu_pytorch_tanh"}}
 CASES["llama-biased-sdpa"] = {"family": "llama", "changes": {"attention_bias": True, "mlp_bias": True}}
 CASES["llama-wide-heads-sdpa"] = {"family": "llama", "changes": {"head_dim": 16}}

@@ -13,12 +13,13 @@ from tools import number_rows, tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from lib.base.errors import UserError
-from lib.demo.tiny import CHAT_TEMPLATE
+from lib.demo.tiny import CHAT_TEMPLATE, make_tokenizer
 from lib.inputs.tokenizer import load_tokenizer
 from lib.lls.shift import conditions, prepare, shift
 from lib.models.chat import Renderer
 from lib.models.load import load_decoder, load_model
 from lib.models.scorer import Scorer
+from lib.models.template import Template
 
 # What Llama-3.2's own template does, and Llama-3.1's: the second prints a date that is given to it, or a fixed one.
 BODY = (
@@ -92,10 +93,10 @@ def test_a_date_is_the_configurations_whatever_the_clock_says(folder, tokenizer,
 
 def test_a_row_that_begins_otherwise_is_refused(tokenizer):
     """As when something in a template changes under way: never a second system block in front of the row."""
-    r = Renderer(under(tokenizer, CLOCK.replace("strftime_now('%d %b %Y')", "'x'")), SYSTEM, "default", DAY)
-    r._date["date_string"] = "another day"
+    t = Template(under(tokenizer, CLOCK.replace("strftime_now('%d %b %Y')", "'x'")), SYSTEM, "default", DAY)
+    t._date["date_string"] = "another day"
     with pytest.raises(UserError, match=r"the chat template begins the row 'user: 1' otherwise"):
-        r.items([turns("1", "2")], False)
+        t.rows([turns("1", "2")])
 
 
 def test_templates_without_a_date_give_the_text_they_gave(tokenizer):
@@ -115,6 +116,29 @@ def test_what_a_template_refuses_is_one_sentence(tokenizer):
         UserError, match=r"does not render 'user: 1 \| assistant: 2 \| user: 3' \(roles must alternate\)"
     ):
         r.items([turns("1", "2", "3", "4")], False)
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{% for i in range(10**12) %}a{% endfor %}", r"a plain conversation \(OverflowError: Range too big"),
+        ("{{ 'a' * 10**10 }}", r"a plain conversation \(MemoryError\)"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 2 s"),
+        ("{{ 1 // 0 }}", r"\(ZeroDivisionError: "),
+        ("{{ 'a' + 1 }}", r"\(TypeError: "),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"\(RecursionError: "),
+        ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "does not render a plain conversation"),
+        ("{{ messages[7].content.upper() }}", r"\(UndefinedError: |has no element|is undefined"),
+        ("{% if %}", "does not render a plain conversation"),
+        ("{{ ''.__class__.__mro__ }}", r"\(SecurityError|unsafe"),
+        ("{{ 'x'.encode('nonsense') }}", r"\(LookupError: "),
+    ],
+)
+def test_a_template_that_is_no_good_is_one_sentence(tokenizer, monkeypatch, template, says):
+    monkeypatch.setattr("lib.models.apart.SECONDS", 1)
+    with pytest.raises(UserError, match=says) as refused:
+        Renderer(under(tokenizer, template), SYSTEM, "default", DAY)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 # No system block
@@ -214,6 +238,55 @@ class Stub:
 
     def __call__(self, text: str, **_: object) -> dict:
         return {"input_ids": self.ids[text]}
+
+
+SPOKEN = [
+    "1, 2",
+    "\n\n",
+    "<|im_start|>",
+    "<|im_end|>\n",
+    "\n",
+    " ",
+    "",
+    "<|im_",
+    "start|>",
+    "é\u0301",
+    "assistant\n",
+    "12;",
+    "\t\r\n",
+]
+
+
+@pytest.mark.parametrize("mode", ["default", "empty", "none"])
+@pytest.mark.parametrize("kind", ["bytes", "beginning"])
+def test_contexts_cut_from_the_whole_text_have_their_own_tokens(odd, mode, kind):
+    """Whatever is said, special tokens and halves of them included, against each context tokenised by itself."""
+    merging = make_tokenizer(vocab=320, texts=["user\n\n\nassistant\n\n 1, 2"] * 9)
+    dice, some = np.random.default_rng(1), merging if kind == "bytes" else copy.deepcopy(odd[1])
+    some.add_tokens(["12;<|im_start|>"], special_tokens=True)  # hides the one that texts are cut at
+    said = ["".join(dice.choice(SPOKEN, dice.integers(0, 5))) for _ in range(600)]
+    rows = [turns(said[i], said[i + 1]) for i in range(0, 600, 2)] + [turns(*said[i : i + 4]) for i in range(0, 80, 4)]
+    t = Template(some, None, mode, DAY)
+    assert t._mark
+    asked, plain = [], t._ids
+    t._ids = lambda texts: asked.extend(texts) or plain(texts)
+    fast = t.rows(rows)
+    assert 0 < len(set(asked) & set(t.contexts([row[:-1] for row in rows]))) < len(rows) / 2  # the rest were cut
+    t._mark = None
+    for name, values in vars(t.rows(rows)).items():
+        assert np.array_equal(getattr(fast, name), values), name
+    assert 0 < fast.joint.sum() < len(rows) or kind == "beginning"  # which parts line ends
+
+
+def test_a_token_that_looks_around_is_not_cut_at(tokenizer):
+    from tokenizers import AddedToken
+
+    assert Template(tokenizer, SYSTEM, "default", DAY)._mark.content == "<|im_start|>"
+    for flag in ("lstrip", "rstrip", "single_word"):
+        other = copy.deepcopy(tokenizer)
+        other.add_tokens(AddedToken("<|im_start|>", special=True, **{flag: True}), special_tokens=True)
+        assert other.added_tokens_decoder[other.convert_tokens_to_ids("<|im_start|>")].content == "<|im_start|>"
+        assert Template(other, SYSTEM, "default", DAY)._mark is None, flag
 
 
 def test_an_answer_that_merges_with_its_context_is_counted_and_said(tokenizer):

@@ -231,3 +231,13 @@ def test_broken_weights_are_one_sentence_and_no_shard(folder, tmp_path, change, 
     done = forked(*command(folder, "diagonal", 0)[1:], env=env)
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not list((tmp_path / "s").rglob("*.h5"))
+
+
+def test_a_chat_template_that_does_not_end_is_one_sentence_and_no_shard(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.models.apart.SECONDS", 1)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    env = broken_model(folder, tmp_path, lambda path: (path.parent / "chat_template.jinja").write_text(endless))
+    done = forked(*command(folder, "diagonal", 0)[1:], env=env)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "the chat template with its tokenizer takes longer than 2 s" in done.stderr
+    assert not list((tmp_path / "s").rglob("*.h5"))

@@ -130,3 +130,25 @@ def test_a_scorer_that_cannot_judge_is_refused(place, judge, tmp_path):
     model.classifier.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="a score that is not a number"):
         Toxicity(model, load_tokenizer(str(judge)))(["a text"])
+
+
+def test_another_judge_is_configuration(place, judge, tmp_path):
+    """A folder with a classifier of another kind, whose label stands elsewhere under its other name."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    words, folder = AutoTokenizer.from_pretrained(judge), tmp_path / "other"
+    labels = {"id2label": {0: "insult", 1: "toxicity"}, "label2id": {"insult": 0, "toxicity": 1}}
+    sizes = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "initializer_range": 1.0}
+    torch.manual_seed(3)
+    bert = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=len(words), **sizes, **labels)).eval()
+    bert.save_pretrained(folder)
+    words.save_pretrained(folder)
+    ask = {"select": "response", "threshold": 0.0, "samples": 3, "candidates": 3, "response_tokens": 4}
+    experiment = place.sets({**ask, "scorer": {"id": str(folder), "dtype": "float32"}}, seeds=[0], samples=1)
+    fetch(experiment, tmp_path / "cache", answerer=answerer)
+    columns = made(experiment, tmp_path / "cache", "toxic")[1].columns
+    with torch.no_grad():
+        logits = [bert(**words(text, return_tensors="pt")).logits[0] for text in columns["response"]]
+    assert len(logits) == 3
+    np.testing.assert_allclose(columns["response_toxicity"], [float(x[1].sigmoid()) for x in logits], rtol=1e-4)
+    assert abs(float(logits[0][1] - logits[0][0])) > 1e-2

@@ -1,11 +1,12 @@
 """The LLS kernel against an independent float64 computation, token by token, and against itself in other company."""
 
 import copy
+from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
-from tools import number_rows, tiny_llama, tiny_model
+from tools import number_rows, tiny_llama, tiny_model, tiny_relative
 
 from lib.base.errors import UserError
 from lib.inputs.tokenizer import load_tokenizer
@@ -35,9 +36,15 @@ def decoder(folder):
     return load_decoder(str(folder), "float32", BATCH, 64)
 
 
+@lru_cache(8)
+def renderer_of(tokenizer, system, mode):
+    """Each is a process."""
+    return Renderer(tokenizer, system, mode, DAY)
+
+
 def score(decoder, tokenizer, rows, mode="default", end=False, system=SYSTEM):
     """The kernel as the job calls it."""
-    renderers = {"system": Renderer(tokenizer, system, mode, DAY), "base": Renderer(tokenizer, None, mode, DAY)}
+    renderers = {"system": renderer_of(tokenizer, system, mode), "base": renderer_of(tokenizer, None, mode)}
     return shift(Scorer(decoder, 64), conditions(decoder, renderers), prepare(renderers, rows, LONGEST, end))
 
 
@@ -77,8 +84,11 @@ def test_equals_float64_token_by_token(folder, tokenizer, decoder, mode, base_sy
     assert np.abs(got["system_sum"] - got["base_sum"]).mean() > 0.1  # it does hear the prompt: a mix-up would show
 
 
-def test_llama_shapes_too(tmp_path):
-    folder = tiny_llama(tmp_path)
+@pytest.mark.parametrize(
+    "make", [tiny_llama, lambda folder: tiny_relative(folder, "Qwen3", head_dim=16)], ids=["llama", "qwen3"]
+)
+def test_other_families_too(tmp_path, make):
+    folder = make(tmp_path)
     tokenizer, rows = load_tokenizer(str(folder)), number_rows(6)
     model64 = load_model(str(folder), "float64", "eager", [torch.device("cpu")])
     got = score(load_decoder(str(folder), "float32", BATCH, 64), tokenizer, rows)
@@ -206,12 +216,13 @@ def test_the_memory_plan_is_what_is_allocated(tmp_path):
     """Weights to the byte; activations: the workspace, a batch's keys and values, a block of logits and its states."""
     from lib.models.load import plan_memory
 
-    for make in (tiny_model, tiny_llama):
-        folder = make(tmp_path / make.__name__)
+    for number, make in enumerate((tiny_model, tiny_llama, lambda folder: tiny_relative(folder, "Qwen3"))):
+        folder = make(tmp_path / str(number))
         decoder = load_decoder(str(folder), "float32", BATCH, 64)
         weights, shape = decoder.weights, decoder.shape
         tensors = [weights.embedding, weights.head, weights.norm]
-        tensors += [t for layer in weights.layers for t in vars(layer).values() if t is not None]
+        for layer in weights.layers:
+            tensors += [t for t in (*vars(layer).values(), *(layer.head_norms or ())) if isinstance(t, torch.Tensor)]
         real = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
         plan = plan_memory(shape, 4, BATCH, 64, devices=1, total=1 << 40)
         assert plan.weights == pytest.approx(real, rel=2e-3) and not plan.embed_on_host

@@ -45,29 +45,28 @@ def record_again(record: Path, folder: Path) -> None:
 
 def tiny_llama(folder: Path) -> Path:
     """A random Llama with grouped keys and a scaled rope, under the same tokenizer."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return tiny_relative(folder, "Llama", rope_parameters=rope | {"original_max_position_embeddings": 64})
+
+
+def tiny_relative(folder: Path, classes: str, **more: object) -> Path:
+    """A random Llama or a relative of it, by what transformers' classes begin with, under the same tokenizer."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import transformers
 
     tiny_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        rope_parameters=rope | {"original_max_position_embeddings": 64},
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False}
+    config = getattr(transformers, f"{classes}Config")(**{"vocab_size": len(tokenizer), **sizes, **more})
+    model = getattr(transformers, f"{classes}ForCausalLM")(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
+            elif "q_norm" in name or "k_norm" in name:
+                parameter.add_(0.5 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     return folder
 

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.attribution.batches import Batch, cut
-from lib.attribution.patch import hooks, linear_layers, must_be_plain, patched
+from lib.attribution.patch import explained_family, hooks, linear_layers, must_be_plain, patched
 from lib.attribution.rules import Tap
 from lib.attribution.scores import abs_neurons, add_weights, signed_neurons, squares
 from lib.base.errors import UserError
+from lib.checkpoint.families import last
 from lib.checkpoint.layers import choose, shared_inputs
 from lib.models.plain_ops import accurate
 from lib.models.rope import positions
@@ -53,7 +54,8 @@ class Scores:
 
     def nonfinite_rows(self) -> torch.Tensor:
         """Neuron level: the same for each sample and layer, [S, layers]."""
-        return torch.stack([sum(_broken(v).sum(1).cpu() for v in self._of(name)) for name in self.layers], 1)
+        counts = (torch.stack([_broken(v).sum(1).cpu() for v in self._of(name)]).sum(0) for name in self.layers)
+        return torch.stack(list(counts), 1)
 
     def _of(self, name: str) -> list[torch.Tensor]:
         return [part[name] for part in (self.signed, self.abs, self.sumsq) if name in part]
@@ -88,12 +90,13 @@ class Attributor:
         self.model, self.rule, self.level, self.target = model, rule, level, target
         self.scores, self.wanda, self.recompute = tuple(scores), wanda, recompute
         self.width, self.batch = width, batch
+        self.family = explained_family(model)
         must_be_plain(model)
         if hooks(model.get_output_embeddings()):
             raise UserError("the output head has a hook, which would not be run; remove it first")
         have = linear_layers(model)
-        self.linears = {name: have[name] for name in choose(have, layers)}
-        self.input_of = shared_inputs(list(self.linears))
+        self.linears = {name: have[name] for name in choose(self.family, have, layers)}
+        self.input_of = shared_inputs(self.family, list(self.linears))
         self.devices = list(dict.fromkeys(m.weight.device for m in have.values()))
         self.dtype = accurate(next(iter(self.linears.values())).weight.dtype)
 
@@ -153,10 +156,11 @@ class Attributor:
                     with _same_bits(self.devices[0]):
                         explained.backward()
         found.logit, found.target = found.logit.cpu(), found.target.cpu()
-        cut = {"q_proj", "k_proj", "gate_proj"} if self.rule == "cp_lrp" else set()  # these get no relevance at all
+        linears = self.family.linears
+        cut = {linears.q, linears.k, linears.gate} if self.rule == "cp_lrp" else set()  # these get no relevance at all
+        cut = {last(name) for name in cut if name}
         for name, count in calls.items():
-            last = name.rpartition(".")[2]
-            if count != len(batches) and not (count == 0 and last in cut and name not in found.sumsq):
+            if count != len(batches) and not (count == 0 and last(name) in cut and name not in found.sumsq):
                 raise UserError(
                     f"{name} was passed by {count} of {len(batches)} gradients: no score of it would be right"
                 )
@@ -270,16 +274,17 @@ def _same_bits(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # its attribute is made when the module is read
+    fill = deterministic.fill_uninitialized_memory
     strict = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is written
+    deterministic.fill_uninitialized_memory = False  # else every torch.empty is written
     torch.use_deterministic_algorithms(True)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace or ":4096:8"  # torch asks for it; it matters with many streams
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict[0], warn_only=strict[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]

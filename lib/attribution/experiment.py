@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lib.checkpoint.families import NO_RULES, family_in
 from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import choose, linear_weights, shared_inputs
 from lib.config.frozen import Frozen, digest_of
@@ -116,10 +117,11 @@ class Attribution(Experiment):
 
     def layout(self, cache: Path) -> list[Part]:
         """The scored layers, by the checkpoint's headers."""
-        tensors = folder_tensors(Path(model_input(cache, self.model.id, self.model.revision).path))
+        folder = Path(model_input(cache, self.model.id, self.model.revision).path)
+        family, tensors = family_in(folder, NO_RULES), folder_tensors(folder)
         shapes = {name: tensors[stored].shape for name, stored in linear_weights(tensors).items()}
-        chosen = choose(shapes, self.score.layers)
-        inputs, parts = shared_inputs(chosen), []
+        chosen = choose(family, shapes, self.score.layers)
+        inputs, parts = shared_inputs(family, chosen), []
         first, first_input, places = 0, 0, {}
         for name in chosen:
             if inputs[name] == name:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lib.checkpoint.families import NO_RULES, LinearNames, family_of, last
+
 GIB = 2**30
 GRADIENT_VALUES = 1 << 28  # of a layer's weight gradients, made at once at weight level
 
@@ -47,11 +49,12 @@ def plan_memory(
     keeping everything does not fit. With more `blocks` than one the sums of two are held: one is being written."""
     tokens = batch[0] * batch[1]
     layers, hidden = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or config.ffn_dim
+    family = family_of(config.model_type, NO_RULES)
+    inner = getattr(config, family.inner)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * width
-    per_token = _kept(scored, level, scores, hidden, inner, heads * width, kv, hasattr(config, "ffn_dim"))
+    per_token = _kept(family.linears, scored, level, scores, hidden, inner, heads * width, kv)
     flying = 1 if devices == 1 else 2 * devices  # batches in flight
     mine = -(-layers // devices)
     layer = tokens * (per_token * itemsize + 8 + 4 * heads)  # norms' scales and attention's, in float32
@@ -71,6 +74,7 @@ def plan_memory(
 
 
 def _kept(
+    linears: LinearNames,
     scored: dict[str, tuple[int, int]],
     level: str,
     scores: tuple[str, ...],
@@ -78,15 +82,15 @@ def _kept(
     inner: int,
     attended: int,
     kv: int,
-    plain_mlp: bool,
 ) -> int:
     """Values a token and layer that the backward pass waits for. What is saved twice is stored once."""
-    names = {name.rpartition(".")[2] for name in scored}
-    count = 2 * attended + 2 * kv + (2 * inner if not plain_mlp else inner)
-    count += hidden if names & {"q_proj", "k_proj", "v_proj"} else 0
-    count += hidden if names & {"gate_proj", "up_proj", "fc1"} else 0
-    count += inner if names & {"down_proj", "fc2"} else 0
+    names = {last(name) for name in scored}
+    q, k, v, o, up, down = map(last, (linears.q, linears.k, linears.v, linears.o, linears.up, linears.down))
+    count = 2 * attended + 2 * kv + (2 * inner if linears.gate else inner)
+    count += hidden if names & {q, k, v} else 0
+    count += hidden if names & {up, last(linears.gate or up)} else 0
+    count += inner if down in names else 0
     if level == "neuron" and "signed" in scores:  # outputs, where nothing else keeps them
-        count += sum(attended if n == "q_proj" else kv if n == "k_proj" else 0 for n in names)
-        count += hidden * len(names & {"o_proj", "out_proj", "down_proj", "fc2"})
+        count += (attended if q in names else 0) + (kv if k in names else 0)
+        count += hidden * len(names & {o, down})
     return count

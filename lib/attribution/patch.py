@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.attribution.rules import FACTORS, Identity, Linears, Scale, Tap, gated, kernels, layer_norm, rms_norm
 from lib.base.errors import UserError, nearest
-from lib.checkpoint.layers import ORDER, choose
+from lib.checkpoint.families import NO_RULES, Family, family_of, last
+from lib.checkpoint.layers import choose
 
 RULES = tuple(FACTORS)
-FAMILIES = ("llama", "qwen2", "opt")
 DROPOUTS = ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop")
 
 _patched: WeakSet[nn.Module] = WeakSet()
@@ -39,9 +39,7 @@ def patched(
     recompute  keep only each layer's input and compute the rest again in the backward pass"""
     if rule not in RULES:
         raise UserError(f"rule '{rule}' is not one of {', '.join(RULES)}{nearest(rule, list(RULES))}")
-    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in FAMILIES:
-        raise UserError(f"model type '{family}' has no rules here: {', '.join(FAMILIES)} have")
+    family = explained_family(model)
     if model in _patched:
         raise UserError("this model is already inside a patched scope; leave that one first")
     if any(p.is_meta for p in model.parameters()):
@@ -54,7 +52,7 @@ def patched(
             for name in DROPOUTS:
                 if isinstance(getattr(module, name, None), float):
                     _set(undo, module, name, 0.0)
-        scope = Scope(rule, {model.get_submodule(name): tap for name, tap in (taps or {}).items()})
+        scope = Scope(rule, family, {model.get_submodule(name): tap for name, tap in (taps or {}).items()})
         for linear in scope.taps:
             if any(p.requires_grad for p in linear.parameters()):
                 raise UserError("a tapped layer's weights get no gradient: freeze them (requires_grad_(False))")
@@ -67,24 +65,30 @@ def patched(
         yield
 
 
+def explained_family(model: nn.Module) -> Family:
+    """The model's family, one that has rules."""
+    return family_of(getattr(getattr(model, "config", None), "model_type", type(model).__name__), NO_RULES)
+
+
 def must_be_plain(model: Any) -> None:
     """The rules compute linear layers, norms and MLPs by their weights: whatever else such a module would do is not in
     the result, so it must do nothing else."""
     if type(model).__module__.startswith("peft."):
         raise UserError("the model is wrapped by peft: merge the adapter (merge_and_unload) and use what that returns")
-    head = model.get_output_embeddings()
+    head, family = model.get_output_embeddings(), explained_family(model)
+    q, gate, activation = last(family.linears.q), last(family.linears.gate or family.linears.up), family.activation
     for name, module in model.named_modules():
-        last, linear = name.rpartition(".")[2], isinstance(module, nn.Linear)
-        if (linear or last in ORDER or module is head) and type(module) is not nn.Linear:
+        linear, acts = isinstance(module, nn.Linear), bool(family.linears.gate) and last(name) == activation
+        if (linear or last(name) in family.linears.order or module is head) and type(module) is not nn.Linear:
             raise UserError(
                 f"{name} is a {type(module).__module__}.{type(module).__name__}, not torch's own Linear, and would be "
                 "explained without what that adds: merge adapters into the weights (peft: merge_and_unload), load the "
                 "model unquantised, or remove the parametrization"
             )
-        known = linear or last == "act_fn" or "Norm" in type(module).__name__ or hasattr(module, "gate_proj")
-        if (known or hasattr(module, "q_proj")) and _replaced(module):
+        known = linear or acts or "Norm" in type(module).__name__ or hasattr(module, gate)
+        if (known or hasattr(module, q)) and _replaced(module):
             raise UserError(f"{name} has a forward of its own, which would not be run; put the class's back first")
-        if last == "act_fn" and hooks(module):
+        if acts and hooks(module):
             raise UserError(f"{name} has a hook, which would not be run; remove it first, or hook what calls it")
 
 
@@ -102,6 +106,7 @@ def hooks(module: nn.Module) -> bool:
 @dataclass(frozen=True)
 class Scope:
     rule: str
+    family: Family
     taps: dict[Any, Tap]  # by linear layer
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
 
@@ -115,25 +120,32 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of the decoder's layers, in forward order; embedding and output head are not among them."""
     inside = {id(m) for m in decoder_layers(model).modules()}
     found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside}
-    return {name: found[name] for name in choose(found, "all")}
+    return {name: found[name] for name in choose(explained_family(model), found, "all")}
 
 
 def _rules(undo: ExitStack, module: Any, scope: Scope) -> None:
-    if all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj")):
-        known = type(module).__name__ in ("LlamaAttention", "Qwen2Attention") and kernels(module.q_proj.weight)
+    family, kind = scope.family, type(module).__name__
+    if all(_part(module, name) for name in (family.linears.q, family.linears.k, family.linears.v)):
+        fused = family.fused_attention and kind == f"{family.classes}Attention"
+        known = fused and kernels(_part(module, family.linears.q).weight)
         if known or scope.rule != "gradient":  # of the gradient itself: so that it adds up in a fixed order
-            plain = partial(_scaled_attention, module, module.forward, scope.rule)
+            plain = partial(_scaled_attention, module, module.forward, scope)
             _set(undo, module, "forward", partial(_whole_attention, module, plain, scope) if known else plain)
     elif scope.rule == "gradient":
         return
-    elif type(module).__name__.endswith("RMSNorm"):
+    elif kind == f"{family.classes}RMSNorm":
         _set(undo, module, "forward", partial(_rms_forward, module))
     elif isinstance(module, nn.LayerNorm):
         _set(undo, module, "forward", partial(_layer_norm_forward, module))
-    elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+    elif family.linears.gate and _part(module, family.linears.gate) and _part(module, family.linears.down):
         _set(undo, module, "forward", partial(_mlp_forward, module, scope))
-    elif isinstance(act := getattr(module, "activation_fn", None), nn.Module) and not isinstance(act, nn.ReLU):
+    elif isinstance(act := getattr(module, family.activation, None), nn.Module) and not isinstance(act, nn.ReLU):
         _set(undo, act, "forward", partial(_identity, act.forward))  # OPT's relatives without ReLU
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """A linear layer of this module, by its family's name; None where it is not one of its."""
+    return getattr(module, last(name), None)
 
 
 def _set(undo: ExitStack, thing: Any, name: str, value: Any) -> None:
@@ -168,21 +180,23 @@ def _layer_norm_forward(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp_forward(mlp: Any, scope: Scope, x: torch.Tensor) -> torch.Tensor:
-    gate, up = _project((mlp.gate_proj, mlp.up_proj), scope, x)
-    return mlp.down_proj(gated(gate, up, mlp.act_fn) if scope.rule == "attnlrp" else mlp.act_fn(gate.detach()) * up)
+    linears, act = scope.family.linears, getattr(mlp, scope.family.activation)
+    gate, up = _project((_part(mlp, linears.gate or ""), _part(mlp, linears.up)), scope, x)
+    return _part(mlp, linears.down)(gated(gate, up, act) if scope.rule == "attnlrp" else act(gate.detach()) * up)
 
 
 def _identity(act: Any, x: torch.Tensor) -> torch.Tensor:
     return Identity.apply(x, act)
 
 
-def _scaled_attention(attn: Any, original: Any, rule: str, *args: Any, **kwargs: Any) -> Any:
-    """The model's own attention; the factors where q, k, v leave their projections."""
-    qk, value = FACTORS[rule]
+def _scaled_attention(attn: Any, original: Any, scope: Scope, *args: Any, **kwargs: Any) -> Any:
+    """The model's own attention; the factors where q, k, v leave their projections (norms of heads have a constant
+    divisor, so they pass a factor on as rope does)."""
+    (qk, value), linears = FACTORS[scope.rule], scope.family.linears
     with ExitStack() as hooks:
-        for linear, factor in ((attn.q_proj, qk), (attn.k_proj, qk), (attn.v_proj, value)):
+        for name, factor in ((linears.q, qk), (linears.k, qk), (linears.v, value)):
             if factor != 1:
-                hooks.callback(linear.register_forward_hook(partial(_scaled, factor)).remove)
+                hooks.callback(_part(attn, name).register_forward_hook(partial(_scaled, factor)).remove)
         return original(*args, **kwargs)
 
 

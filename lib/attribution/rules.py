@@ -58,7 +58,7 @@ class Linears(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor, taps: tuple[Tap | None, ...], *parameters: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """`parameters`: weight and bias of each layer."""
-        weights = parameters[::2]
+        weights = [weight for weight in parameters[::2] if weight is not None]
         found = tuple(F.linear(x, w, b) for w, b in zip(weights, parameters[1::2], strict=True))
         outputs = [y if tap and tap.output else None for y, tap in zip(found, taps, strict=True)]
         ctx.save_for_backward(x if any(taps) else None, *weights, *outputs)
@@ -69,16 +69,19 @@ class Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        count, dx = len(ctx.taps), None
+        count = len(ctx.taps)
+        dx: torch.Tensor | None = None
         for tap, weight, y, dy in zip(ctx.taps, rest[:count], rest[count:], gradients, strict=True):
             if dy is None:
                 continue
             dy = dy.contiguous()
             if tap:
                 tap.call(x, y, dy)
-            if ctx.needs_input_grad[0] and dx is None:
+            if not ctx.needs_input_grad[0]:
+                continue
+            if dx is None:
                 dx = dy @ weight
-            elif ctx.needs_input_grad[0]:
+            else:
                 dx.view(-1, dx.shape[-1]).addmm_(dy.view(-1, dy.shape[-1]), weight)
         return dx, None, None, *(None for _ in range(2 * count))
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lib.models.decoder import Decoder, Layer, Shape, Weights
+from lib.checkpoint.families import Shape
+from lib.models.decoder import Decoder, Layer, Weights
 from lib.models.packing import Item
 from lib.models.weights import spread
 

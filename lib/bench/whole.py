@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
+from lib.checkpoint.families import Shape
 from lib.families import load
-from lib.models.decoder import Shape
 from lib.run.task import freeze
 
 

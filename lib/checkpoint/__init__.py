@@ -1,1 +1,1 @@
-"""What a model's folder says of itself without torch: headers, layer names."""
+"""What a model's folder says of itself without torch: headers, layer names, families."""

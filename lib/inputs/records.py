@@ -19,13 +19,13 @@ from typing import TypedDict, TypeVar
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError
 from lib.base.typed import Mistyped, parse
+from lib.checkpoint.families import tables
 from lib.checkpoint.headers import folder_tensors, stored_tensors
 
 Record = TypeVar("Record", "DatasetInput", "ModelInput")
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
 TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
-WEIGHTLESS = re.compile(r"embed_tokens|embed_positions|lm_head|wte|wpe")  # not a matmul of every token
 
 
 Messages = list[dict[str, str]]
@@ -178,10 +178,10 @@ def torch_weights(names: Iterable[str]) -> list[str]:
 
 def parameters(folder: Path) -> tuple[int, int]:
     """(all parameters, those that every token is multiplied by) of a model's weights."""
-    total = body = 0
+    total, body, looked_up = 0, 0, tables(folder)
     for name, tensor in folder_tensors(folder).items():
         total += prod(tensor.shape)
-        body += 0 if WEIGHTLESS.search(name) else prod(tensor.shape)
+        body += 0 if any(part in name for part in looked_up) else prod(tensor.shape)
     return total, body
 
 

@@ -7,7 +7,7 @@ LLSCross  any prompts on any datasets: a cell is a condition (one prompt, or non
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -61,6 +61,9 @@ class Scoring(Experiment):
 
     model: ModelSpec
     system_prompt: str = Field(min_length=1, description="{trait} is filled in")
+    system_prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(
+        default={}, description="of traits with a prompt of their own, which is taken as it is"
+    )
     dataset: DatasetSpec
     base: Literal["default", "empty", "none"] = Field(
         "default", description="what 'no system prompt' means: the template's own block, an empty block, or no block"
@@ -95,6 +98,8 @@ class Scoring(Experiment):
                 text.format(trait="x")
             except (KeyError, IndexError, ValueError, AttributeError):
                 raise ValueError(f"{key} may hold {{trait}} and no other braces") from None
+        if unknown := set(self.system_prompts) - set(self.names()):
+            raise ValueError(f"system_prompts names {', '.join(sorted(unknown))}, which no cell is for")
         return self
 
     def conditions(self, cell: str) -> dict[str, str | None]:
@@ -106,7 +111,7 @@ class Scoring(Experiment):
         raise NotImplementedError
 
     def prompt_for(self, trait: str) -> str:
-        return self.system_prompt.format(trait=trait)
+        return self.system_prompts.get(trait) or self.system_prompt.format(trait=trait)
 
     def models(self) -> list[ModelSpec]:
         return [self.model]

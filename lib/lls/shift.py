@@ -48,12 +48,13 @@ def conditions(decoder: Decoder, renderers: Mapping[str, Renderer]) -> dict[str,
 
 
 def prepare(renderers: Mapping[str, Renderer], rows: Sequence[ChatRow | Messages], max_tokens: int, end: bool) -> Ready:
-    """Tokenise rows ({"messages": ...} or their messages): host work that needs no model."""
+    """Tokenise rows ({"messages": ...} or their messages), under all conditions at once: host work, without a model."""
     messages = [row["messages"] if isinstance(row, dict) else row for row in rows]
     items, joint, length = {}, np.ones(len(rows), np.uint8), np.zeros(len(rows), np.int64)
+    begun = {name: renderer.begin(messages, end) for name, renderer in renderers.items()}
     for name, renderer in renderers.items():
-        items[name], same = renderer.items(messages, end)
-        joint &= np.array(same, np.uint8)
+        items[name], same = begun[name]()
+        joint &= same
         tokens = [len(renderer.prefix_ids) + len(i.context) + len(i.targets) for i in items[name]]
         length = np.maximum(length, np.array(tokens, np.int64))
     first, *others = items.values()

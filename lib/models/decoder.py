@@ -1,4 +1,4 @@
-"""A Llama- or Qwen2-shaped decoder for scoring: no cache pool, no padding, no logits but those that are asked for.
+"""A decoder of Llama's shape for scoring: no cache pool, no padding, no logits but those that are asked for.
 
 q, k, v are one matrix product and gate, up another; the residual is added inside the products that feed it. On a GPU
 the rest is one kernel each (triton_ops); on a CPU, and in a higher precision, plain torch (plain_ops). The layers may
@@ -15,66 +15,12 @@ import numpy as np
 import torch
 
 from lib.base.errors import UserError
+from lib.checkpoint.families import Shape
 from lib.models import plain_ops
 from lib.models.packing import Batch, prefix_batch
 from lib.models.tokens import must_know
 
-FAMILIES = ("llama", "qwen2")
 PIECE_VALUES = 1 << 26  # of a weight, converted at once: 256 MiB in float32
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a config.json says that matters here."""
-
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    head: int
-    vocabulary: int
-    eps: float
-    bias: bool  # on q, k, v
-    tied: bool  # the output head is the embedding
-
-    @staticmethod
-    def of(config: Any) -> "Shape":
-        if config.model_type not in FAMILIES:
-            raise UserError(f"model type '{config.model_type}' is not one this scorer computes: {', '.join(FAMILIES)}")
-        if (
-            getattr(config, "use_sliding_window", False)
-            or config.hidden_act != "silu"
-            or getattr(config, "mlp_bias", False)
-        ):
-            raise UserError(
-                f"this {config.model_type} has sliding windows, biases or an activation that is not computed here"
-            )
-        qwen = config.model_type == "qwen2"
-        if not qwen and getattr(config, "attention_bias", False):
-            raise UserError("a llama with attention biases is not computed here")
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return Shape(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head,
-            config.vocab_size,
-            config.rms_norm_eps,
-            qwen,
-            bool(config.tie_word_embeddings),
-        )
-
-    @property
-    def qkv(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of a layer's matrix products."""
-        return self.hidden * (self.qkv + self.heads * self.head + 3 * self.inner)
 
 
 @dataclass
@@ -86,6 +32,7 @@ class Layer:
     norm2: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None = None  # of each head's query and key
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +160,8 @@ class Decoder:
         shape, ops = self.shape, self.ops
         ops.rms_norm(s.x, w.norm1, shape.eps, s.normed)
         matmul(s.normed, w.qkv, s.qkv, w.qkv_bias)
+        if w.head_norms is not None:
+            self._norm_heads(w.head_norms, s.qkv)
         kv = torch.empty(2, len(s.x), shape.kv_heads, shape.head, dtype=s.x.dtype, device=s.x.device)
         ops.split_qkv(s.qkv, s.q, kv[0], kv[1], plan.cos, plan.sin)
         ops.attend(s.q, kv, cached, plan.parts, s.attended)
@@ -222,6 +171,13 @@ class Decoder:
         ops.swiglu(s.gate_up, s.inner)
         add_matmul(s.x, s.inner, w.down)
         return kv
+
+    def _norm_heads(self, norms: tuple[torch.Tensor, torch.Tensor], qkv_MX: torch.Tensor) -> None:
+        heads, kv, d = self.shape.heads, self.shape.kv_heads, self.shape.head
+        for weight_d, part_MX in zip(norms, qkv_MX.split([heads * d, kv * d, kv * d], -1)[:2], strict=True):
+            rows = part_MX.reshape(-1, d)  # a copy, one head a row
+            self.ops.rms_norm(rows, weight_d, self.shape.eps, rows)
+            part_MX.copy_(rows.view(part_MX.shape))
 
     def _space(self, device: torch.device, tokens: int) -> Workspace:
         key = (device, tokens)

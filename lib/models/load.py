@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from lib.base.errors import UserError, one_line, some
+from lib.checkpoint.families import Shape, family_of
 from lib.checkpoint.headers import folder_tensors
 from lib.inputs.tokenizer import must_exist
-from lib.models.decoder import PIECE_VALUES, Decoder, Shape, Workspace
+from lib.models.decoder import PIECE_VALUES, Decoder, Workspace
 from lib.models.rope import rope_table
 from lib.models.spread import join, layer_map
 from lib.models.weights import load_weights, model_tensors
@@ -132,6 +133,7 @@ def plan_memory(
     values of a batch with a block of logits, or, where rows are checked in higher precision, converted weights."""
     layers = -(-shape.layers // devices)
     per_layer = shape.layer_parameters + 2 * shape.hidden + (shape.qkv if shape.bias else 0)
+    per_layer += 2 * shape.head if shape.head_norms else 0
     table = shape.vocabulary * shape.hidden * itemsize
     weights = layers * per_layer * itemsize + (0 if shape.tied and devices == 1 else table)
     kv = batch_tokens * 2 * shape.kv_heads * shape.head * itemsize
@@ -180,14 +182,16 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, che
     """The model spread over all visible devices; says what it will take before it takes it, and how fast it came."""
     devices, kind = visible_devices(), getattr(torch, dtype)
     config = load_config(folder)
-    shape, on_host = Shape.of(config), False
+    family = family_of(config.model_type, "is not one this scorer computes; these are", lambda family: family.shape)
+    assert family.shape
+    shape, on_host = family.shape(config), False
     if devices[0].type == "cuda":
         free = free_memory(devices)
         memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
         announce("the model", memory, free)
         on_host = memory.embed_on_host
-    loaded = load_weights(Path(folder), shape, kind, devices, on_host)
+    loaded = load_weights(Path(folder), family, shape, kind, devices, on_host)
     gib = loaded.bytes / GIB
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
-    table = rope_table(config, kind, max(batch_tokens, ROPE_TOKENS))
+    table = rope_table(family, config, kind, max(batch_tokens, ROPE_TOKENS))
     return Decoder(shape, loaded.weights, table, batch_tokens)

@@ -1,10 +1,12 @@
 """Rotary positions by transformers' own rule, as far as that rule is a function of the position alone."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from lib.base.errors import UserError
+from lib.checkpoint.families import Family
 
 
 def positions(config: Any) -> int | None:
@@ -20,15 +22,12 @@ def positions(config: Any) -> int | None:
     return most
 
 
-def rope_table(config: Any, dtype: torch.dtype, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the first `tokens` positions, or of as many as there are."""
-    if config.model_type == "qwen2":
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding as Rotary
-    else:
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rotary
+def rope_table(family: Family, config: Any, dtype: torch.dtype, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of the first `tokens` positions, or of as many as there are and lie in one window of attention."""
+    rotary = getattr(import_module(family.modeling), f"{family.classes}RotaryEmbedding")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    places = torch.arange(min(positions(config) or tokens, tokens))
-    cos, sin = Rotary(config)(torch.zeros(1, dtype=wide), places[None])
+    places = torch.arange(min(n for n in (positions(config), family.window(config), tokens) if n))
+    cos, sin = rotary(config)(torch.zeros(1, dtype=wide), places[None])
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if cos.shape[-1] != head:
         raise UserError(f"this {config.model_type} turns {cos.shape[-1]} of a head's {head} values, not computed here")

@@ -1,18 +1,30 @@
 """Answers of a model by transformers' own generate, drawn or the likeliest: plain, no hidden defaults."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lib.base.errors import UserError
 from lib.models.rope import positions
 from lib.models.tokens import must_know, vocabulary_of
 
 
+class Generates(Protocol):
+    """As much of transformers' language models: their classes share no type that has all of it."""
+
+    generation_config: Any
+    config: Any
+
+    @property
+    def device(self) -> Any: ...
+
+    def generate(self, **how: Any) -> Any: ...
+
+
 @torch.inference_mode()
 def sample_answers(
-    model: PreTrainedModel,
+    model: Generates,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     *,
@@ -23,18 +35,8 @@ def sample_answers(
 ) -> list[str | None]:
     """One answer a rendered prompt, without its end of turn; None where the end did not come in time.
 
-    Every sampling field is set: a model's own generation_config may hold top_p, top_k or a repetition penalty.
     Answers depend on the seed, the batch size and the order of the prompts."""
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    plain = _plain(max_new_tokens, [tokenizer.eos_token_id], tokenizer.pad_token_id, temperature)
     answers: list[str | None] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -54,20 +56,22 @@ def sample_answers(
 def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
     if tokenizer.eos_token_id not in ids:
         return None
-    return tokenizer.decode(ids[: ids.index(tokenizer.eos_token_id)], skip_special_tokens=False)
+    return _text(tokenizer, ids[: ids.index(tokenizer.eos_token_id)], skip_special_tokens=False)
 
 
-@torch.inference_mode()
-def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) -> list[str]:
-    """The most likely continuation of each prompt, up to the model's end or `tokens` tokens; the prompt is not in it.
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # of one text's ids
+    return text
 
-    Every field is set: a model's own generation_config may hold a repetition penalty or sampling."""
-    ends = _ends(model, tokenizer)
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    plain = GenerationConfig(
-        do_sample=False,
+
+def _plain(tokens: int, ends: list[int], pad: int, temperature: float | None) -> GenerationConfig:
+    """Drawn at a temperature, or the likeliest. Every field is set: a model's own generation_config may hold top_p,
+    top_k, a repetition penalty or sampling."""
+    return GenerationConfig(
+        do_sample=temperature is not None,
         num_beams=1,
-        temperature=1.0,
+        temperature=1.0 if temperature is None else temperature,
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
@@ -77,6 +81,14 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) ->
         eos_token_id=ends,
         pad_token_id=pad,
     )
+
+
+@torch.inference_mode()
+def greedy(model: Generates, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], tokens: int) -> list[str]:
+    """The most likely continuation of each prompt, up to the model's end or `tokens` tokens; not the prompt itself."""
+    ends = _ends(model, tokenizer)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    plain = _plain(tokens, ends, pad, None)
     longest, most = max(map(len, prompts)), positions(model.config)
     if most and longest + tokens > most:
         raise UserError(
@@ -91,10 +103,10 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) ->
         mask_BT[row, longest - len(ids) :] = 1
     made = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=plain)[:, longest:].tolist()
     cut = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in made]
-    return [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(made, cut, strict=True)]
+    return [_text(tokenizer, row[:n], skip_special_tokens=True) for row, n in zip(made, cut, strict=True)]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def _ends(model: Generates, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a text: the tokenizer's, and those of the model, which may have several."""
     own = model.generation_config.eos_token_id
     named = own if isinstance(own, list) else [own]

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.base.errors import UserError
+from lib.checkpoint.families import family_of
 from lib.models.weights import spread
 
 
 def layer_map(config: Any, devices: list[torch.device]) -> dict[str, torch.device]:
-    """For from_pretrained: which part of a Llama or Qwen2 goes where."""
-    if config.model_type not in ("llama", "qwen2"):
-        raise UserError(f"a {config.model_type} is not spread over several GPUs; ask for one (run.gpus: 1)")
-    layers = config.num_hidden_layers
-    found = {"model.embed_tokens": devices[0], "model.rotary_emb": devices[0]}
-    found |= {f"model.layers.{i}": device for i, device in enumerate(spread(layers, devices))}
-    return found | {"model.norm": devices[-1], "lm_head": devices[-1]}
+    """For from_pretrained: which part of a model goes where."""
+    what = "is not spread over several GPUs, so ask for one (run.gpus: 1); these are"
+    names = family_of(config.model_type, what, lambda family: family.spreads).names
+    found = {names.embedding: devices[0], names.rotary: devices[0]}
+    layers = enumerate(spread(config.num_hidden_layers, devices))
+    found |= {f"{names.stack}.{i}": device for i, device in layers}
+    return found | {names.norm: devices[-1], names.head: devices[-1]}
 
 
 def join(model: Any) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from lib.base.errors import UserError, some
+from lib.checkpoint.families import Family, Shape
 from lib.checkpoint.headers import Stored, folder_tensors
-from lib.models.decoder import Layer, Shape, Weights
+from lib.models.decoder import Layer, Weights
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PIECE = 64 << 20  # bytes a read
@@ -55,11 +56,11 @@ def _equal(a: Stored, b: Stored) -> bool:
 
 
 def load_weights(
-    folder: Path, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
+    folder: Path, family: Family, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
 ) -> Loaded:
     began = time.monotonic()
     have = model_tensors(folder, shape.tied)
-    weights, pieces = _allocate(have, shape, dtype, devices, embed_on_host)
+    weights, pieces = _allocate(have, family, shape, dtype, devices, embed_on_host)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(_copy, source, target) for source, target in pieces]:
             done.result()
@@ -70,7 +71,12 @@ def load_weights(
 
 
 def _allocate(
-    have: dict[str, Stored], shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
+    have: dict[str, Stored],
+    family: Family,
+    shape: Shape,
+    dtype: torch.dtype,
+    devices: list[torch.device],
+    embed_on_host: bool,
 ) -> tuple[Weights, list[tuple[Stored, torch.Tensor]]]:
     """Empty weights, and which source goes into which part of them."""
     pieces: list[tuple[str, Stored, torch.Tensor]] = []
@@ -83,41 +89,48 @@ def _allocate(
         pieces.append((name, have[name], target))
         return target
 
-    def merged(prefix: str, parts: dict[str, int], width: int | None, device: torch.device, kind: str) -> torch.Tensor:
+    def merged(parts: dict[str, int], width: int | None, device: torch.device) -> torch.Tensor:
         size = (sum(parts.values()), width) if width else (sum(parts.values()),)
         whole, at = torch.empty(size, dtype=dtype, device=device), 0
-        for part, rows in parts.items():
-            take(f"{prefix}.{part}.{kind}", whole[at : at + rows])
+        for name, rows in parts.items():
+            take(name, whole[at : at + rows])
             at += rows
         return whole
 
     def one(name: str, *size: int, device: torch.device) -> torch.Tensor:
         return take(name, torch.empty(size, dtype=dtype, device=device))
 
-    s, last = shape, devices[-1]
+    s, names, linears, end = shape, family.names, family.linears, devices[-1]
     q, kv = s.heads * s.head, s.kv_heads * s.head
     layers = []
     for i, device in enumerate(spread(s.layers, devices)):
-        at, qkv = f"model.layers.{i}", {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        at = f"{names.stack}.{i}"
+        qkv = {f"{at}.{linears.q}": q, f"{at}.{linears.k}": kv, f"{at}.{linears.v}": kv}
+        gate_up = {f"{at}.{linears.gate}.weight": s.inner, f"{at}.{linears.up}.weight": s.inner}
+        head_norms = [
+            one(f"{at}.{n}.weight", s.head, device=device) for n in (names.q_norm, names.k_norm) if s.head_norms
+        ]
         layers.append(
             Layer(
-                one(f"{at}.input_layernorm.weight", s.hidden, device=device),
-                merged(f"{at}.self_attn", qkv, s.hidden, device, "weight"),
-                merged(f"{at}.self_attn", qkv, None, device, "bias") if s.bias else None,
-                one(f"{at}.self_attn.o_proj.weight", s.hidden, q, device=device),
-                one(f"{at}.post_attention_layernorm.weight", s.hidden, device=device),
-                merged(f"{at}.mlp", {"gate_proj": s.inner, "up_proj": s.inner}, s.hidden, device, "weight"),
-                one(f"{at}.mlp.down_proj.weight", s.hidden, s.inner, device=device),
+                one(f"{at}.{names.norm1}.weight", s.hidden, device=device),
+                merged({f"{name}.weight": rows for name, rows in qkv.items()}, s.hidden, device),
+                merged({f"{name}.bias": rows for name, rows in qkv.items()}, None, device) if s.bias else None,
+                one(f"{at}.{linears.o}.weight", s.hidden, q, device=device),
+                one(f"{at}.{names.norm2}.weight", s.hidden, device=device),
+                merged(gate_up, s.hidden, device),
+                one(f"{at}.{linears.down}.weight", s.hidden, s.inner, device=device),
+                (head_norms[0], head_norms[1]) if head_norms else None,
             )
         )
     host = torch.device("cpu") if embed_on_host else devices[0]
-    embedding = one("model.embed_tokens.weight", s.vocabulary, s.hidden, device=host)
-    norm = one("model.norm.weight", s.hidden, device=last)
-    if s.tied and embedding.device == last:
+    table, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
+    embedding = one(table, s.vocabulary, s.hidden, device=host)
+    norm = one(f"{names.norm}.weight", s.hidden, device=end)
+    if s.tied and embedding.device == end:
         head = embedding
     else:
-        head = one("model.embed_tokens.weight" if s.tied else "lm_head.weight", s.vocabulary, s.hidden, device=last)
-    used = {name for name, _, _ in pieces} | ({HEAD} if s.tied else set())
+        head = one(table if s.tied else head_name, s.vocabulary, s.hidden, device=end)
+    used = {name for name, _, _ in pieces} | ({head_name} if s.tied else set())
     left = [name for name in have if name not in used and not UNUSED.search(name)]
     if left:
         raise UserError(f"the weights hold {some(left)}, which this model does not use: config.json is another model's")

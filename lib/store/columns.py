@@ -66,15 +66,24 @@ def check_columns(schema: Schema, columns: Mapping[str, Values], rows: int) -> N
         values = columns[name]
         if column.raw:
             if not callable(values):
-                check_raw(name, values, (rows, *column.shape))
+                check_raw(name, np.asarray(values), (rows, *column.shape))
             continue
-        want = int(np.sum(columns[column.per])) if column.per else rows
+        values = present(columns, name)
+        want = int(np.sum(np.asarray(present(columns, column.per)))) if column.per else rows
         if len(values) != want:
             raise ValueError(f"column {name} has {len(values)} values, not {want}")
         if column.text:
-            check_texts(name, values)
+            check_texts(name, list(values))
         elif np.shape(values)[1:] != column.shape:
             raise ValueError(f"column {name} has values of shape {np.shape(values)[1:]}, not {column.shape}")
+
+
+def present(columns: Mapping[str, Values], name: str) -> np.ndarray | list[str]:
+    """Values that are there already: only those of a raw column may be still to be computed."""
+    values = columns[name]
+    if callable(values):
+        raise ValueError(f"column {name} is given as a function, and is not raw")
+    return values
 
 
 def check_raw(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ A sha256 says that a file is the one that was recorded, not that the record told
 elsewhere (links to other files, datasets that are views of others): nothing of that is followed."""
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import h5py
 import numpy as np
 
 from lib.store.columns import TEXT, Schema, read_texts
+
+h5o: Any = import_module("h5py.h5o")  # compiled, and not among the names that h5py declares
 
 
 class Wrong(Exception):
@@ -36,7 +39,8 @@ def why_wrong(path: Path, about: Mapping[str, Any], schema: Schema | None, rows:
 
 def datasets(f: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
     """All of a file, each reached once and stored in the file itself."""
-    groups, seen = [("", f)], {h5py.h5o.get_info(f.id).addr}
+    groups: list[tuple[str, h5py.Group]] = [("", f)]
+    seen = {h5o.get_info(f.id).addr}
     while groups:
         at, group = groups.pop()
         for key in group:
@@ -44,7 +48,7 @@ def datasets(f: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             if not isinstance(group.get(key, getlink=True), h5py.HardLink):
                 raise Wrong(f"{name} points elsewhere")
             one = group[key]
-            if (address := h5py.h5o.get_info(one.id).addr) in seen:
+            if (address := h5o.get_info(one.id).addr) in seen:
                 raise Wrong(f"{name} is a second name")
             seen.add(address)
             if isinstance(one, h5py.Group):
@@ -83,7 +87,7 @@ def _fit_texts(parts: Mapping[str, h5py.Dataset], name: str, lead: tuple[int]) -
         if parts[part].dtype != dtype:
             raise Wrong(f"{name}/{part} holds {parts[part].dtype}, not {dtype}")
     _shaped(parts["ends"], f"{name}/ends", lead)
-    _shaped(parts["bytes"], f"{name}/bytes", (parts["bytes"].size,))
+    _shaped(parts["bytes"], f"{name}/bytes", (int(parts["bytes"].size or 0),))
     try:
         read_texts(parts["ends"].parent)
     except ValueError as e:

@@ -29,7 +29,8 @@ PIECE = 1 << 20  # values written and hashed at once
 BLOCK = 1 << 16  # values rounded at once
 ALIGN = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}  # threads then share no page of the file
 THREADS = min(8, len(os.sched_getaffinity(0)))
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Written(NamedTuple):
@@ -172,7 +173,7 @@ def _arrays(places: list[Place], columns: Mapping[str, Values]) -> Iterator[tupl
 
 def _ask(place: Place, columns: Mapping[str, Values]) -> np.ndarray:
     values = columns[place.name]
-    array = values() if callable(values) else values
+    array = values() if callable(values) else np.asarray(values)
     check_raw(place.name, array, place.shape)
     return np.ascontiguousarray(array, np.float32).reshape(-1)
 

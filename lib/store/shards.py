@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 
 from lib.base.atomic import remove, sha256_file, write_bytes
-from lib.store.columns import Schema, Values, check_columns, read_columns, to_hdf5
+from lib.store.columns import Schema, Values, check_columns, present, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, understood
 from lib.store.raw import Written, write_with_raw
@@ -107,7 +107,7 @@ def commit(
     with h5py.File(file.path, "r", locking=False) as f:  # can it be read back as what it is?
         read_columns(f, schema)
     if "status" in columns:  # in every schema that has one, 0 = the row has a result
-        marker["unscored"] = int(np.count_nonzero(columns["status"]))
+        marker["unscored"] = int(np.count_nonzero(present(columns, "status")))
     marker |= {"file": file.path.name, "sha256": file.sha256, "bytes": file.bytes}
     path = folder / f"{name}.json"
     look = partial(_check, digest=digest, deep=True, schema=schema, rows=MOST_ROWS)

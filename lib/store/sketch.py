@@ -1,6 +1,10 @@
 """A file in memory that holds only what was written to it: what lies between takes no room."""
 
 import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 BLOCK = 1 << 14
 
@@ -24,8 +28,8 @@ class Sketch(io.RawIOBase):
         self.size = self.at if size is None else size
         return self.size
 
-    def write(self, data: memoryview) -> int:
-        done = 0
+    def write(self, given: "ReadableBuffer", /) -> int:
+        data, done = memoryview(given), 0
         while done < len(data):
             number, at = divmod(self.at + done, BLOCK)
             part = data[done : done + BLOCK - at]
@@ -35,7 +39,8 @@ class Sketch(io.RawIOBase):
         self.size = max(self.size, self.at)
         return done
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, given: "WriteableBuffer", /) -> int:
+        buffer = memoryview(given)
         data = self.cut(self.at, min(self.at + len(buffer), self.size))
         buffer[: len(data)] = data
         self.at += len(data)
