@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,30 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+def open_file(path: Path) -> BufferedReader:
+    """A file to read, and nothing else that may lie in its place: one waits for ever at a pipe's other end."""
+    f = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        f.close()
+        raise OSError(errno.EINVAL, "is not a file", str(path))
+    return f
+
+
+def read_file(path: Path) -> bytes:
+    with open_file(path) as f:
+        return f.read()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when it is absent, unreadable or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(read_file(path))
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lib.base.atomic import read_json, whole_folder
-from lib.base.errors import UserError
+from lib.base.atomic import read_file, read_json, whole_folder
+from lib.base.errors import UserError, one_line, shown
+from lib.base.typed import is_text
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
 from lib.inputs.prepare import prepare
 from lib.inputs.prompts import Answerer
@@ -42,6 +43,8 @@ from lib.store.markers import sweep
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant")
 
 
 class Needs(Protocol):
@@ -192,16 +195,16 @@ def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", upda
 
 def _local_rows(path: Path) -> tuple[list[object], str]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_file(path).decode()
+    except (OSError, ValueError) as e:
         raise UserError(f"dataset {path} cannot be read: {e}") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as e:
-                raise UserError(f"dataset {path}, line {number}: not JSON ({e})") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"dataset {path}, line {number}: not JSON ({one_line(e)})") from None
     return rows, "local"
 
 
@@ -209,22 +212,20 @@ def _messages(row: object, where: str) -> Messages:
     """{"messages": [...]}, or the published datasets' {"prompt", "completion"}, as messages."""
     fields = row if isinstance(row, dict) else {}
     prompt, completion = fields.get("prompt"), fields.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if is_text(prompt) and is_text(completion):
         return [_turn("user", prompt), _turn("assistant", completion)]
     messages = fields.get("messages")
     good = isinstance(messages, list) and len(messages) >= 2 and all(_is_turn(m) for m in messages)
     if not good or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
         raise UserError(
             f"dataset {where}: wanted messages that end with a user's and an assistant's, or prompt and completion; "
-            f"got {json.dumps(row, default=str)[:120]}"
+            f"got {shown(row)}"
         )
     return [_turn(m["role"], m["content"]) for m in messages]
 
 
 def _is_turn(m: object) -> bool:
-    return (
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-    )
+    return isinstance(m, dict) and m.get("role") in ROLES and is_text(m.get("content"))
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

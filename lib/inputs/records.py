@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
-from lib.base.errors import UserError
+from lib.base.errors import UserError, one_line
 from lib.base.typed import Mistyped, parse
 from lib.checkpoint.headers import folder_tensors, stored_tensors
 
@@ -69,10 +69,13 @@ class ModelInput:
 def local_path(cache: Path, id: str) -> Path | None:
     """Where a local input lies: a path that starts with / . or ~ or ends in .jsonl, or cache:<path under the cache>.
     None for a Hub id."""
-    if id.startswith("cache:"):
-        return (cache / id.removeprefix("cache:")).resolve()
-    if id.startswith(("/", ".", "~")) or id.endswith(".jsonl"):
-        return Path(id).expanduser().resolve()
+    try:
+        if id.startswith("cache:"):
+            return (cache / id.removeprefix("cache:")).resolve()
+        if id.startswith(("/", ".", "~")) or id.endswith(".jsonl"):
+            return Path(id).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as e:  # links in a circle, a home that is nobody's, no path at all
+        raise UserError(f"{id[:200]!r} is no path ({one_line(e)}); check the id in the config") from None
     return None
 
 
@@ -81,8 +84,8 @@ def slug(cache: Path, id: str, revision: str, split: str = "") -> str:
     where = local_path(cache, id)
     if where:
         return f"local--{where.stem}--{hashlib.sha256(str(where).encode()).hexdigest()[:10]}"
-    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "-")
-    return "--".join([*id.split("/"), short, *([split] if split else [])])
+    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
+    return "--".join([*id.split("/"), short, *([split] if split else [])]).replace("/", "-")
 
 
 def dataset_folder(cache: Path, id: str, revision: str, split: str) -> Path:

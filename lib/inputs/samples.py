@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.base.atomic import read_json, write_bytes, write_json
+from lib.base.atomic import read_file, read_json, write_bytes, write_json
 from lib.base.errors import UserError, one_line
 from lib.base.typed import Mistyped, parse
 from lib.inputs.records import local_path, same_file
@@ -147,7 +147,7 @@ def check_samples(cache: Path, record: SamplesInput) -> Path:
 def read_samples(cache: Path, record: SamplesInput) -> Samples:
     path = check_samples(cache, record)
     try:
-        with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
+        with h5py.File(io.BytesIO(read_file(path)), "r") as f:
             columns = _columns(f)
             attributes = {key: json.loads(value) for key, value in f.attrs.items()}
         lengths, held = np.asarray(columns["lengths"]), np.asarray(columns["held_out"]).astype(bool)
