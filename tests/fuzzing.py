@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tools import ROOT
+
 from lib.base.errors import USER, exit_with
 
 CASES = int(os.environ.get("SUITE_FUZZ_CASES", "1200"))
@@ -63,8 +65,8 @@ def run(case: Case, rng: random.Random) -> tuple[str, str]:
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if "/site-packages/" not in f.filename]
-        ours = next((f for f in reversed(frames) if "/lib/" in f.filename and "python3" not in f.filename), frames[-1])
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.startswith(str(ROOT))]
+        ours = [f for f in frames if ".venv" not in f.filename][-1]
         text = " ".join(f"{type(e).__name__}: {e}".split())[:300]
         return (
             f"{type(e).__name__} at {Path(ours.filename).name}:{ours.lineno}",
@@ -163,7 +165,7 @@ def near(rng: random.Random, value: Any) -> Any:
     if isinstance(value, int):
         return rng.choice([value + 1, value - 1, -value, value * 2, value // 2, value * 1000, float(value), str(value)])
     if isinstance(value, float):
-        return rng.choice([value * 2, -value, value + 1e-9, 0.0, int(value), str(value), value * 1e300])
+        return rng.choice([value * 2, -value, value + 1e-9, 0.0, round(value, 1), str(value), value * 1e300])
     if isinstance(value, str):
         at = rng.randrange(len(value) + 1)
         return rng.choice(

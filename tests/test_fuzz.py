@@ -34,6 +34,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.records import read_rows
 from lib.inputs.samples import Rows, read_samples, samples_input, save_samples
+from lib.lls.kernel import load_kernel
 from lib.run import command
 from lib.run.command import Job
 from lib.run.site import Site
@@ -98,9 +99,12 @@ class World:
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/tmp"))
-    folder.chmod(0o755)
-    before = dict(os.environ)
+    outer = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/tmp"))  # whose parents others may enter
+    folder, before, here = outer / "world", dict(os.environ), Path.cwd()
+    for path in (outer, folder):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o755)
+    os.chdir(outer)
     config = small_lls(folder, "cat", "dog", rows=ROWS)
     env = {"PATH": os.environ["PATH"], "SUITE_SLURM": "no", "SUITE_SITE": "local"}
     site = Site("local", folder / "scratch", folder / "cache", folder / "outputs", 4, "cpu", env)
@@ -112,7 +116,8 @@ def world() -> Iterator[World]:
     yield one
     os.environ.clear()
     os.environ.update(before)
-    shutil.rmtree(folder)
+    os.chdir(here)
+    shutil.rmtree(outer)
 
 
 def columns(start: int, stop: int) -> dict[str, Any]:
@@ -146,16 +151,15 @@ def _worked(world: World) -> None:
 
 def in_world(world: World, case: Callable[[random.Random], object]) -> Callable[[random.Random], object]:
     """Puts all back after a case, and looks whether something lies where it should not."""
-    outside = {*world.folder.parent.glob("fuzz-*"), *ROOT.iterdir()}
 
     def run(rng: random.Random) -> object:
         try:
             return case(rng)
         finally:
-            here = {p.name for p in world.folder.iterdir()} - {"outputs"}
+            here = set(world.folder.iterdir())
             world.tree.restore()
-            assert here <= {p.name for p in world.tree.folder.iterdir()}, f"made {here}"
-            assert {*world.folder.parent.glob("fuzz-*"), *ROOT.iterdir()} <= outside
+            assert here <= set(world.folder.iterdir()), f"made {here}"
+            assert list(world.folder.parent.iterdir()) == [world.folder]
 
     return run
 
@@ -369,7 +373,7 @@ def test_what_slurm_answers() -> None:
         elif which == 5:
             has_features("a,c", said)
         else:
-            assert gpus_of(requested(f"#!/bin/bash\n#SBATCH --gres={said}\n", {"SBATCH_X": said})) >= 0
+            assert gpus_of(requested("#SBATCH --gres=gpu:1\n", {"SBATCH_GRES": said, "SBATCH_X": said})) >= 0
 
     fuzz(0.12, case)
 
@@ -497,6 +501,116 @@ def _rows_by_hand(path: Path) -> list[list[dict[str, str]]]:
             else:
                 found.append([{"role": m["role"], "content": m["content"]} for m in row["messages"]])
     return found
+
+
+# --- a model's folder ------------------------------------------------------------------------------------------------
+
+TEMPLATES = [
+    *(
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ),
+    *("{{ 'x' * 10**10 }}", "{{ messages[0].content * 10**8 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+    *(
+        "{{ raise_exception('no') }}",
+        "{{ x.y.z }}",
+        "{{ 1 // 0 }}",
+        "{% include 'x' %}",
+        "{{ ''.__class__ }}",
+        "{{",
+        "{% if %}",
+    ),
+    *(
+        "",
+        "x",
+        "{{ messages }}",
+        "{{ messages[0] }}",
+        "{{ messages[5].content }}",
+        "{{ strftime_now('%s') }}",
+        "{{ '\\0' }}",
+    ),
+    *(
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{{ messages | tojson }}",
+        "{{ '%c' | format(-1) }}",
+        "{{ 2 ** 10 ** 9 }}",
+    ),
+    "{% for m in messages %}<|im_start|>{{ m.content | trim }}{% endfor %}{{ '<|im_start|>' }}",
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}<|im_start|>assistant\n",
+]
+BESIDE = ["adapter_config.json", "model.safetensors.index.json", "generation_config.json", "special_tokens_map.json"]
+BESIDE += ["added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "pytorch_model.bin", "x.safetensors"]
+
+
+def header_changed(rng: random.Random, data: bytes) -> bytes:
+    """Another header before the same weights."""
+    size = int.from_bytes(data[:8], "little")
+    header = json_bytes(rng, json.loads(data[8 : 8 + size]), indent=None)
+    return (
+        (len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**40, 2**63])).to_bytes(8, "little")
+        + header
+        + data[8 + size :]
+    )
+
+
+def other_file(rng: random.Random, path: Path) -> bytes:
+    data = path.read_bytes() if path.exists() else rng.choice([b"{}", b"", b"[]", b"x", json.dumps(odd(rng)).encode()])
+    if path.suffix == ".jinja" and rng.random() < 0.7:
+        return rng.choice(TEMPLATES).encode()
+    if path.suffix == ".safetensors" and rng.random() < 0.8 and data[:1]:
+        return header_changed(rng, data)
+    if path.suffix == ".json" and rng.random() < 0.9 and data not in (b"", b"x"):
+        return json_bytes(rng, json.loads(data))
+    return mutated(rng, data)
+
+
+def by_hand(world: World) -> list[float]:
+    """Log-likelihoods of the answers after the system prompt, by transformers alone in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, experiment = world.folder / "model", load(world.config)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # no part of a score
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    found = []
+    for row in read_rows(world.cache, experiment.input_of(world.cache, "cat")):
+        *turns, answer = row["messages"]
+        turns = [{"role": "system", "content": experiment.prompt_for("cat")}, *turns]
+        context = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        head = tokenizer(context, add_special_tokens=False)["input_ids"]
+        both = tokenizer(context + answer["content"], add_special_tokens=False)["input_ids"]
+        if both[: len(head)] != head:
+            both = head + tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logp = model(torch.tensor([both])).logits[0].log_softmax(-1)
+        found.append(float(sum(logp[i - 1, both[i]] for i in range(len(head), len(both)))))
+    return found
+
+
+def test_models(world: World) -> None:
+    """Fetched anew, planned, loaded, and scored: as transformers does in float64, or a sentence."""
+    folder = world.folder / "model"
+
+    def case(rng: random.Random) -> None:
+        path = folder / rng.choice([*sorted(p.name for p in folder.iterdir()), rng.choice(BESIDE)])
+        if rng.random() < 0.08:
+            rng.note = path.name, misplaced(rng, path)
+        else:
+            path.write_bytes(other_file(rng, path))
+            rng.note = path.name, path.read_bytes()[: 3000 if path.suffix != ".safetensors" else 80]
+        experiment = load(world.config)
+        fetch(experiment, world.cache)
+        doctor.models_line(experiment, world.cache)
+        cells = experiment.cells(world.cache, world.site.scratch)
+        plan(experiment, cells, world.cache, "cpu")
+        kernel, _ = load_kernel(world.job(), experiment, cells[0])
+        columns, _ = kernel.compute(kernel.prepare(0, ROWS))
+        good = columns["status"] == 0
+        assert np.isfinite(columns["system_sum"][good]).all()
+        assert np.allclose(columns["system_sum"][good], np.array(by_hand(world))[good], atol=2e-2, rtol=1e-4)
+
+    fuzz(0.06, in_world(world, case))
 
 
 # --- file systems ----------------------------------------------------------------------------------------------------

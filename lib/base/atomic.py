@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError
-from lib.base.process import HOST
+from lib.base.process import signature
 
+TEMPORARY = ".tmp-"
 FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
 
 
@@ -30,6 +31,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             fix = FULL
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "make it writable or point SUITE_SCRATCH at a folder that is"
+        elif e.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+            fix = "remove what lies there"
         elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
             fix = "check this file system"
         else:
@@ -45,12 +48,17 @@ def check_room(path: Path, size: int) -> None:
         raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
 
 
+def beside(path: Path) -> Path:
+    """A name beside `path`, unique to the attempt, that tells who made it (see `sweep` of the store)."""
+    return path.with_name(f"{TEMPORARY}{signature()}-{secrets.token_hex(4)}-{path.name}")
+
+
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A name beside `path`, unique to the attempt; what is still there at the end is removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+        tmp = beside(path)
         try:
             yield tmp
         finally:

@@ -18,10 +18,13 @@ class UserError(Exception):
 
 
 def printable(text: str, longest: int = 1500) -> str:
-    """What a terminal and a log show as it stands, and the end of what is too long: there it says what to do."""
-    if len(text) > longest:
-        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """What a terminal and a log show as it stands. Of what is too long the end stays: there it says what to do."""
+    half = longest // 2
+    for _ in range(2):  # what cannot be printed gets longer by being told
+        if len(text) > longest:
+            text = f"{text[:half]} ... {text[-half:]}"
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text
 
 
 def nearest(word: str, valid: list[str]) -> str:

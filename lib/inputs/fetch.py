@@ -31,6 +31,7 @@ from lib.inputs.records import (
     model_files,
     model_folder,
     model_input,
+    model_sizes,
     parameters,
     save_dataset,
     save_model,
@@ -114,9 +115,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     local = local_path(cache, spec.id)
     record = model_folder(cache, spec.id, spec.revision)
     folder = local or model_snapshot(spec.id, _revision(record, spec.revision, update))
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise UserError(f"model {spec.id}: {folder} holds no readable config.json")
+    sizes = model_sizes(folder)
     files = [folder / name for name in torch_weights(p.name for p in folder.glob("*"))]
     fingerprint = _fingerprint([*model_files(folder), *files]) if local else folder.name
     if files:
@@ -140,7 +139,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
         fingerprint=fingerprint,
         parameters=count,
         body_parameters=body,
-        head_parameters=int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)),
+        head_parameters=sizes.vocab_size * sizes.hidden_size,
         bytes=sum(path.stat().st_size for path in model_files(folder)),
         source_stamp=source_stamp(local) if local else "",
         files=hashes_by_name(folder),
@@ -242,7 +241,10 @@ def _tokenizer(folder: str) -> "Tokenizer | None":
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
+    try:
+        return Tokenizer.from_file(str(path)) if path.is_file() else None
+    except Exception as e:  # whatever it trips over has no type of its own
+        raise UserError(f"{path} is no tokenizer ({one_line(e)}); bring a whole one, then `make fetch` again") from None
 
 
 def _count(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> int:

@@ -16,7 +16,7 @@ from lib.base.errors import UserError
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
 from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
-from lib.inputs.records import model_files, model_input
+from lib.inputs.records import model_files, model_input, model_sizes
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
 from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
@@ -126,8 +126,8 @@ def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
 
 
 def _must_fit(spec: GeneralSpec, folder: Path) -> None:
-    most = (read_json(folder / "config.json") or {}).get("max_position_embeddings")
-    if isinstance(most, int) and spec.tokens > most:
+    most = model_sizes(folder).max_position_embeddings
+    if most and spec.tokens > most:
         raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 

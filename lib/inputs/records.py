@@ -160,6 +160,25 @@ def check_model(spec: ModelInput) -> None:
         raise UserError(f"model {spec.id}: {folder} holds {found} of {spec.bytes} bytes; run `make fetch` again")
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What of a model's config.json is needed before it is loaded; 0 where it does not say."""
+
+    vocab_size: int = 0
+    hidden_size: int = 0
+    max_position_embeddings: int = 0
+
+
+def model_sizes(folder: Path) -> ModelSizes:
+    raw = read_json(folder / "config.json")
+    try:
+        return parse(ModelSizes, None if raw is None else {k: v for k, v in raw.items() if v is not None})
+    except Mistyped as e:
+        raise UserError(
+            f"{folder / 'config.json'} is not a model's ({e}); bring a whole one, then `make fetch` again"
+        ) from None
+
+
 def model_files(folder: Path) -> list[Path]:
     """Links whose file is gone are among them."""
     return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
@@ -190,10 +209,11 @@ def parameters(folder: Path) -> tuple[int, int]:
 
 def source_stamp(path: Path) -> str:
     """Size and mtime of a local file, or of the files in a folder; nothing for what is not there."""
-    if not path.exists():
-        return ""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.exists() else []
+        return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read ({e.strerror}); see to it that you may read it") from None
 
 
 def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
