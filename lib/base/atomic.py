@@ -68,12 +68,14 @@ def temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `path` once it is filled, readable for all who share it."""
+    """An empty folder that takes the place of `path` once it is filled, for all whom the umask lets read it: some
+    libraries write for their user alone."""
     with temporary(path) as tmp:
         tmp.mkdir()
+        mode = tmp.stat().st_mode & 0o666
         yield tmp
         for file in tmp.iterdir():
-            file.chmod(0o644)
+            file.chmod(mode)
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         sync_folder(tmp)

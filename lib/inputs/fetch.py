@@ -15,6 +15,7 @@ from lib.base.atomic import read_file, read_json, whole_folder
 from lib.base.errors import UserError, one_line, shown
 from lib.base.typed import is_text
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
+from lib.inputs.kept import kept_or_made
 from lib.inputs.prepare import prepare
 from lib.inputs.prompts import Answerer
 from lib.inputs.records import (
@@ -40,7 +41,6 @@ from lib.inputs.records import (
 )
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.inputs.verified import altered, hashes, hashes_by_name
-from lib.store.markers import sweep
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,33 +66,44 @@ def fetch(
     tokenizer, sets = None, experiment.token_sets()
     models = [*(sets.scorers() if sets else []), *experiment.models()]
     for spec in {(spec.id, spec.revision): spec for spec in models}.values():
-        model = None if update else _kept_model(spec, cache)
-        if model is None:
-            model = _model(spec, cache, update)
-            save_model(cache, model)
+        model = kept_or_made(
+            model_folder(cache, spec.id, spec.revision),
+            f"model {spec.id}",
+            lambda spec=spec: None if update else _kept_model(spec, cache),
+            lambda spec=spec: _model(spec, cache, update),
+        )
         size = f"{model.parameters / 1e9:.3g} B parameters, {model.bytes / 2**30:.3g} GiB"
         print(f"model {spec.id}: {model.commit[:12]}, {size}", flush=True)
         tokenizer = _tokenizer(model.path)
     for data in experiment.datasets():
-        found = None if update else _kept_dataset(data, cache)
-        if found is None:
-            found, lines = _dataset(data, cache, tokenizer, update)
-            save_dataset(cache, found, lines)
+        found = kept_or_made(
+            dataset_folder(cache, data.id, data.revision, data.split),
+            f"dataset {data.id}",
+            lambda data=data: None if update else _kept_dataset(data, cache),
+            lambda data=data, tokenizer=tokenizer: _dataset(data, cache, tokenizer, update),
+        )
         print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}", flush=True)
     if sets:
         prepare(sets, experiment.models()[0], cache, update, by_hand, answerer)
 
 
 def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
-    """A model that is recorded and whole to the last byte; None when it has to be brought, and what is broken is then
-    out of the way."""
+    """A model that is recorded and whole to the last byte; None when it has to be brought."""
+    with suppress(UserError):
+        found = model_input(cache, spec.id, spec.revision)
+        check_model(found)
+        return None if altered(found) else found
+    return None
+
+
+def _forget_altered(spec: ModelSpec, cache: Path) -> None:
+    """What of a recorded model is broken goes out of the way."""
     try:
         found = model_input(cache, spec.id, spec.revision)
         check_model(found)
     except UserError:
-        return None
-    bad = altered(found)
-    for path in bad:
+        return
+    for path in altered(found):
         if found.source_stamp and path.parent == local_path(cache, spec.id):
             raise UserError(
                 f"{path} has other bytes than before, with the same size and time: a disk's error; "
@@ -100,7 +111,6 @@ def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
             )
         print(f"{path} is not the file that was fetched (its sha256 differs): bringing it anew", flush=True)
         forget(path)
-    return None if bad else found
 
 
 def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
@@ -114,6 +124,8 @@ def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
 def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     local = local_path(cache, spec.id)
     record = model_folder(cache, spec.id, spec.revision)
+    if not update:
+        _forget_altered(spec, cache)
     folder = local or model_snapshot(spec.id, _revision(record, spec.revision, update))
     sizes = model_sizes(folder)
     files = [folder / name for name in torch_weights(p.name for p in folder.glob("*"))]
@@ -131,7 +143,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     count, body = parameters(folder)
     if not count:
         raise UserError(f"model {spec.id}: no weights (*.safetensors, pytorch_model*.bin) in {folder}")
-    return ModelInput(
+    found = ModelInput(
         id=spec.id,
         revision=spec.revision,
         commit="local" if local else fingerprint.removesuffix("-converted"),
@@ -144,6 +156,8 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
         source_stamp=source_stamp(local) if local else "",
         files=hashes_by_name(folder),
     )
+    save_model(cache, found)
+    return found
 
 
 def _convert(files: list[Path], folder: Path) -> None:
@@ -155,7 +169,6 @@ def _convert(files: list[Path], folder: Path) -> None:
         raise UserError(f"{files[0].parent} holds {len(files)} of {int(shards[1])} shards; bring all of them")
     print(f"converting {', '.join(path.name for path in files)} to safetensors", flush=True)
     tensors = read_tensors(files)
-    sweep(folder.parent)
     with whole_folder(folder) as new:
         for path in model_files(files[0].parent):
             if path.name != "pytorch_model.bin.index.json":
@@ -169,7 +182,7 @@ def _revision(record: Path, asked: str, update: bool) -> str:
     return str((before or {}).get("commit", asked))
 
 
-def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", update: bool) -> tuple[DatasetInput, bytes]:
+def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", update: bool) -> DatasetInput:
     local = local_path(cache, spec.id)
     revision = _revision(dataset_folder(cache, spec.id, spec.revision, spec.split), spec.revision, update)
     rows, commit = _local_rows(local) if local else dataset_rows(spec.id, spec.split, revision)
@@ -189,7 +202,8 @@ def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", upda
         response_tokens=_count(tokenizer, (m[-1]["content"] for m in clean)),
         source_stamp=source_stamp(local) if local else "",
     )
-    return found, lines
+    save_dataset(cache, found, lines)
+    return found
 
 
 def _local_rows(path: Path) -> tuple[list[object], str]:

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lib.base.atomic import read_json, sha256_file, write_json
 from lib.base.errors import UserError
+from lib.base.typed import Mistyped, parse
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
+from lib.inputs.kept import kept_or_made
 from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
 from lib.inputs.records import model_files, model_input, model_sizes
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 
 PACKAGES = ("datasets", "tokenizers", "transformers")
 NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Prompts that wait for their answers."""
+
+    made_from: list[str]
+    counts: dict[str, int]
+    prompts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,12 @@ def prepare(
         asked.add((spec.id, spec.revision))
         identity = data.identity(cache, model, name)
         task = Task(cache, model, name, spec, seed, identity, find_source(cache, spec, again))
-        found = _kept(task) or _make(task, answerer, by_hand)
+        found = kept_or_made(
+            samples_folder(cache, name, task.digest),
+            f"samples {name}",
+            lambda task=task: _kept(task),
+            lambda task=task: _make(task, answerer, by_hand),
+        )
         size = f"{found.rows} rows, {found.attributed} to attribute with {found.tokens} tokens"
         print(f"samples {name}: {found.commit[:12]}, {size}, sha256 {found.sha256[:12]}", flush=True)
 
@@ -150,16 +166,23 @@ def _candidates(
     """The first candidates, kept beside the set: they are read where there is a network and answered where there is a
     GPU, which on a cluster are two machines."""
     path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
-    known, made_from = read_json(path), [task.source.commit, task.source.stamp]
-    if known is None or known.get("made_from") != made_from:
-        found: Counter[str] = Counter()
-        prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
-        kept = [asdict(prompt) for prompt in prompts]
-        write_json(path, {"made_from": made_from, "counts": dict(found), "prompts": kept})
-        counts.update(found)
-        return prompts
-    counts.update(known["counts"])
-    return [Prompt(**prompt) for prompt in known["prompts"]]
+    made_from = [task.source.commit, task.source.stamp]
+    with suppress(Mistyped):
+        known = parse(Candidates, read_json(path), exact=True)
+        if known.made_from == made_from:
+            prompts = [_prompt(one) for one in known.prompts]
+            counts.update(known.counts)
+            return prompts
+    found: Counter[str] = Counter()
+    prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
+    write_json(path, asdict(Candidates(made_from, dict(found), [asdict(prompt) for prompt in prompts])))
+    counts.update(found)
+    return prompts
+
+
+def _prompt(raw: dict[str, object]) -> Prompt:
+    """NaN stands in the file where a dataset gives no score, and is no number that a record may hold."""
+    return parse(Prompt, {key: value for key, value in raw.items() if value == value})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

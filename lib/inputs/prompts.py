@@ -33,7 +33,7 @@ class Prompt:
     source: str
     text: str
     ids: list[int]
-    toxicity: float  # as the dataset says; NaN where it does not
+    toxicity: float = math.nan  # as the dataset says; NaN where it does not
     response: str = ""
     response_toxicity: float = math.nan
 
