@@ -140,11 +140,11 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 
 def open_file(path: Path) -> BufferedReader:
     """A file to read, and nothing else that may lie in its place: one waits for ever at a pipe's other end."""
-    f = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-        f.close()
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
         raise OSError(errno.EINVAL, "is not a file", str(path))
-    return f
+    return os.fdopen(fd, "rb")
 
 
 def read_file(path: Path) -> bytes:

@@ -11,14 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from lib.base.atomic import read_json, sha256_file, write_json
+from lib.base.atomic import sha256_file, write_json
 from lib.base.errors import UserError
 from lib.base.typed import Mistyped, parse
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
 from lib.inputs.kept import kept_or_made
 from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
-from lib.inputs.records import model_files, model_input, model_sizes
+from lib.inputs.records import model_files, model_input, model_sizes, read_record
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
 from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
@@ -167,9 +167,9 @@ def _candidates(
     GPU, which on a cluster are two machines."""
     path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
     made_from = [task.source.commit, task.source.stamp]
+    known = read_record(Candidates, path)
     with suppress(Mistyped):
-        known = parse(Candidates, read_json(path), exact=True)
-        if known.made_from == made_from:
+        if known and known.made_from == made_from:
             prompts = [_prompt(one) for one in known.prompts]
             counts.update(known.counts)
             return prompts

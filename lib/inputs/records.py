@@ -9,19 +9,23 @@ Jobs, plans and status read these and nothing else, so they need neither a netwo
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
 from lib.base.errors import UserError, one_line
 from lib.base.typed import Mistyped, parse
 from lib.checkpoint.headers import folder_tensors, stored_tensors
 
-Record = TypeVar("Record", "DatasetInput", "ModelInput")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
+RECORD = "input.json"
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
 TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
@@ -97,34 +101,57 @@ def model_folder(cache: Path, id: str, revision: str) -> Path:
 
 
 def dataset_input(cache: Path, id: str, revision: str, split: str) -> DatasetInput:
-    found = _load(
-        DatasetInput,
-        dataset_folder(cache, id, revision, split),
-        f"dataset {id}",
-        revision,
-        local_path(cache, id) is not None,
+    source = local_path(cache, id)
+    found = read_record(
+        DatasetInput, dataset_folder(cache, id, revision, split) / RECORD, None if source else {"revision": revision}
     )
-    _unchanged(found, local_path(cache, id))
+    if found is None:
+        raise _not_fetched(f"dataset {id}", source, revision)
+    unchanged(source, source_stamp, found.source_stamp, "it was fetched")
     return found
 
 
 def model_input(cache: Path, id: str, revision: str) -> ModelInput:
-    found = _load(
-        ModelInput, model_folder(cache, id, revision), f"model {id}", revision, local_path(cache, id) is not None
+    source = local_path(cache, id)
+    found = read_record(
+        ModelInput, model_folder(cache, id, revision) / RECORD, None if source else {"revision": revision}
     )
-    _unchanged(found, local_path(cache, id))
+    if found is None:
+        raise _not_fetched(f"model {id}", source, revision)
+    unchanged(source, source_stamp, found.source_stamp, "it was fetched")
     return found
+
+
+def read_record(kind: type[Record], path: Path, wanted: Mapping[str, str] | None = None) -> Record | None:
+    """An input's record, where it is one, and of the input that is meant."""
+    with suppress(Mistyped):
+        found = parse(kind, read_json(path), exact=True)
+        if all(getattr(found, key) == value for key, value in (wanted or {}).items()):
+            return found
+    return None
+
+
+def unchanged(source: Path | None, stamp: Callable[[Path], str], recorded: str, since: str) -> None:
+    """A UserError when a local source is there and another than it was."""
+    now = stamp(source) if source else ""
+    if now and now != recorded:
+        raise UserError(f"{source} has changed since {since}; run `make fetch` again with this CONFIG")
+
+
+def _not_fetched(what: str, source: Path | None, revision: str) -> UserError:
+    at = "" if source else f" at revision {revision}"
+    return UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
 
 
 def save_dataset(cache: Path, record: DatasetInput, lines: bytes) -> None:
     """rows.jsonl first, its record last: the record is what makes it there."""
     folder = dataset_folder(cache, record.id, record.revision, record.split)
     write_bytes(folder / "rows.jsonl", lines)
-    write_json(folder / "input.json", asdict(record))
+    write_json(folder / RECORD, asdict(record))
 
 
 def save_model(cache: Path, record: ModelInput) -> None:
-    write_json(model_folder(cache, record.id, record.revision) / "input.json", asdict(record))
+    write_json(model_folder(cache, record.id, record.revision) / RECORD, asdict(record))
 
 
 def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list[ChatRow]:
@@ -214,18 +241,3 @@ def source_stamp(path: Path) -> str:
         return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     except OSError as e:
         raise UserError(f"{e.filename} cannot be read ({e.strerror}); see to it that you may read it") from None
-
-
-def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
-    with suppress(Mistyped):
-        found = parse(kind, read_json(folder / "input.json"), exact=True)
-        if local or found.revision == revision:
-            return found
-    at = "" if local else f" at revision {revision}"
-    raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
-
-
-def _unchanged(record: DatasetInput | ModelInput, source: Path | None) -> None:
-    now = source_stamp(source) if source else ""
-    if now and now != record.source_stamp:
-        raise UserError(f"{source} has changed since it was fetched; run `make fetch` again with this CONFIG")

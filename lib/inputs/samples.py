@@ -16,10 +16,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.base.atomic import read_file, read_json, write_bytes, write_json
+from lib.base.atomic import read_file, write_bytes, write_json
 from lib.base.errors import UserError, one_line
-from lib.base.typed import Mistyped, parse
-from lib.inputs.records import local_path, same_file
+from lib.inputs.records import RECORD, local_path, read_record, same_file, unchanged
 from lib.store.columns import Column, check_columns, read_texts, to_hdf5
 from lib.store.contents import Wrong, datasets
 
@@ -85,16 +84,10 @@ def samples_folder(cache: Path, name: str, digest: str) -> Path:
 
 def samples_input(cache: Path, name: str, digest: str) -> SamplesInput:
     """The record of a set; a UserError when it is not prepared, or its local source has changed since."""
-    try:
-        found = parse(SamplesInput, read_json(samples_folder(cache, name, digest) / "input.json"), exact=True)
-    except Mistyped:
-        found = None
-    if found is None or (found.name, found.digest) != (name, digest):
+    found = read_record(SamplesInput, samples_folder(cache, name, digest) / RECORD, {"name": name, "digest": digest})
+    if found is None:
         raise UserError(f"samples {name} are not prepared; run `make fetch` with this CONFIG")
-    where = local_path(cache, found.source)
-    stamp = tree_stamp(where) if where else ""
-    if stamp and stamp != found.source_stamp:
-        raise UserError(f"{where} has changed since samples {name} were made; run `make fetch` again with this CONFIG")
+    unchanged(local_path(cache, found.source), tree_stamp, found.source_stamp, f"samples {name} were made")
     return found
 
 
@@ -135,7 +128,7 @@ def save_samples(
     )
     folder = samples_folder(cache, name, digest)
     write_bytes(folder / "samples.h5", data)
-    write_json(folder / "input.json", asdict(found))
+    write_json(folder / RECORD, asdict(found))
     return found
 
 

@@ -1,16 +1,15 @@
 """Where a set's rows come from: a Hub dataset at one commit, or a local folder or file with the same layout."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.base.atomic import read_json, write_json
+from lib.base.atomic import write_json
 from lib.base.errors import UserError
-from lib.base.typed import Mistyped, parse
 from lib.inputs.hub import Row, dataset_commit, dataset_stream
 from lib.inputs.kept import kept_or_made
-from lib.inputs.records import local_path, slug
+from lib.inputs.records import local_path, read_record, slug
 from lib.inputs.samples import tree_stamp
 from lib.inputs.specs import SourceSpec
 
@@ -51,20 +50,13 @@ def find_source(cache: Path, spec: SourceSpec, update: bool = False) -> Source:
             raise UserError(f"dataset {spec.id}: there is nothing in {path}; check the id in the config")
         return Source(spec, path, "local", stamp)
     folder = cache / "inputs" / "sources" / slug(cache, spec.id, spec.revision)
-    known = kept_or_made(
-        folder,
-        f"dataset {spec.id}",
-        lambda: None if update else _kept(folder / "source.json", spec),
-        lambda: _resolved(folder / "source.json", spec),
-    )
+    record, wanted = folder / "source.json", {"id": spec.id, "revision": spec.revision}
+
+    def kept() -> Resolved | None:
+        return None if update else read_record(Resolved, record, wanted)
+
+    known = kept_or_made(folder, f"dataset {spec.id}", kept, lambda: _resolved(record, spec))
     return Source(spec, None, known.commit, "")
-
-
-def _kept(path: Path, spec: SourceSpec) -> Resolved | None:
-    with suppress(Mistyped):
-        known = parse(Resolved, read_json(path), exact=True)
-        return known if (known.id, known.revision) == (spec.id, spec.revision) else None
-    return None
 
 
 def _resolved(path: Path, spec: SourceSpec) -> Resolved:

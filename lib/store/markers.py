@@ -195,7 +195,7 @@ def look_at(
 def set_aside(bad: list[Bad]) -> None:
     """Take markers that do not hold out of the way; nothing is deleted, and nothing that was not judged is moved."""
     for path, _, judged in bad:
-        with suppress(FileNotFoundError):  # another copy of the task was quicker
+        with suppress(FileNotFoundError), disk_errors(path):  # another copy of the task was quicker
             if seen(path) == judged:
                 aside = path.with_name(path.name + ".bad")
                 path.rename(aside)
