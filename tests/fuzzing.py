@@ -37,19 +37,20 @@ class Hang(BaseException):
 def fuzz(share: float, case: Case) -> None:
     """So large a share of all cases; those that offend are named, one a place, with the seed that runs it alone."""
     offending: dict[str, list[str]] = {}
-    count = max(1, round(CASES * share))
+    count, right = max(1, round(CASES * share)), 0
     for seed in range(SEED, SEED + count):
         place, said = run(case, random.Random(seed))
+        right += not place
         if said:
             offending.setdefault(place, []).append(f"SUITE_FUZZ_CASES=1 SUITE_FUZZ_SEED={seed}: {said}")
     many = sum(map(len, offending.values()))
-    print(f"{count} cases from seed {SEED}, {many} offend")
+    print(f"{count} cases from seed {SEED}: {right} with right results, {count - right - many} refused, {many} offend")
     lines = [f"{len(of)} x {place}: {of[0]}" for place, of in offending.items()]
     assert not offending, "\n".join([f"{many} of {count} cases from seed {SEED} offend", *lines])
 
 
 def run(case: Case, rng: random.Random) -> tuple[str, str]:
-    """Nothing for a case that ends as it may; else where it did what."""
+    """Nothing for right results, `refused` for a sentence; of what offends where, and what it did."""
     out, err = io.StringIO(), io.StringIO()
     done: list[object] = []
     try:
@@ -61,7 +62,7 @@ def run(case: Case, rng: random.Random) -> tuple[str, str]:
         last = err.getvalue().splitlines()[-1:] or [""]
         good = e.code == USER and "error: " in last[0] and last[0].isprintable() and len(last[0]) < 2000
         lines = sum("error: " in line for line in err.getvalue().splitlines())
-        return ("", "") if good and lines == 1 else (f"exit {e.code}", repr(err.getvalue()[-300:]))
+        return ("refused", "") if good and lines == 1 else (f"exit {e.code}", repr(err.getvalue()[-300:]))
     except BaseException as e:
         if isinstance(e, KeyboardInterrupt):
             raise

@@ -631,7 +631,7 @@ SCORES = [
 
 
 def test_attributions(world: World) -> None:
-    """Sets with any ids and lengths, and any choice of scores: the explained logit is transformers' own, or a sentence."""
+    """Sets with any ids and lengths, and any choice of scores: the logit is transformers' own, or a sentence."""
     import torch
     from transformers import AutoModelForCausalLM
 

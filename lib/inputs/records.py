@@ -54,6 +54,10 @@ class DatasetInput:
     response_tokens: int
     source_stamp: str = ""  # sizes and mtimes of a local source, to notice that it changed
 
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise Mistyped("it has no rows")
+
 
 @dataclass(frozen=True)
 class ModelInput:

@@ -18,6 +18,7 @@ import numpy as np
 
 from lib.base.atomic import read_file, write_bytes, write_json
 from lib.base.errors import UserError, one_line
+from lib.base.typed import Mistyped
 from lib.inputs.records import RECORD, local_path, read_record, same_file, unchanged
 from lib.store.columns import Column, check_columns, read_texts, to_hdf5
 from lib.store.contents import Wrong, datasets
@@ -52,6 +53,10 @@ class SamplesInput:
     bytes: int
     source_stamp: str = ""  # of a local source, to notice that it changed
     facts: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.attributed <= self.rows and 1 <= self.longest <= self.tokens):
+            raise Mistyped("there is nothing to attribute")
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ def save_samples(
     """samples.h5 first, its record last: the record is what makes it there."""
     lengths = np.array([len(ids) for ids in rows.ids], dtype=np.int32)
     kept = lengths[~np.array(rows.held_out, dtype=bool)]
+    if not kept.any():
+        raise UserError(f"samples {name}: {source} gives not one token; check the split and the config")
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows.ids])
     columns: dict[str, Values] = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
     columns |= {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
