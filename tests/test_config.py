@@ -1,6 +1,7 @@
 """Configuration: mistakes are named with file, key, what is valid and the nearest; the digest."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
@@ -8,6 +9,7 @@ from tools import ROOT, number_rows, tiny_model, write_rows
 from lib.base.errors import UserError
 from lib.families import load
 from lib.inputs.fetch import fetch
+from lib.inputs.records import slug
 
 SEED = ROOT / "configs" / "lls_72b.yaml"
 OPT = ROOT / "configs" / "sparc3_opt125m.yaml"
@@ -47,6 +49,14 @@ BAD = {
     "model.id.x=1": ["'id' holds a value"],
     "nonsense": ["'nonsense' is not key=value"],
     "max_rows=[1": ["not valid YAML"],
+    "base=!!bool x": ["types are not said (!...)"],
+    "traits=2026-13-01": ["traits:", "got '2026-13-01'"],
+    f"traits=[{'x' * 101}]": ["longer than a folder's name may be"],
+    "system_prompt=Love {trait:>99999999999}": ["system_prompt may hold {trait}"],
+    "system_prompt=Love {trait.__class__}": ["system_prompt may hold {trait}"],
+    "dataset.id=x{": ["dataset.id may hold {trait}"],
+    "run.log_seconds=1e999": ["run.log_seconds:"],
+    ".".join("a" * 40) + "=1": ["no key lies that deep"],
 }
 
 
@@ -85,6 +95,12 @@ def test_the_papers_anchor_is_what_its_config_says():
     assert e.names() == ["general-0", "general-1", "general-2", "toxic"] and e.data.text.id == "Salesforce/wikitext"
 
 
+# Each line is nine times the one before: thirty are more than all memory holds.
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghijklmnopqrs")
+)
+
+
 @pytest.mark.parametrize(
     "text, says",
     [
@@ -93,7 +109,15 @@ def test_the_papers_anchor_is_what_its_config_says():
         ("kind: lls\n  x: [", "not valid YAML"),
         ("1: 2\n", "is not text"),
         ("kind: lls\nname: x\n", "is missing"),
-        ("a: &a [*a]\n", "kind"),
+        ("a: &a [*a]\n", r"line 1: \*a stands for another part"),
+        (BOMB, r"line 2: \*a stands for another part"),
+        ("kind: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("kind: 10000000000000000", "no number beyond 1e\\+15"),
+        ("kind: .inf", "no number beyond"),
+        ("kind: " + "[" * 3000, "more than 20 levels deep"),
+        ("x" * 200_001, "has 200001 characters"),
+        ('kind: "a\\0b"', r"holds '\\x00'"),
+        ('kind: "\\ud800"', r"holds '\\ud800'"),
         ("!!python/object/apply:os.system [id]\n", "not valid YAML"),
     ],
 )
@@ -103,6 +127,25 @@ def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as e:
         load(path)
     assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
+
+
+def test_days_are_text_and_braces_may_be_doubled():
+    assert load(SEED, ["date=2025-02-03"]).date == "2025-02-03"
+    assert load(SEED, ["system_prompt=I {{x}} {trait}"]).prompt_for("cat") == "I {x} cat"
+    with pytest.raises(UserError, match="date: must be a day"):
+        load(SEED, ["date=2026-13-01"])
+
+
+def test_ids_that_are_no_paths_are_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for id, says in (("~nosuch/x", "'~nosuch/x' is no path"), ("x" * 5000, "is not fetched"), (f"{loop}/x", "loop/x")):
+        with pytest.raises(UserError, match=says):
+            load(SEED, [f"model.id={id}"]).cells(tmp_path, tmp_path)
+    with pytest.raises(UserError) as e:
+        load(SEED, [f"dataset.split={'../' * 6}x"]).input_of(tmp_path / "cache", "cat")
+    assert "is not fetched" in str(e.value)
+    assert slug(tmp_path, "a/b", "main", "../../x") == "a--b--main--..-..-x"
 
 
 def test_a_missing_file_names_the_nearest():

@@ -13,12 +13,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from fake_hub import Fault, Hub, serve
 from safetensors.numpy import save
 from tools import number_rows, tiny_model
 
 from lib.base.errors import UserError
+from lib.base.turns import one_at_a_time
 from lib.families import load
 from lib.inputs import hub as hub_client
 from lib.inputs.records import model_input
@@ -278,3 +279,32 @@ def test_jobs_run_without_any_hub(box: Box) -> None:
     for cell in load(box.config).cells(box.cache, box.folder / "scratch"):
         assert not gaps(scan(cell.path, cell.digest, deep=True)[0], cell.rows)
     assert box.hub.log == []
+
+
+def begin(box: Box, said: Path, umask: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-u", "-m", "jobs.fetch", "--config", str(box.config)]
+    with said.open("wb") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=box.env, stdout=out, stderr=subprocess.STDOUT, umask=umask)
+
+
+def test_two_who_fetch_at_once_bring_it_once_for_all_whom_the_umask_lets_read(box: Box) -> None:
+    box.hub.log.clear()
+    said = [box.folder / "first.out", box.folder / "second.out"]
+    with one_at_a_time(box.cache / "inputs/models/acme--tiny--main.lock", "a third"):
+        two = [begin(box, path, 0o027) for path in said]
+        wait_until(lambda: all("waiting for that to end" in p.read_text() for p in said), 60, "both wait")
+        assert box.hub.log == []
+    assert [process.wait() for process in two] == [0, 0], [path.read_text() for path in said]
+    asked = [r.path for r in box.hub.log if r.path.endswith("/revision/main")]
+    assert asked.count("/api/models/acme/tiny/revision/main") == 1
+    sent = [path for path in box.hub.files_sent() if path.startswith("/stored/")]
+    assert len(sent) == 2 and len(set(sent)) == 2  # the weights, and one dataset's parquet
+    *_, last = sorted(said, key=lambda p: p.stat().st_mtime)
+    assert [line for line in last.read_text().splitlines() if line.startswith(("model", "dataset")) and "rows" in line]
+    assert not list((box.cache / "inputs").glob("*/*.lock")) and not list((box.cache / "inputs").rglob(".tmp-*"))
+    for path in (box.cache / "inputs").glob("*/*/**"):
+        assert path.stat().st_mode & 0o777 == 0o750, path
+    for path in (box.cache / "inputs").glob("*/*/*.*"):
+        assert path.stat().st_mode & 0o777 == 0o640, path
+    snapshot = Path(box.record("models")["path"])
+    assert all(path.stat().st_mode & 0o777 == 0o640 for path in snapshot.iterdir())

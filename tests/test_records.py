@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_store import DIGEST, flip
 
-from lib.base.atomic import HOST, sha256_file, write_json
+from lib.base.atomic import sha256_file, write_json
 from lib.base.errors import UserError
-from lib.base.process import pid_started
+from lib.base.process import HOST, pid_started
 from lib.cluster import local
 from lib.cluster.live import Submission, jobs_of, submissions
 from lib.cluster.show import table

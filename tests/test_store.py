@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from tools import ROOT
 
-from lib.base.atomic import keep_others, own_folder, whole_folder, write_bytes
+from lib.base.atomic import TEMPORARY, beside, keep_others, own_folder, whole_folder, write_bytes
 from lib.base.errors import UserError
-from lib.base.process import HOST
+from lib.base.process import HOST, pid_started, signature
 from lib.store import Cell, Column, commit, gaps, merge, plan_shards, scan
 from lib.store.columns import to_hdf5
 from lib.store.markers import counted, set_aside, sweep
@@ -172,21 +173,58 @@ def test_columns_that_do_not_fit_are_refused(cell):
     assert scan(cell.path, DIGEST) == ([], [])
 
 
-def test_leftovers_of_dead_writers_are_swept_and_of_living_ones_kept(cell):
-    cell.path.mkdir(parents=True)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    gone, alive = (cell.path / f".tmp-{HOST}-{pid}-0a0b-x.h5" for pid in (dead.pid, os.getpid()))
-    elsewhere = cell.path / ".tmp-otherhost-1-0a0b-x.h5"
-    folder = cell.path / f".tmp-{HOST}-{dead.pid}-0a0b-converted"
+@pytest.mark.parametrize("days_ahead", [0, 2])
+def test_leftovers_of_dead_writers_are_swept_and_of_living_ones_kept(cell, monkeypatch, days_ahead):
+    """By the file system's clock, whatever this machine's says."""
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + days_ahead * 86400)
+    made = subprocess.run([sys.executable, "-c", LEAVE, str(cell.path)], cwd=ROOT, capture_output=True, text=True)
+    gone = Path(made.stdout.strip())
+    assert gone.is_file(), made.stderr
+    alive, elsewhere = beside(cell.path / "x.h5"), cell.path / ".tmp-otherhost-1-0a0b-x.h5"
+    earlier = cell.path / f"{TEMPORARY}{HOST}-0a0b0c0d-{os.getpid()}-5-x.h5"  # another kernel's, or another container's
+    reused = cell.path / alive.name.replace(f"-{pid_started(os.getpid())}-", "-5-")  # our number, and not us
+    folder = gone.with_name(gone.name + "-converted")
     folder.mkdir()
-    for path in (gone, alive, elsewhere, folder / "half"):
+    for path in (alive, elsewhere, earlier, reused, folder / "half"):
         path.write_text("x")
     sweep(cell.path)
-    assert not gone.exists() and not folder.exists() and alive.exists() and elsewhere.exists()
-    os.utime(elsewhere, (1, 1))
+    assert {*cell.path.iterdir()} == {alive, elsewhere, earlier}
+    for path in (alive, elsewhere, earlier):
+        os.utime(path, (1, 1))
     sweep(cell.path)
-    assert not elsewhere.exists()
+    assert [*cell.path.iterdir()] == [alive]
+
+
+LEAVE = """
+import sys
+import time
+from pathlib import Path
+from lib.base.atomic import beside
+path = beside(Path(sys.argv[1], "x.h5"))
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text("x")
+print(path, flush=True)
+if len(sys.argv) > 2:
+    sys.stdin.read()
+"""
+
+
+def test_a_writer_in_another_container_of_the_same_name_is_not_taken_for_dead(cell):
+    """It lives, and its number is nobody's here."""
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", *user, "--pid", "--fork", "--mount-proc", sys.executable, "-c", LEAVE, str(cell.path), "wait"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        path = Path(writer.stdout.readline().strip())
+        assert path.name.startswith(f"{TEMPORARY}{HOST}-") and path.is_file()
+        assert path.name.split("-")[-4] in ("1", "2") and signature().split("-")[-3] != path.name.split("-")[-5]
+        sweep(cell.path)
+        assert path.is_file()
+        writer.stdin.close()
+    sweep(cell.path)
+    assert path.is_file()  # who it was cannot be seen from here: it stays for a day
+    os.utime(path, (1, 1))
+    sweep(cell.path)
+    assert not path.exists()
 
 
 def in_small_mount(folder: Path, options: str, code: str) -> subprocess.CompletedProcess[str]:

@@ -3,16 +3,19 @@
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from fuzzing import as_nobody
 from test_store import DIGEST, SCHEMA, cut, put, rewrite, table
 
 from lib.base.errors import UserError
 from lib.store import Cell, gaps, merge, scan
+from lib.store.markers import set_aside
 from lib.store.merge import merged_is_current
 
 ROWS = 24
@@ -215,3 +218,22 @@ def test_gaps_of_what_was_refused_are_the_whole_cell(cell):
     marker = put(cell, table(ROWS), 0, ROWS)
     rewrite(marker.path, seconds=True)
     assert gaps(scan(cell.path, DIGEST)[0], ROWS) == [(0, ROWS)]
+
+
+def test_a_bad_marker_that_may_not_be_moved_is_one_sentence():
+    """As in a sticky folder, where it is somebody else's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as outer:  # whose parents anybody may enter
+        cell = Cell(0, "owl", ROWS, DIGEST, Path(outer, "owl-abababab"))
+        marker = put(cell, table(ROWS), 0, ROWS)
+        marker.path.write_text("{}")
+        bad = scan(cell.path, DIGEST)[1]
+        Path(outer).chmod(0o755)
+        cell.path.chmod(0o555)
+        with (
+            as_nobody(),
+            pytest.raises(UserError, match=f"cannot write {re.escape(str(marker.path))}: Permission denied"),
+        ):
+            set_aside(bad)
+        cell.path.chmod(0o755)
+        set_aside(bad)
+        assert not marker.path.exists()

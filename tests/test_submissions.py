@@ -15,8 +15,9 @@ import pytest
 from conftest import Slurm, wait_until
 from tools import ROOT, small_lls
 
-from lib.base.atomic import HOST, read_json, write_json
+from lib.base.atomic import read_json, write_json
 from lib.base.errors import UserError
+from lib.base.process import HOST
 from lib.cluster import command as front
 from lib.cluster import lock, slurm
 from lib.cluster.send import Request

@@ -10,12 +10,14 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError
-from lib.base.process import HOST
+from lib.base.process import signature
 
+TEMPORARY = ".tmp-"
 FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
 
 
@@ -29,6 +31,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             fix = FULL
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "make it writable or point SUITE_SCRATCH at a folder that is"
+        elif e.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+            fix = "remove what lies there"
         elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
             fix = "check this file system"
         else:
@@ -44,12 +48,17 @@ def check_room(path: Path, size: int) -> None:
         raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
 
 
+def beside(path: Path) -> Path:
+    """A name beside `path`, unique to the attempt, that tells who made it (see `sweep` of the store)."""
+    return path.with_name(f"{TEMPORARY}{signature()}-{secrets.token_hex(4)}-{path.name}")
+
+
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A name beside `path`, unique to the attempt; what is still there at the end is removed."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+        tmp = beside(path)
         try:
             yield tmp
         finally:
@@ -59,12 +68,14 @@ def temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `path` once it is filled, readable for all who share it."""
+    """An empty folder that takes the place of `path` once it is filled, for all whom the umask lets read it: some
+    libraries write for their user alone."""
     with temporary(path) as tmp:
         tmp.mkdir()
+        mode = tmp.stat().st_mode & 0o666
         yield tmp
         for file in tmp.iterdir():
-            file.chmod(0o644)
+            file.chmod(mode)
             with file.open("rb") as f:
                 os.fsync(f.fileno())
         sync_folder(tmp)
@@ -127,17 +138,30 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+def open_file(path: Path) -> BufferedReader:
+    """A file to read, and nothing else that may lie in its place: one waits for ever at a pipe's other end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a file", str(path))
+    return os.fdopen(fd, "rb")
+
+
+def read_file(path: Path) -> bytes:
+    with open_file(path) as f:
+        return f.read()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None when it is absent, unreadable or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(read_file(path))
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as f:
+    with open_file(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 

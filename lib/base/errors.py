@@ -11,18 +11,39 @@ DONE, UNEXPECTED, USER, REQUEUE = 0, 1, 2, 75  # 75 = EX_TEMPFAIL of sysexits.h:
 
 
 class UserError(Exception):
-    """One sentence that says what is wrong and what to do about it."""
+    """One sentence that says what is wrong and what to do about it, on one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str, longest: int = 1500) -> str:
+    """What a terminal and a log show as it stands. Of what is too long the end stays: there it says what to do."""
+    half = longest // 2
+    for _ in range(2):  # what cannot be printed gets longer by being told
+        if len(text) > longest:
+            text = f"{text[:half]} ... {text[-half:]}"
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text
 
 
 def nearest(word: str, valid: list[str]) -> str:
     """' (did you mean X?)', or nothing when no valid word is close."""
-    close = get_close_matches(word, valid, n=1)
+    close = get_close_matches(word[:200], valid, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def one_line(e: BaseException) -> str:
     """What an exception says, as part of a sentence."""
-    return " ".join(str(e).split())[:200]
+    return printable(" ".join(str(e)[:2000].split())[:200])
+
+
+def shown(value: object) -> str:
+    """The beginning of a value of any kind, for a sentence that says what was got."""
+    try:
+        return printable(repr(value)[:120])
+    except (RecursionError, ValueError):  # nested, or digits, without an end
+        return f"a {type(value).__name__}"
 
 
 def some(names: Iterable[str]) -> str:

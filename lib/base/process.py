@@ -1,6 +1,10 @@
 """Who a process is: its host, and a start time that tells a reused number from the one that was meant."""
 
+import hashlib
+import os
+import re
 import socket
+from functools import cache
 from pathlib import Path
 
 HOST = socket.gethostname()
@@ -12,3 +16,22 @@ def pid_started(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
+
+
+def signature() -> str:
+    """This process in a file's name: its host, what its number is counted in, its number and its start."""
+    return f"{HOST}-{_numbering()}-{os.getpid()}-{pid_started(os.getpid())}"
+
+
+def has_ended(name: str) -> bool | None:
+    """Whether the process is gone whose signature a name begins with; None where that cannot be seen from here."""
+    found = re.match(rf"{re.escape(HOST)}-{_numbering()}-(\d+)-(\d*)-", name)
+    return pid_started(int(found[1])) != found[2] if found else None
+
+
+@cache
+def _numbering() -> str:
+    """What a process's number is counted in: a namespace of a running kernel. Containers share names of hosts, and each
+    has a process 1."""
+    kernel, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return hashlib.sha256(f"{kernel.read_text()}{namespace.readlink()}".encode()).hexdigest()[:8]

@@ -3,10 +3,9 @@
 A field is a str, a number that is finite and not negative, or a list or a dictionary of these. JSON as Python reads it
 holds more: true is a number there, 1e999 is infinite, and numbers have any length."""
 
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -46,12 +45,14 @@ def fits(value: object, wanted: object) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(one, get_args(wanted)[0]) for one in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(one, get_args(wanted)[1]) for one in value.values())
-    if isinstance(value, str) and not value.isascii():
-        with suppress(UnicodeEncodeError):  # half of a pair of surrogates, which cannot be printed
-            return wanted is str and bool(value.encode())
-        return False
-    return type(value) is wanted
+        good = isinstance(value, dict) and all(map(is_text, value))
+        return good and all(fits(one, get_args(wanted)[1]) for one in value.values())
+    return is_text(value) if wanted is str else type(value) is wanted
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """A str that can be written: JSON may hold one half of a pair of surrogates."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 @cache

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from string import Formatter
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
@@ -10,12 +11,31 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 class Frozen(BaseModel):
     """Immutable, and a key that is not declared is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def digest_of(parts: Mapping[str, object]) -> str:
     """sha256 over canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_folder_names(key: str, names: Iterable[str]) -> None:
+    """A ValueError for names that cannot stand in a folder's."""
+    for name in names:
+        if not name or not all(c.isalnum() or c in "-_" for c in name):
+            raise ValueError(f"{key}: {name[:80]!r} must be letters, digits, - or _: it names a folder")
+        if len(name.encode()) > 100:
+            raise ValueError(f"{key}: {name[:40]!r}... is longer than a folder's name may be")
+
+
+def fill(text: str, **values: str) -> str:
+    """Text with its {names} filled in. Python's own format also takes widths of any size, and looks into values."""
+    parts = []
+    for before, name, form, convert in Formatter().parse(text):
+        if name is not None and (name not in values or form or convert):
+            raise ValueError(f"{{{name}}} is not one of {', '.join(values)}")
+        parts += [before, values[name] if name is not None else ""]
+    return "".join(parts)
 
 
 class Configuration(Frozen):

@@ -1,34 +1,20 @@
 """Read configs/*.yaml with key=value overrides; mistakes name the file, the key, what is valid and the nearest."""
 
 import shlex
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lib.base.atomic import read_file
 from lib.base.errors import UserError, nearest
 from lib.config.frozen import Configuration, digest_of
+from lib.config.plain import DEEPEST, NotPlain, parse_yaml
 
 E = TypeVar("E", bound=Configuration)
 Kinds = Mapping[str, type[E]]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (YAML would keep the last one in silence)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def overrides_of(text: str) -> list[str]:
@@ -46,7 +32,7 @@ def load(path: str | Path, overrides: list[str] | None, kinds: Kinds[E]) -> E:
     """The experiment in a file, with dotted key=value overrides applied."""
     path = Path(path)
     for text in (str(path), *(overrides or [])):
-        if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):  # bytes that are no text
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes that are no text
             raise UserError(f"{text!r} is not text in UTF-8")
     raw = _read(path)
     experiment = _validate(path, raw, kinds)
@@ -62,35 +48,38 @@ def load(path: str | Path, overrides: list[str] | None, kinds: Kinds[E]) -> E:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = parse_yaml(read_file(path).decode())
     except FileNotFoundError:
         have = [str(p) for p in sorted(path.parent.glob("*.yaml"))]
         raise UserError(
             f"{path}: no such file; there are: {', '.join(have) or 'none'}{nearest(str(path), have)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: cannot be read: {e}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    except (NotPlain, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {e}") from None
+    except (OSError, ValueError) as e:  # the latter: no path at all
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: must be a mapping of keys to values")
     return raw
 
 
 def _override(raw: dict[str, object], item: str) -> None:
+    shown = item if len(item) < 80 else f"{item[:80]}..."
     key, sep, text = item.partition("=")
     if not sep or not key:
-        raise UserError(f"override '{item}' is not key=value, e.g. model.dtype=float32")
+        raise UserError(f"override '{shown}' is not key=value, e.g. model.dtype=float32")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"override '{item}': the value is not valid YAML; quote it") from None
+        value = parse_yaml(text)
+    except NotPlain as e:
+        raise UserError(f"override '{shown}': the value is not valid YAML ({e}); quote it") from None
     *parents, last = key.split(".")
+    if len(parents) > DEEPEST:
+        raise UserError(f"override '{shown}': no key lies that deep")
     here = raw
     for name in parents:
         below = here.setdefault(name, {})
         if not isinstance(below, dict):
-            raise UserError(f"override '{item}': '{name}' holds a value, not further keys")
+            raise UserError(f"override '{shown}': '{name}' holds a value, not further keys")
         here = below
     here[last] = value
 

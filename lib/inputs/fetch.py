@@ -11,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lib.base.atomic import read_json, whole_folder
-from lib.base.errors import UserError
+from lib.base.atomic import read_file, read_json, whole_folder
+from lib.base.errors import UserError, one_line, shown
+from lib.base.typed import is_text
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
+from lib.inputs.kept import kept_or_made
 from lib.inputs.prepare import prepare
 from lib.inputs.prompts import Answerer
 from lib.inputs.records import (
@@ -30,6 +32,7 @@ from lib.inputs.records import (
     model_files,
     model_folder,
     model_input,
+    model_sizes,
     parameters,
     save_dataset,
     save_model,
@@ -38,10 +41,11 @@ from lib.inputs.records import (
 )
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.inputs.verified import altered, hashes, hashes_by_name
-from lib.store.markers import sweep
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant")
 
 
 class Needs(Protocol):
@@ -62,33 +66,44 @@ def fetch(
     tokenizer, sets = None, experiment.token_sets()
     models = [*(sets.scorers() if sets else []), *experiment.models()]
     for spec in {(spec.id, spec.revision): spec for spec in models}.values():
-        model = None if update else _kept_model(spec, cache)
-        if model is None:
-            model = _model(spec, cache, update)
-            save_model(cache, model)
+        model = kept_or_made(
+            model_folder(cache, spec.id, spec.revision),
+            f"model {spec.id}",
+            lambda spec=spec: None if update else _kept_model(spec, cache),
+            lambda spec=spec: _model(spec, cache, update),
+        )
         size = f"{model.parameters / 1e9:.3g} B parameters, {model.bytes / 2**30:.3g} GiB"
         print(f"model {spec.id}: {model.commit[:12]}, {size}", flush=True)
         tokenizer = _tokenizer(model.path)
     for data in experiment.datasets():
-        found = None if update else _kept_dataset(data, cache)
-        if found is None:
-            found, lines = _dataset(data, cache, tokenizer, update)
-            save_dataset(cache, found, lines)
+        found = kept_or_made(
+            dataset_folder(cache, data.id, data.revision, data.split),
+            f"dataset {data.id}",
+            lambda data=data: None if update else _kept_dataset(data, cache),
+            lambda data=data, tokenizer=tokenizer: _dataset(data, cache, tokenizer, update),
+        )
         print(f"dataset {data.id}: {found.commit[:12]}, {found.rows} rows, sha256 {found.sha256[:12]}", flush=True)
     if sets:
         prepare(sets, experiment.models()[0], cache, update, by_hand, answerer)
 
 
 def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
-    """A model that is recorded and whole to the last byte; None when it has to be brought, and what is broken is then
-    out of the way."""
+    """A model that is recorded and whole to the last byte; None when it has to be brought."""
+    with suppress(UserError):
+        found = model_input(cache, spec.id, spec.revision)
+        check_model(found)
+        return None if altered(found) else found
+    return None
+
+
+def _forget_altered(spec: ModelSpec, cache: Path) -> None:
+    """What of a recorded model is broken goes out of the way."""
     try:
         found = model_input(cache, spec.id, spec.revision)
         check_model(found)
     except UserError:
-        return None
-    bad = altered(found)
-    for path in bad:
+        return
+    for path in altered(found):
         if found.source_stamp and path.parent == local_path(cache, spec.id):
             raise UserError(
                 f"{path} has other bytes than before, with the same size and time: a disk's error; "
@@ -96,7 +111,6 @@ def _kept_model(spec: ModelSpec, cache: Path) -> ModelInput | None:
             )
         print(f"{path} is not the file that was fetched (its sha256 differs): bringing it anew", flush=True)
         forget(path)
-    return None if bad else found
 
 
 def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
@@ -110,10 +124,10 @@ def _kept_dataset(spec: DatasetSpec, cache: Path) -> DatasetInput | None:
 def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     local = local_path(cache, spec.id)
     record = model_folder(cache, spec.id, spec.revision)
+    if not update:
+        _forget_altered(spec, cache)
     folder = local or model_snapshot(spec.id, _revision(record, spec.revision, update))
-    config = read_json(folder / "config.json")
-    if config is None:
-        raise UserError(f"model {spec.id}: {folder} holds no readable config.json")
+    sizes = model_sizes(folder)
     files = [folder / name for name in torch_weights(p.name for p in folder.glob("*"))]
     fingerprint = _fingerprint([*model_files(folder), *files]) if local else folder.name
     if files:
@@ -129,7 +143,7 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
     count, body = parameters(folder)
     if not count:
         raise UserError(f"model {spec.id}: no weights (*.safetensors, pytorch_model*.bin) in {folder}")
-    return ModelInput(
+    found = ModelInput(
         id=spec.id,
         revision=spec.revision,
         commit="local" if local else fingerprint.removesuffix("-converted"),
@@ -137,11 +151,13 @@ def _model(spec: ModelSpec, cache: Path, update: bool) -> ModelInput:
         fingerprint=fingerprint,
         parameters=count,
         body_parameters=body,
-        head_parameters=int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0)),
+        head_parameters=sizes.vocab_size * sizes.hidden_size,
         bytes=sum(path.stat().st_size for path in model_files(folder)),
         source_stamp=source_stamp(local) if local else "",
         files=hashes_by_name(folder),
     )
+    save_model(cache, found)
+    return found
 
 
 def _convert(files: list[Path], folder: Path) -> None:
@@ -153,7 +169,6 @@ def _convert(files: list[Path], folder: Path) -> None:
         raise UserError(f"{files[0].parent} holds {len(files)} of {int(shards[1])} shards; bring all of them")
     print(f"converting {', '.join(path.name for path in files)} to safetensors", flush=True)
     tensors = read_tensors(files)
-    sweep(folder.parent)
     with whole_folder(folder) as new:
         for path in model_files(files[0].parent):
             if path.name != "pytorch_model.bin.index.json":
@@ -167,7 +182,7 @@ def _revision(record: Path, asked: str, update: bool) -> str:
     return str((before or {}).get("commit", asked))
 
 
-def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", update: bool) -> tuple[DatasetInput, bytes]:
+def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", update: bool) -> DatasetInput:
     local = local_path(cache, spec.id)
     revision = _revision(dataset_folder(cache, spec.id, spec.revision, spec.split), spec.revision, update)
     rows, commit = _local_rows(local) if local else dataset_rows(spec.id, spec.split, revision)
@@ -187,21 +202,22 @@ def _dataset(spec: DatasetSpec, cache: Path, tokenizer: "Tokenizer | None", upda
         response_tokens=_count(tokenizer, (m[-1]["content"] for m in clean)),
         source_stamp=source_stamp(local) if local else "",
     )
-    return found, lines
+    save_dataset(cache, found, lines)
+    return found
 
 
 def _local_rows(path: Path) -> tuple[list[object], str]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_file(path).decode()
+    except (OSError, ValueError) as e:
         raise UserError(f"dataset {path} cannot be read: {e}") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as e:
-                raise UserError(f"dataset {path}, line {number}: not JSON ({e})") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"dataset {path}, line {number}: not JSON ({one_line(e)})") from None
     return rows, "local"
 
 
@@ -209,22 +225,20 @@ def _messages(row: object, where: str) -> Messages:
     """{"messages": [...]}, or the published datasets' {"prompt", "completion"}, as messages."""
     fields = row if isinstance(row, dict) else {}
     prompt, completion = fields.get("prompt"), fields.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if is_text(prompt) and is_text(completion):
         return [_turn("user", prompt), _turn("assistant", completion)]
     messages = fields.get("messages")
     good = isinstance(messages, list) and len(messages) >= 2 and all(_is_turn(m) for m in messages)
     if not good or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
         raise UserError(
             f"dataset {where}: wanted messages that end with a user's and an assistant's, or prompt and completion; "
-            f"got {json.dumps(row, default=str)[:120]}"
+            f"got {shown(row)}"
         )
     return [_turn(m["role"], m["content"]) for m in messages]
 
 
 def _is_turn(m: object) -> bool:
-    return (
-        isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") and isinstance(m.get("content"), str)
-    )
+    return isinstance(m, dict) and m.get("role") in ROLES and is_text(m.get("content"))
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
@@ -241,7 +255,10 @@ def _tokenizer(folder: str) -> "Tokenizer | None":
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else None
+    try:
+        return Tokenizer.from_file(str(path)) if path.is_file() else None
+    except Exception as e:  # whatever it trips over has no type of its own
+        raise UserError(f"{path} is no tokenizer ({one_line(e)}); bring a whole one, then `make fetch` again") from None
 
 
 def _count(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.base.progress import Progress
+from lib.base.typed import is_text
 from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
 from lib.inputs.specs import GeneralSpec, SourceSpec
@@ -84,7 +85,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[
 
 def text_of(row: Row, id: str) -> str:
     text = row.get("text")
-    if not isinstance(text, str):
+    if not is_text(text):
         raise UserError(f"dataset {id}: its rows have no `text`; they have {', '.join(row)[:120]}")
     return text
 

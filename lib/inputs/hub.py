@@ -163,6 +163,10 @@ def _sentence(what: str, e: BaseException) -> UserError:
             f"{what}: access is refused; check the id, accept its licence on the Hub, and log in with "
             "`.venv/bin/hf auth login`"
         )
+    if refused := next((cause for cause in _causes(e) if isinstance(cause, PermissionError)), None):
+        return UserError(
+            f"{what}: {refused.filename} belongs to somebody else; ask them to run this, or set SUITE_CACHE"
+        )
     if 404 in codes:
         return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")
     if any("OfflineModeIsEnabled" in f"{type(cause).__name__}: {cause}" for cause in _causes(e)):

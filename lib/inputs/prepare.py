@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from lib.base.atomic import read_json, sha256_file, write_json
+from lib.base.atomic import sha256_file, write_json
 from lib.base.errors import UserError
+from lib.base.typed import Mistyped, parse
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
+from lib.inputs.kept import kept_or_made
 from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
-from lib.inputs.records import model_files, model_input
+from lib.inputs.records import model_files, model_input, model_sizes, read_record
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
 from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 
 PACKAGES = ("datasets", "tokenizers", "transformers")
 NOT_THE_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Prompts that wait for their answers."""
+
+    made_from: list[str]
+    counts: dict[str, int]
+    prompts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,12 @@ def prepare(
         asked.add((spec.id, spec.revision))
         identity = data.identity(cache, model, name)
         task = Task(cache, model, name, spec, seed, identity, find_source(cache, spec, again))
-        found = _kept(task) or _make(task, answerer, by_hand)
+        found = kept_or_made(
+            samples_folder(cache, name, task.digest),
+            f"samples {name}",
+            lambda task=task: _kept(task),
+            lambda task=task: _make(task, answerer, by_hand),
+        )
         size = f"{found.rows} rows, {found.attributed} to attribute with {found.tokens} tokens"
         print(f"samples {name}: {found.commit[:12]}, {size}, sha256 {found.sha256[:12]}", flush=True)
 
@@ -126,8 +142,8 @@ def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
 
 
 def _must_fit(spec: GeneralSpec, folder: Path) -> None:
-    most = (read_json(folder / "config.json") or {}).get("max_position_embeddings")
-    if isinstance(most, int) and spec.tokens > most:
+    most = model_sizes(folder).max_position_embeddings
+    if most and spec.tokens > most:
         raise UserError(f"data.general.tokens is {spec.tokens}, and the model has {most} positions; lower it")
 
 
@@ -150,16 +166,23 @@ def _candidates(
     """The first candidates, kept beside the set: they are read where there is a network and answered where there is a
     GPU, which on a cluster are two machines."""
     path = samples_folder(task.cache, task.name, task.digest) / "candidates.json"
-    known, made_from = read_json(path), [task.source.commit, task.source.stamp]
-    if known is None or known.get("made_from") != made_from:
-        found: Counter[str] = Counter()
-        prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
-        kept = [asdict(prompt) for prompt in prompts]
-        write_json(path, {"made_from": made_from, "counts": dict(found), "prompts": kept})
-        counts.update(found)
-        return prompts
-    counts.update(known["counts"])
-    return [Prompt(**prompt) for prompt in known["prompts"]]
+    made_from = [task.source.commit, task.source.stamp]
+    known = read_record(Candidates, path)
+    with suppress(Mistyped):
+        if known and known.made_from == made_from:
+            prompts = [_prompt(one) for one in known.prompts]
+            counts.update(known.counts)
+            return prompts
+    found: Counter[str] = Counter()
+    prompts = list(islice(usable(task.source.rows(), tokenizer, spec, found), spec.candidates))
+    write_json(path, asdict(Candidates(made_from, dict(found), [asdict(prompt) for prompt in prompts])))
+    counts.update(found)
+    return prompts
+
+
+def _prompt(raw: dict[str, object]) -> Prompt:
+    """NaN stands in the file where a dataset gives no score, and is no number that a record may hold."""
+    return parse(Prompt, {key: value for key, value in raw.items() if value == value})
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -9,12 +9,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
-from lib.base.errors import UserError
+from lib.base.errors import UserError, shown
 from lib.base.progress import Progress
+from lib.base.typed import fits, is_text
 from lib.inputs.general import encode, sha256_text
 from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
@@ -32,7 +33,7 @@ class Prompt:
     source: str
     text: str
     ids: list[int]
-    toxicity: float  # as the dataset says; NaN where it does not
+    toxicity: float = math.nan  # as the dataset says; NaN where it does not
     response: str = ""
     response_toxicity: float = math.nan
 
@@ -109,6 +110,10 @@ def _fields(row: Row, where: str) -> tuple[str, float]:
     inner = prompt if isinstance(prompt, dict) else row
     text = prompt if isinstance(prompt, str) else inner.get("text")
     toxicity = inner.get("toxicity")
-    if not isinstance(text, str) or not isinstance(toxicity, float | int | None):
-        raise UserError(f"{where}: wanted a prompt with text and toxicity, or text and toxicity; got {str(row)[:120]}")
+    if not is_text(text) or not (toxicity is None or _is_score(toxicity)):
+        raise UserError(f"{where}: wanted a prompt with text and toxicity, or text and toxicity; got {shown(row)}")
     return text, math.nan if toxicity is None else float(toxicity)
+
+
+def _is_score(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or fits(value, float)

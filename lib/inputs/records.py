@@ -9,20 +9,24 @@ Jobs, plans and status read these and nothing else, so they need neither a netwo
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 from lib.base.atomic import read_json, sha256_file, write_bytes, write_json
-from lib.base.errors import UserError
+from lib.base.errors import UserError, one_line
 from lib.base.typed import Mistyped, parse
 from lib.checkpoint.families import tables
 from lib.checkpoint.headers import folder_tensors, stored_tensors
 
-Record = TypeVar("Record", "DatasetInput", "ModelInput")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
+RECORD = "input.json"
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
 TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
@@ -50,6 +54,10 @@ class DatasetInput:
     response_tokens: int
     source_stamp: str = ""  # sizes and mtimes of a local source, to notice that it changed
 
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise Mistyped("it has no rows")
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -69,10 +77,13 @@ class ModelInput:
 def local_path(cache: Path, id: str) -> Path | None:
     """Where a local input lies: a path that starts with / . or ~ or ends in .jsonl, or cache:<path under the cache>.
     None for a Hub id."""
-    if id.startswith("cache:"):
-        return (cache / id.removeprefix("cache:")).resolve()
-    if id.startswith(("/", ".", "~")) or id.endswith(".jsonl"):
-        return Path(id).expanduser().resolve()
+    try:
+        if id.startswith("cache:"):
+            return (cache / id.removeprefix("cache:")).resolve()
+        if id.startswith(("/", ".", "~")) or id.endswith(".jsonl"):
+            return Path(id).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as e:  # links in a circle, a home that is nobody's, no path at all
+        raise UserError(f"{id[:200]!r} is no path ({one_line(e)}); check the id in the config") from None
     return None
 
 
@@ -81,8 +92,8 @@ def slug(cache: Path, id: str, revision: str, split: str = "") -> str:
     where = local_path(cache, id)
     if where:
         return f"local--{where.stem}--{hashlib.sha256(str(where).encode()).hexdigest()[:10]}"
-    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "-")
-    return "--".join([*id.split("/"), short, *([split] if split else [])])
+    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision
+    return "--".join([*id.split("/"), short, *([split] if split else [])]).replace("/", "-")
 
 
 def dataset_folder(cache: Path, id: str, revision: str, split: str) -> Path:
@@ -94,34 +105,57 @@ def model_folder(cache: Path, id: str, revision: str) -> Path:
 
 
 def dataset_input(cache: Path, id: str, revision: str, split: str) -> DatasetInput:
-    found = _load(
-        DatasetInput,
-        dataset_folder(cache, id, revision, split),
-        f"dataset {id}",
-        revision,
-        local_path(cache, id) is not None,
+    source = local_path(cache, id)
+    found = read_record(
+        DatasetInput, dataset_folder(cache, id, revision, split) / RECORD, None if source else {"revision": revision}
     )
-    _unchanged(found, local_path(cache, id))
+    if found is None:
+        raise _not_fetched(f"dataset {id}", source, revision)
+    unchanged(source, source_stamp, found.source_stamp, "it was fetched")
     return found
 
 
 def model_input(cache: Path, id: str, revision: str) -> ModelInput:
-    found = _load(
-        ModelInput, model_folder(cache, id, revision), f"model {id}", revision, local_path(cache, id) is not None
+    source = local_path(cache, id)
+    found = read_record(
+        ModelInput, model_folder(cache, id, revision) / RECORD, None if source else {"revision": revision}
     )
-    _unchanged(found, local_path(cache, id))
+    if found is None:
+        raise _not_fetched(f"model {id}", source, revision)
+    unchanged(source, source_stamp, found.source_stamp, "it was fetched")
     return found
+
+
+def read_record(kind: type[Record], path: Path, wanted: Mapping[str, str] | None = None) -> Record | None:
+    """An input's record, where it is one, and of the input that is meant."""
+    with suppress(Mistyped):
+        found = parse(kind, read_json(path), exact=True)
+        if all(getattr(found, key) == value for key, value in (wanted or {}).items()):
+            return found
+    return None
+
+
+def unchanged(source: Path | None, stamp: Callable[[Path], str], recorded: str, since: str) -> None:
+    """A UserError when a local source is there and another than it was."""
+    now = stamp(source) if source else ""
+    if now and now != recorded:
+        raise UserError(f"{source} has changed since {since}; run `make fetch` again with this CONFIG")
+
+
+def _not_fetched(what: str, source: Path | None, revision: str) -> UserError:
+    at = "" if source else f" at revision {revision}"
+    return UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
 
 
 def save_dataset(cache: Path, record: DatasetInput, lines: bytes) -> None:
     """rows.jsonl first, its record last: the record is what makes it there."""
     folder = dataset_folder(cache, record.id, record.revision, record.split)
     write_bytes(folder / "rows.jsonl", lines)
-    write_json(folder / "input.json", asdict(record))
+    write_json(folder / RECORD, asdict(record))
 
 
 def save_model(cache: Path, record: ModelInput) -> None:
-    write_json(model_folder(cache, record.id, record.revision) / "input.json", asdict(record))
+    write_json(model_folder(cache, record.id, record.revision) / RECORD, asdict(record))
 
 
 def read_rows(cache: Path, spec: DatasetInput, limit: int | None = None) -> list[ChatRow]:
@@ -157,6 +191,25 @@ def check_model(spec: ModelInput) -> None:
         raise UserError(f"model {spec.id}: {folder} holds {found} of {spec.bytes} bytes; run `make fetch` again")
 
 
+@dataclass(frozen=True)
+class ModelSizes:
+    """What of a model's config.json is needed before it is loaded; 0 where it does not say."""
+
+    vocab_size: int = 0
+    hidden_size: int = 0
+    max_position_embeddings: int = 0
+
+
+def model_sizes(folder: Path) -> ModelSizes:
+    raw = read_json(folder / "config.json")
+    try:
+        return parse(ModelSizes, None if raw is None else {k: v for k, v in raw.items() if v is not None})
+    except Mistyped as e:
+        raise UserError(
+            f"{folder / 'config.json'} is not a model's ({e}); bring a whole one, then `make fetch` again"
+        ) from None
+
+
 def model_files(folder: Path) -> list[Path]:
     """Links whose file is gone are among them."""
     return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
@@ -187,22 +240,8 @@ def parameters(folder: Path) -> tuple[int, int]:
 
 def source_stamp(path: Path) -> str:
     """Size and mtime of a local file, or of the files in a folder; nothing for what is not there."""
-    if not path.exists():
-        return ""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
-
-
-def _load(kind: type[Record], folder: Path, what: str, revision: str, local: bool) -> Record:
-    with suppress(Mistyped):
-        found = parse(kind, read_json(folder / "input.json"), exact=True)
-        if local or found.revision == revision:
-            return found
-    at = "" if local else f" at revision {revision}"
-    raise UserError(f"{what}{at} is not fetched; run `make fetch` with this CONFIG on a machine that has it")
-
-
-def _unchanged(record: DatasetInput | ModelInput, source: Path | None) -> None:
-    now = source_stamp(source) if source else ""
-    if now and now != record.source_stamp:
-        raise UserError(f"{source} has changed since it was fetched; run `make fetch` again with this CONFIG")
+    try:
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path] if path.exists() else []
+        return " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read ({e.strerror}); see to it that you may read it") from None

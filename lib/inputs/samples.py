@@ -16,10 +16,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.base.atomic import read_json, write_bytes, write_json
+from lib.base.atomic import read_file, write_bytes, write_json
 from lib.base.errors import UserError, one_line
-from lib.base.typed import Mistyped, parse
-from lib.inputs.records import local_path, same_file
+from lib.base.typed import Mistyped
+from lib.inputs.records import RECORD, local_path, read_record, same_file, unchanged
 from lib.store.columns import Column, check_columns, read_texts, to_hdf5
 from lib.store.contents import Wrong, datasets
 
@@ -54,6 +54,10 @@ class SamplesInput:
     source_stamp: str = ""  # of a local source, to notice that it changed
     facts: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not (1 <= self.attributed <= self.rows and 1 <= self.longest <= self.tokens):
+            raise Mistyped("there is nothing to attribute")
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -85,16 +89,10 @@ def samples_folder(cache: Path, name: str, digest: str) -> Path:
 
 def samples_input(cache: Path, name: str, digest: str) -> SamplesInput:
     """The record of a set; a UserError when it is not prepared, or its local source has changed since."""
-    try:
-        found = parse(SamplesInput, read_json(samples_folder(cache, name, digest) / "input.json"), exact=True)
-    except Mistyped:
-        found = None
-    if found is None or (found.name, found.digest) != (name, digest):
+    found = read_record(SamplesInput, samples_folder(cache, name, digest) / RECORD, {"name": name, "digest": digest})
+    if found is None:
         raise UserError(f"samples {name} are not prepared; run `make fetch` with this CONFIG")
-    where = local_path(cache, found.source)
-    stamp = tree_stamp(where) if where else ""
-    if stamp and stamp != found.source_stamp:
-        raise UserError(f"{where} has changed since samples {name} were made; run `make fetch` again with this CONFIG")
+    unchanged(local_path(cache, found.source), tree_stamp, found.source_stamp, f"samples {name} were made")
     return found
 
 
@@ -112,6 +110,8 @@ def save_samples(
     """samples.h5 first, its record last: the record is what makes it there."""
     lengths = np.array([len(ids) for ids in rows.ids], dtype=np.int32)
     kept = lengths[~np.array(rows.held_out, dtype=bool)]
+    if not kept.any():
+        raise UserError(f"samples {name}: {source} gives not one token; check the split and the config")
     flat = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in rows.ids])
     columns: dict[str, Values] = {"ids": flat, "lengths": lengths, "held_out": np.array(rows.held_out, dtype=np.uint8)}
     columns |= {"source": rows.source, "text_sha256": rows.text_sha256, **rows.columns}
@@ -135,7 +135,7 @@ def save_samples(
     )
     folder = samples_folder(cache, name, digest)
     write_bytes(folder / "samples.h5", data)
-    write_json(folder / "input.json", asdict(found))
+    write_json(folder / RECORD, asdict(found))
     return found
 
 
@@ -147,7 +147,7 @@ def check_samples(cache: Path, record: SamplesInput) -> Path:
 def read_samples(cache: Path, record: SamplesInput) -> Samples:
     path = check_samples(cache, record)
     try:
-        with h5py.File(io.BytesIO(path.read_bytes()), "r") as f:
+        with h5py.File(io.BytesIO(read_file(path)), "r") as f:
             columns = _columns(f)
             attributes = {key: json.loads(value) for key, value in f.attrs.items()}
         lengths, held = np.asarray(columns["lengths"]), np.asarray(columns["held_out"]).astype(bool)

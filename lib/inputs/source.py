@@ -2,18 +2,28 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.base.atomic import read_json, write_json
+from lib.base.atomic import write_json
 from lib.base.errors import UserError
 from lib.inputs.hub import Row, dataset_commit, dataset_stream
-from lib.inputs.records import local_path, slug
+from lib.inputs.kept import kept_or_made
+from lib.inputs.records import local_path, read_record, slug
 from lib.inputs.samples import tree_stamp
 from lib.inputs.specs import SourceSpec
 
 Shuffle = tuple[int, int] | None  # seed, documents that the buffer holds
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a branch or a tag stood for when it was asked."""
+
+    id: str
+    revision: str
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,20 @@ def find_source(cache: Path, spec: SourceSpec, update: bool = False) -> Source:
         if not stamp:
             raise UserError(f"dataset {spec.id}: there is nothing in {path}; check the id in the config")
         return Source(spec, path, "local", stamp)
-    record = cache / "inputs" / "sources" / slug(cache, spec.id, spec.revision) / "source.json"
-    known = None if update else read_json(record)
-    if known is None or known.get("revision") != spec.revision:
-        known = {"id": spec.id, "revision": spec.revision, "commit": dataset_commit(spec.id, spec.revision)}
-        write_json(record, known)
-    return Source(spec, None, str(known["commit"]), "")
+    folder = cache / "inputs" / "sources" / slug(cache, spec.id, spec.revision)
+    record, wanted = folder / "source.json", {"id": spec.id, "revision": spec.revision}
+
+    def kept() -> Resolved | None:
+        return None if update else read_record(Resolved, record, wanted)
+
+    known = kept_or_made(folder, f"dataset {spec.id}", kept, lambda: _resolved(record, spec))
+    return Source(spec, None, known.commit, "")
+
+
+def _resolved(path: Path, spec: SourceSpec) -> Resolved:
+    found = Resolved(spec.id, spec.revision, dataset_commit(spec.id, spec.revision))
+    write_json(path, asdict(found))
+    return found
 
 
 def _local_rows(path: Path, spec: SourceSpec, shuffle: Shuffle) -> Iterator[Row]:

@@ -3,11 +3,11 @@
 The sets, made once by `make fetch`: general text, prompts of a behaviour, a text for perplexity."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.config.frozen import Frozen, digest_of
+from lib.config.frozen import Frozen, check_folder_names, digest_of, fill
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput, samples_input
 
@@ -29,7 +29,7 @@ class DatasetSpec(Frozen):
     split: str = "train"
 
     def named(self, **names: str) -> "DatasetSpec":
-        return self.model_copy(update={"id": self.id.format(**names)})
+        return self.model_copy(update={"id": fill(self.id, **names)})
 
 
 class SourceSpec(Frozen):
@@ -44,7 +44,7 @@ class SourceSpec(Frozen):
 class GeneralSpec(SourceSpec):
     """Documents of at least `tokens` tokens from a shuffled stream, cut to exactly that many; one set a seed."""
 
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
     samples: int = Field(128, ge=1)
     tokens: int = Field(2048, ge=2)
     crop: Literal["start", "random"] = Field("start", description="which part of a longer document")
@@ -81,9 +81,8 @@ class TokenSets(Frozen):
     def _names(self) -> "TokenSets":
         if len(set(self.general.seeds)) != len(self.general.seeds):
             raise ValueError("general.seeds holds a seed twice")
+        check_folder_names("prompts", self.prompts)
         for name in self.prompts:
-            if not name or not all(c.isalnum() or c in "-_" for c in name):
-                raise ValueError(f"prompts: {name!r} must be letters, digits, - or _: it names a folder")
             if name == "text" or name.startswith("general-"):
                 raise ValueError(f"prompts: {name!r} is the name of another set")
         return self

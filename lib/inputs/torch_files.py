@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
+from lib.base.atomic import open_file
 from lib.base.errors import UserError, one_line
 
 OTHER = "choose a revision with safetensors"
@@ -42,7 +43,7 @@ def write_safetensors(tensors: dict[str, torch.Tensor], folder: Path, shard: int
 
 def _load(path: Path) -> object:
     try:
-        with path.open("rb") as f:
+        with open_file(path) as f:
             start = f.read(2)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from None

@@ -33,13 +33,16 @@ def checked_model(cache: Path, id: str, revision: str) -> ModelInput:
 
 def hashes(files: Iterable[Path]) -> list[str]:
     """The sha256 of each."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(_sha256, files))
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(_sha256, files))
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read ({e.strerror}); put a whole file there, or none") from None
 
 
 def hashes_by_name(folder: Path) -> dict[str, str]:
     """Of a model's files."""
-    files = [path for path in model_files(folder) if path.exists()]
+    files = [path for path in model_files(folder) if path.is_file()]
     return dict(zip((path.name for path in files), hashes(files), strict=True))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from lib.config.frozen import Frozen, digest_of
+from lib.config.frozen import Frozen, check_folder_names, digest_of, fill
 from lib.inputs.records import DatasetInput, Messages, dataset_input, model_input, read_rows
 from lib.inputs.specs import DatasetSpec, ModelSpec
 from lib.run.experiment import Estimate, Experiment, computing_seconds, stored_bytes
@@ -95,8 +95,8 @@ class Scoring(Experiment):
     def _braces(self) -> "Scoring":
         for key, text in (("system_prompt", self.system_prompt), ("dataset.id", self.dataset.id)):
             try:
-                text.format(trait="x")
-            except (KeyError, IndexError, ValueError, AttributeError):
+                fill(text, trait="x")
+            except ValueError:
                 raise ValueError(f"{key} may hold {{trait}} and no other braces") from None
         if unknown := set(self.system_prompts) - set(self.names()):
             raise ValueError(f"system_prompts names {', '.join(sorted(unknown))}, which no cell is for")
@@ -111,7 +111,7 @@ class Scoring(Experiment):
         raise NotImplementedError
 
     def prompt_for(self, trait: str) -> str:
-        return self.system_prompts.get(trait) or self.system_prompt.format(trait=trait)
+        return self.system_prompts.get(trait) or fill(self.system_prompt, trait=trait)
 
     def models(self) -> list[ModelSpec]:
         return [self.model]
@@ -258,7 +258,5 @@ def check_names(experiment: S, key: str, names: list[str]) -> S:
     """Names of cells and datasets: they name folders."""
     if len(set(names)) != len(names):
         raise ValueError(f"{key} holds a name twice")
-    for name in names:
-        if not name or not all(c.isalnum() or c in "-_" for c in name):
-            raise ValueError(f"{key}: {name!r} must be letters, digits, - or _: it names a folder")
+    check_folder_names(key, names)
     return experiment

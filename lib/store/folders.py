@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lib.base.atomic import remove, sha256_file, sync_folder, temporary
+from lib.base.atomic import read_file, remove, sha256_file, sync_folder, temporary
 from lib.base.typed import parse
 from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, understood
 
@@ -157,7 +157,7 @@ def why_wrong(folder: Path, files: list[File] | tuple[File, ...], deep: bool) ->
 def _check(path: Path, digest: str, deep: bool) -> Folder | str:
     """A marker that holds, or why it does not."""
     try:
-        said, common = understood(path, json.loads(path.read_bytes()), VouchedFolder)
+        said, common = understood(path, json.loads(read_file(path)), VouchedFolder)
         piece = _piece(path, said, common)
     except (OSError, ValueError, RecursionError):
         return "the marker cannot be read"

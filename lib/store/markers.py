@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lib.base.atomic import disk_errors, read_json, remove, temporary, write_bytes, write_json
+from lib.base.atomic import TEMPORARY, beside, disk_errors, read_json, remove, temporary, write_bytes, write_json
 from lib.base.errors import UserError
-from lib.base.process import HOST
+from lib.base.process import has_ended
 from lib.base.typed import LARGEST, Mistyped, fits, parse
 
 Facts = Mapping[str, int | float | str]
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+DAY_SECONDS = 86400
 HERE, NEW_ONLY = -100, 1  # AT_FDCWD, RENAME_NOREPLACE
 
 
@@ -197,7 +197,7 @@ def look_at(
 def set_aside(bad: list[Bad]) -> None:
     """Take markers that do not hold out of the way; nothing is deleted, and nothing that was not judged is moved."""
     for path, _, judged in bad:
-        with suppress(FileNotFoundError):  # another copy of the task was quicker
+        with suppress(FileNotFoundError), disk_errors(path):  # another copy of the task was quicker
             if seen(path) == judged:
                 aside = path.with_name(path.name + ".bad")
                 path.rename(aside)
@@ -235,10 +235,24 @@ def needed(piece: Piece) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary files and folders whose writer is gone: a dead process of this host, or anything a day old."""
-    for path in folder.glob(".tmp-*"):
-        with suppress(OSError, ValueError):
-            mine = path.name.startswith(f".tmp-{HOST}-")
-            pid = int(path.name.removeprefix(f".tmp-{HOST}-").partition("-")[0]) if mine else 0
-            if (mine and not Path(f"/proc/{pid}").exists()) or time.time() - path.stat().st_mtime > 86400:
-                remove(path)
+    """Remove temporary files and folders whose writer is gone: a process of this machine that has ended, or one that
+    cannot be seen from here and wrote nothing for a day. What a day is says the file system, whose clock set both
+    times: that of a machine may be days ahead."""
+    unseen = []
+    for path in folder.glob(f"{TEMPORARY}*"):
+        ended = has_ended(path.name.removeprefix(TEMPORARY))
+        if ended:
+            remove(path)
+        elif ended is None:
+            unseen.append(path)
+    if not unseen:
+        return
+    with suppress(OSError):
+        clock = beside(folder / "clock")
+        clock.touch(exist_ok=False)
+        now = clock.stat().st_mtime
+        clock.unlink()
+        for path in unseen:
+            with suppress(OSError):
+                if now - path.lstat().st_mtime > DAY_SECONDS:
+                    remove(path)

@@ -21,7 +21,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from lib.base.atomic import remove, sha256_file, write_bytes
+from lib.base.atomic import read_file, remove, sha256_file, write_bytes
 from lib.store.columns import Schema, Values, check_columns, present, read_columns, to_hdf5
 from lib.store.contents import why_wrong
 from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, understood
@@ -150,7 +150,7 @@ def scan(
 def _check(path: Path, digest: str, deep: bool, schema: Schema | None, rows: int) -> Marker | str:
     """A marker that holds, or why it does not."""
     try:
-        said, common = understood(path, json.loads(path.read_bytes()), VouchedShard)
+        said, common = understood(path, json.loads(read_file(path)), VouchedShard)
     except (OSError, ValueError, RecursionError):
         return "the marker cannot be read"
     if path.stem != f"{said.start:08d}-{said.stop:08d}" or said.start >= said.stop:
