@@ -20,7 +20,8 @@ for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
 for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
-  SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH PYTHON CI
+  SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
+  PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit-lls submit-attributions resume cancel status logs verify export-lls \
   export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
