@@ -258,8 +258,8 @@ def test_a_map_of_both_signs_shows_where_zero_is_and_another_says_that_it_does_n
 
 
 def test_a_scale_does_not_say_that_its_own_extreme_lies_beyond(figures, tmp_path):
-    """0.5 + (v - 0.5) is not v for every v."""
-    for v in (0.99, 0.07, 0.9613, 1 / 3):
+    """0.5 + (v - 0.5) is not v for every v: not for 0.001."""
+    for v in (0.99, 0.07, 0.9613, 0.001):
         norm, _ = report_heat._scale(0.5, np.array([v, 0.5]))
         assert report_heat._extend(norm, np.array([v, 0.5])) == "neither"
         assert report_heat._extend(norm, np.array([v, -2.0])) == "min"

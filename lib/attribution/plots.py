@@ -145,11 +145,10 @@ def plot_difference(
     lowest = select(difference, sizes[-1])
     with mpl.rc_context(STYLE):
         figure = new_figure(rows=6)
-        beside = [["all", "rank"], ["all", "layer"]]
-        axes = figure.subplot_mosaic([["all"], ["rank"], ["layer"]] if in_column() else beside)
-        _histogram(axes["all"], difference[finite], difference[lowest], sizes, name, kind)
-        _ranks(axes["rank"], difference, half, finite, sizes)
-        _layer_counts(axes["layer"], lowest, layers, sizes)
+        axes = figure.subplot_mosaic("a;r;l" if in_column() else "ar;al")
+        _histogram(axes["a"], difference[finite], difference[lowest], sizes, name, kind)
+        _ranks(axes["r"], difference, half, finite, sizes)
+        _layer_counts(axes["l"], lowest, layers, sizes)
         words = f"{WORDS[kind]}, mean on general text (n = {general.samples:,}) − mean on {name} "
         words += f"(n = {behaviour.samples:,}), of {int(finite.sum()):,} neurons"
         words += ". Band: 95 % interval of each" if np.isfinite(half).any() else ""

@@ -66,7 +66,7 @@ def heat_map(heat: Heat, path: Path) -> None:
         bar = figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, pad=0.015, fraction=0.035, extend=extend)
         bar.outline.set_visible(False)
         bar.set_label(heat.label + ("" if centre is not None else " (0 lies outside)"), fontsize=12)
-        if centre != heat.centre:
+        if centre is not None and heat.centre is None:
             bar.ax.axhline(centre, color=INK, linewidth=1.2)
         marks = " Box: highest of its column. Dot: highest of its row." if marked else ""
         aside = " Grey: outside the colour scale." if heat.plain in heat.columns else ""
@@ -86,8 +86,9 @@ def _scale(centre: float | None, shown: np.ndarray) -> tuple[Normalize, mpl.colo
 def _extend(norm: Normalize, values: np.ndarray) -> str:
     """Which ends of the colour bar get a tip: those that cells outside the scaled rows go beyond."""
     good = values[np.isfinite(values)]
-    rounding = 1e-9 * (norm.vmax - norm.vmin)  # the scale's ends are sums, its extremes' last bits may lie beyond
-    below, above = bool((good < norm.vmin - rounding).any()), bool((good > norm.vmax + rounding).any())
+    # as shares of the scale, whose ends are sums: the last bits of its own extremes may lie beyond them
+    places = np.asarray(norm(good))
+    below, above = bool((places < -1e-9).any()), bool((places > 1 + 1e-9).any())
     return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
 
 

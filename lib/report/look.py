@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, ParamSpec
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import Collection
 from matplotlib.figure import Figure
@@ -97,8 +98,8 @@ def new_figure(rows: int = 1) -> Figure:
     """Without pyplot: no display, no global list of figures. `rows` of panels make a column's height."""
     size = (COLUMN, max(2.4, 1.1 * rows)) if _column else SIZE
     figure = Figure(figsize=size, dpi=COLUMN_DPI if _column else DPI, layout="constrained")
-    pads = {"w_pad": 0.03, "h_pad": 0.03} if _column else {"w_pad": 0.12, "h_pad": 0.1}
-    _layout(figure).set(**pads)
+    w_pad, h_pad = (0.03, 0.03) if _column else (0.12, 0.1)
+    _layout(figure).set(w_pad=w_pad, h_pad=h_pad)
     return figure
 
 
@@ -166,7 +167,7 @@ def _shrink(figure: Figure) -> None:
         ax.tick_params(which="both", length=1.5, width=0.5, pad=1.5)
     for artist in figure.findobj():
         if isinstance(artist, Text):
-            artist.set_fontsize(letters(artist.get_fontsize()))
+            artist.set_fontsize(letters(float(artist.get_fontsize())))
             if isinstance(artist, Annotation) and artist.anncoords == "offset points":
                 x, y = artist.xyann
                 artist.xyann = SMALL * x, SMALL * y
@@ -177,7 +178,7 @@ def _shrink(figure: Figure) -> None:
         elif isinstance(artist, Patch):
             artist.set_linewidth(SMALL * artist.get_linewidth())
         elif isinstance(artist, Collection):
-            artist.set_linewidth([SMALL * width for width in artist.get_linewidth()])
+            artist.set_linewidth((SMALL * np.asarray(artist.get_linewidth())).tolist())
 
 
 def minus(text: str) -> str:
