@@ -39,7 +39,12 @@ def node_lines(site: Site) -> Iterator[Line]:
     try:
         computed = torch.ones(1000, device="cuda").cumsum(0)[-1].item()
     except (RuntimeError, AssertionError) as e:  # a CPU build asserts
-        yield Line("FAIL", "cuda", f"torch {torch.__version__} does not compute: {one_line(e)}", "the lines above")
+        yield Line(
+            "FAIL",
+            "cuda",
+            f"torch {torch.__version__} does not compute: {one_line(e)}",
+            "the lines above, and CUDA_VISIBLE_DEVICES",
+        )
         return
     good = computed == 1000
     yield Line("ok" if good else "FAIL", "cuda", f"torch {torch.__version__} counts to {computed:g} of 1000")
