@@ -4,9 +4,9 @@
 set -euo pipefail
 # Slurm's warning (USR1) and TERM may come at any moment. The default of both is to end this shell, and a task that a
 # warning ends is not requeued; so they are noted first of all, and handed on once there is a job to hand them to.
-warned='' pid='' woken=''
+warned='' ended='' pid='' woken=''
 trap 'warned=1 woken=1; [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null || true' USR1
-trap 'woken=1; [ -n "$pid" ] || exit 143; kill -TERM "$pid" 2>/dev/null || true' TERM
+trap 'ended=1 woken=1; [ -n "$pid" ] || exit 143; kill -TERM "$pid" 2>/dev/null || true' TERM
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
 . env/site.sh
 . env/modules.sh
@@ -41,7 +41,10 @@ again() {
     exit 75
   fi
   echo "requeue $this"
-  timeout 60 scontrol requeue "$this" || { echo "error: could not requeue $this; $anew" >&2; exit 75; }
+  if ! timeout 60 scontrol requeue "$this"; then
+    [ -n "$ended" ] || { sleep 2 & wait $!; }  # the requeue ends scontrol too, and this script hears of it no later
+    [ -n "$ended" ] || { echo "error: could not requeue $this; $anew" >&2; exit 75; }
+  fi
   sleep 60 & wait $!  # the requeue ends this script
   exit 75
 }

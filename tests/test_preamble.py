@@ -192,6 +192,13 @@ def test_only_our_own_requeues_are_counted(here):
     assert sourced(here, code, **job).returncode == 75  # no log: what Slurm counts, which is 7
     assert "requeued 7 times already" in (here / "log").read_text()
     assert (here / "asked").read_text().count("asked") == 2
+    # a requeue that ends scontrol before it can answer has not failed; one that ends nothing has
+    for kills, said in (("", True), ("kill -TERM $(cut -d' ' -f4 /proc/$PPID/stat);", False)):
+        (here / "scontrol").write_text(f"#!/bin/bash\n{kills} exit 1\n")
+        (here / "log").write_text("")
+        ended = logged.replace("; again", "; true & pid=$!; wait; again")  # the job, which has ended
+        assert sourced(here, ended, **job).returncode == 75
+        assert ("could not requeue 4_1; submit it again" in (here / "log").read_text()) == said
 
 
 def test_a_module_that_is_missing_is_a_warning(here):
