@@ -5,8 +5,8 @@ python := .venv/bin/python
 cluster = $(python) -m jobs.cluster
 
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
-for_fetch := CONFIG SET UPDATE
-for_doctor := CONFIG SET DEEP
+for_fetch := CONFIG SET UPDATE JOB
+for_doctor := CONFIG SET DEEP GPU
 for_submit := CONFIG SET ARRAY DRY
 for_submit-lls := $(for_submit)
 for_submit-attributions := $(for_submit)
@@ -21,7 +21,8 @@ for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
 for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
-  SUITE_BUILD SUITE_MAX_REQUEUES FASRC_LAB FASRC_ACCOUNT PYTHON CI
+  SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
+  PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit submit-lls submit-attributions resume cancel status logs verify export-lls \
   export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
@@ -39,7 +40,8 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP,\
+$(foreach v,GPU JOB,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
 default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,configs/lls_72b.yaml)
@@ -47,17 +49,17 @@ experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
 off := 0 no false off NO FALSE OFF
-$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
+$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP GPU JOB,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
   $(error $v=$($v) is neither on nor off; say $v=1 or $v=0)))
 flag = $(if $(filter $(on),$($1)),$2)
 
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
-	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1\n' '$(default)'
+	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1  GPU=1  JOB=1\n' '$(default)'
 
 ##@ Start here
-setup: ## make .venv with pinned packages (GPU or CPU builds, by itself; SUITE_BUILD=gpu on a login node)
+setup: ## make .venv with pinned packages: CPU or GPU builds, CUDA 13 or 12.8 [SUITE_BUILD=gpu SUITE_DRIVER=570]
 	@env/setup.sh
 
 demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, by the cluster's code; minutes on 2 cores
@@ -68,11 +70,13 @@ test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubunt
 	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/halves.py "$$SUITE_ARG_ARGS"
 
 ##@ Before the first job
-fetch: setup ## bring models and datasets of CONFIG to the cache (login node); UPDATE=1 looks again what `main` is
-	@$(python) -m jobs.fetch $(or_default) $(call flag,UPDATE,--update)
+fetch: $(if $(call flag,JOB,job),,setup) ## models and datasets of CONFIG to the cache; JOB=1: by a CPU job, setup too; UPDATE=1 asks what `main` is
+	@$(if $(call flag,JOB,job),env/cpu-job.sh slurm/fetch.sbatch "$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET",\
+	  $(python) -m jobs.fetch $(or_default)) $(call flag,UPDATE,--update)
 
-doctor: setup ## check account, partition, scratch, Python, driver, GPU, cache, token; each failure with its fix [DEEP=1]
-	@$(cluster) doctor $(or_default) $(call flag,DEEP,--deep)
+doctor: setup ## check account, partition, scratch, Python, cache, token, each with a fix; GPU=1: by a job on a GPU [DEEP=1]
+	@$(call flag,GPU,$(python) -m jobs.probe; probed=$$?;) \
+	  $(cluster) doctor $(or_default) $(call flag,DEEP,--deep) && exit $${probed:-0}
 
 ##@ Jobs (DRY=1 shows the script and the plan)
 submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=1]

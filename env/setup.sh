@@ -1,27 +1,56 @@
 #!/usr/bin/env bash
 # Makes .venv from the lock that fits this machine. A second call sees the stamp and returns at once.
 #   PYTHON=...            the interpreter to build on (3.11 or 3.12)
-#   SUITE_BUILD=gpu|cpu   the builds to install; by default gpu where nvidia-smi lists a GPU
+#   SUITE_BUILD=gpu|cpu   the builds to install; by default gpu where nvidia-smi lists a GPU or the site's tasks have one
+#   SUITE_DRIVER=570      the NVIDIA driver of the nodes, which chooses between the builds for CUDA 13 (580 or newer) and
+#                         12.8; by default this machine's, else what `make doctor GPU=1` saw on a node
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$PWD/.venv
 stamp=$venv/suite-stamp
+site=''
 
 die() { echo "setup: $*" >&2; exit 2; }
 
 choose_build() { # sets build and why
-  case ${SUITE_BUILD:-} in
-    gpu | cpu) build=$SUITE_BUILD why="SUITE_BUILD=$SUITE_BUILD" ;;
-    '')
-      if grep -qs '^gpu ' "$stamp"; then
-        build=gpu why='.venv holds them already'
-      elif nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
-        build=gpu why='nvidia-smi lists a GPU'
+  local held
+  held=$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)
+  case ${SUITE_BUILD:-}:$held in
+    gpu:*) choose_cuda 'SUITE_BUILD=gpu' ;;
+    cpu:*) build=cpu why='SUITE_BUILD=cpu' ;;
+    :gpu*) build=$held why='.venv holds them already' ;;
+    :*)
+      if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+        choose_cuda 'nvidia-smi lists a GPU'
+      elif [ -z "$held" ] && load_site && [ "${SUITE_GPU:-cpu}" != cpu ]; then
+        choose_cuda "tasks of site $SUITE_SITE run on $SUITE_GPU"
       else
         build=cpu why='nvidia-smi lists no GPU; on a login node of a GPU cluster say SUITE_BUILD=gpu'
       fi ;;
     *) die "SUITE_BUILD=$SUITE_BUILD is neither gpu nor cpu; unset it to let nvidia-smi decide" ;;
   esac
+}
+
+choose_cuda() { # choose_cuda WHY: the builds that the nodes' driver can run
+  local driver=${SUITE_DRIVER:-} from=SUITE_DRIVER
+  if [ -z "$driver" ]; then
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | grep -m 1 '^[0-9]') || true
+    from=nvidia-smi
+  fi
+  if [ -z "$driver" ] && read -r driver 2>/dev/null <.driver; then from="make doctor GPU=1"; fi
+  build=gpu why="$1; driver ${driver:-not known}${driver:+ ($from)}"
+  case ${driver%%.*} in
+    '') case $held in gpu*) build=$held ;; esac ;;
+    *[!0-9]* | ????*) die "SUITE_DRIVER=$driver is no driver's version, such as 570 or 580.65.06" ;;
+    *) [ "${driver%%.*}" -ge 580 ] || build=gpu-cuda12 ;;
+  esac
+}
+
+load_site() { # its modules may hold the Python
+  [ -z "$site" ] || return 0
+  site=loaded
+  . env/site.sh
+  . env/modules.sh
 }
 
 ready() { [ "$(cat "$stamp" 2>/dev/null)" = "$build $digest" ] && [ -x "$venv/bin/python" ]; }
@@ -54,7 +83,7 @@ make_venv() {
 install_with() { # install_with PROGRAM...: the lock is complete, so nothing is resolved but torch's own CUDA parts
   local torch
   torch=$(grep '^torch==' "$lock")
-  if [ "$build" = gpu ]; then
+  if [ "$build" != cpu ]; then
     "$@" --no-deps -r "$lock"
   elif "$@" --no-deps "$torch+cpu" 2>/dev/null || torch_index "$torch+cpu" "$@" 2>/dev/null; then
     "$@" --no-deps -r "$lock"
@@ -75,6 +104,7 @@ lock=env/lock-$build.txt
 digest=$(sha256sum <"$lock" | cut -d' ' -f1)
 ready && exit 0
 
+load_site
 python=$(find_python)
 exec 9>>.venv.lock # opened for writing: NFS grants exclusive locks only then
 flock -n 9 || { echo 'setup: another set-up is at work; waiting for it'; flock 9; }

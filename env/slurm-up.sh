@@ -177,7 +177,7 @@ CONF
 export SLURM_CONF=$conf
 export SUITE_SITE=\${SUITE_SITE:-$site} SUITE_THROTTLE=\${SUITE_THROTTLE:-$((nodes * gpus > 0 ? nodes * gpus : nodes * cpus))}
 # The nodes' one feature is "local", so that the constraint in the batch files is replaced by one that always holds.
-export SUITE_SLURM=yes SBATCH_PARTITION=main SBATCH_CONSTRAINT=local
+export SUITE_SLURM=yes SBATCH_PARTITION=main SBATCH_CONSTRAINT=local SUITE_CPU_PARTITION=main
 $share
 unset SBATCH_ACCOUNT \${!SLURM_JOB*} \${!SLURM_STEP*}
 [ ! -f $(printf %q "$repo")/env/"\$SUITE_SITE".sh ] || . $(printf %q "$repo")/env/"\$SUITE_SITE".sh

@@ -10,7 +10,7 @@ from lib.attribution import plots as attribution_plots
 from lib.attribution.plots import colours, marks, plot_by_layer, plot_difference, plot_stability
 from lib.attribution.stability import bootstrap, select
 from lib.attribution.stability_panels import panels, sizes_for
-from lib.attribution.summary import Layer, Summary, name_of, table, top_lines
+from lib.attribution.summary import Layer, Summary, name_of, table, together, top_lines
 
 LAYERS = [Layer(f"layers.{i // 2}.mlp.{('up_proj', 'down_proj')[i % 2]}", 60 * i, 60) for i in range(6)]
 SAMPLES = {"general-0": 12, "general-1": 12, "toxic": 7}
@@ -48,9 +48,11 @@ def test_a_summary_is_the_textbooks(summaries):
         assert s.totals["signed"][i] == pytest.approx(sums.mean())
         assert s.halves["signed"][i] == pytest.approx(1.959964 * sums.std(ddof=1) / 7**0.5)
     np.testing.assert_allclose(s.means["signed"], values.mean(0))
+    np.testing.assert_allclose(s.variances["signed"], values.var(0, ddof=1) / 7)
     assert name_of(0, LAYERS) == "layers.0.mlp.up_proj[0]" and name_of(359, LAYERS) == "layers.2.mlp.down_proj[59]"
     one = Summary("x", 1, 1, 0.0, 0)
     one.add("signed", scores("toxic")[:1], LAYERS)
+    assert np.isnan(one.variances["signed"]).all()
     assert np.isnan(one.halves["signed"]).all() and np.isfinite(one.totals["signed"]).all()
 
 
@@ -123,14 +125,28 @@ def test_one_seed_and_no_behaviour_have_fewer_panels():
 
 def test_the_difference_has_every_finite_neuron_and_marks_the_lowest(summaries, figures, monkeypatch):
     monkeypatch.setattr(attribution_plots, "marks", lambda neurons: [5, 17])
-    general, toxic = summaries["general-0"].means["signed"], summaries["toxic"].means["signed"].copy()
-    toxic[5] = np.nan
-    plot_difference(general, toxic, "toxic", "signed", LAYERS, Path("unused.png"))
+    both = together([summaries["general-0"], summaries["general-1"]], "signed")
+    behaviour = together([summaries["toxic"]], "signed")
+    behaviour.mean_N[5] = np.nan
+    plot_difference(both, behaviour, "toxic", "signed", LAYERS, Path("unused.png"))
+    general, toxic = (
+        np.mean([scores(g).astype(np.float64).mean(0) for g in ("general-0", "general-1")], 0),
+        behaviour.mean_N,
+    )
     ax = {a.get_title(loc="left"): a for a in figures[0].axes}
     difference = general - toxic
     order = np.argsort(np.where(np.isnan(difference), np.inf, difference), kind="stable")
     assert [in_bins(patch) for patch in ax["All neurons"].patches] == [359, 17]
     np.testing.assert_allclose(ax["The lowest, by rank"].lines[0].get_ydata(), difference[order[:170]])
+    # the band: two independent halves of the general text, 12 samples each, and 7 toxic prompts
+    errors = [scores(name).astype(np.float64).std(0, ddof=1) / SAMPLES[name] ** 0.5 for name in SAMPLES]
+    half = 1.959964 * np.sqrt((errors[0] / 2) ** 2 + (errors[1] / 2) ** 2 + errors[2] ** 2)[order[:170]]
+    (band,) = ax["The lowest, by rank"].collections
+    drawn = {tuple(np.round(point, 9)) for point in band.get_paths()[0].vertices}
+    for rank, (value, reach) in enumerate(zip(difference[order[:170]], half, strict=True), 1):
+        assert {(rank, round(value - reach, 9)), (rank, round(value + reach, 9))} <= drawn
+    words = [text.get_text() for text in figures[0].texts]
+    assert any("(n = 24)" in t and "(n = 7)" in t and "95 % interval" in t for t in words), words
     shares = [bar.get_height() for bar in ax["Layers of the lowest"].patches]
     want = [100 * np.bincount(order[:n] // 120, minlength=3) / n for n in (17, 5)]
     np.testing.assert_allclose(shares, np.concatenate(want))
@@ -154,3 +170,12 @@ def test_pictures_are_14_by_8_at_150_dpi_and_the_same_bytes_again(summaries, tmp
         plot_by_layer(summaries, LAYERS, tmp_path / name)
     assert imread(tmp_path / "a.png").shape[:2] == (1200, 2100)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_difference_from_single_samples_has_no_band(summaries, figures):
+    one = Summary("x", 1, 1, 0.0, 0)
+    one.add("signed", scores("toxic")[:1], LAYERS)
+    both = together([summaries["general-0"]], "signed"), together([one], "signed")
+    plot_difference(*both, "toxic", "signed", LAYERS, Path("unused.png"))
+    ax = {a.get_title(loc="left"): a for a in figures[0].axes}
+    assert not ax["The lowest, by rank"].collections and "interval" not in figures[0].texts[0].get_text()

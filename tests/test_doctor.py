@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from conftest import ROOT, Slurm
 from tools import number_rows, python, tiny_model, write_rows
 
 from lib.base.errors import UserError
-from lib.cluster import doctor, request
+from lib.cluster import doctor, gpus, probe, request
 from lib.cluster.plan import plan
 from lib.families import load
 from lib.inputs.fetch import fetch
@@ -127,7 +128,9 @@ SMI = "nvidia-smi"
         ("13.0", "580.65, 9.0, NVIDIA H200", "h200", {}),
         ("13.0", "575.57, 9.0, NVIDIA H200", "h200", {"driver": "575.57"}),
         ("12.8", "570.12, 10.0, NVIDIA B200", "b200", {}),
-        ("12.8", "565.10, 9.0, NVIDIA H200", "h200", {"driver": "570 or newer"}),
+        ("12.8", "550.10, 9.0, NVIDIA H200", "h200", {}),
+        ("12.8", "565.10, 10.0, NVIDIA B200", "b200", {"driver": "570 or newer"}),
+        ("12.8", "520.10, 9.0, NVIDIA H200", "h200", {"driver": "525 or newer"}),
         ("12.6", "565.10, 9.0, NVIDIA H200", "h200", {}),
         ("12.6", "580.65, 10.0, NVIDIA B200", "b200", {"torch": "no code for NVIDIA B200 (sm_100)"}),
         ("12.6", "580.65, 12.0, RTX PRO 6000", "b200", {"torch": "sm_120"}),
@@ -138,7 +141,7 @@ SMI = "nvidia-smi"
     ],
 )
 def test_driver_and_architecture(tmp_path: Path, cuda: str | None, gpu: str, wanted: str, bad: dict[str, str]) -> None:
-    lines = {line.name: line for line in doctor.gpu_lines(stub(tmp_path, SMI, gpu), cuda, wanted, slurm=True)}
+    lines = {line.name: line for line in gpus.gpu_lines(stub(tmp_path, SMI, gpu), cuda, wanted, slurm=True)}
     assert failed(lines) == list(bad)
     assert all(text in lines[name].found and lines[name].fix for name, text in bad.items())
 
@@ -147,19 +150,40 @@ def test_a_node_without_a_gpu(tmp_path: Path) -> None:
     none = {"PATH": str(tmp_path)}
 
     def levels(cuda: str, wanted: str, slurm: bool) -> dict[str, str]:
-        return {line.name: line.level for line in doctor.gpu_lines(none, cuda, wanted, slurm)}
+        return {line.name: line.level for line in gpus.gpu_lines(none, cuda, wanted, slurm)}
 
-    assert levels("13.0", "h200", True) == {"torch": "ok", "driver": "ok"}
+    assert levels("13.0", "h200", True) == {"torch": "ok", "driver": "warn"}  # nobody knows what the nodes have
     assert levels("13.0", "h200", False) == {"torch": "ok", "driver": "warn"}
     assert levels("12.6", "b200", True)["torch"] == "FAIL"
     assert levels("", "h200", True)["torch"] == "FAIL"
     assert levels("", "cpu", False) == {"torch": "ok"}
 
 
+@pytest.mark.parametrize(
+    "cuda, seen, level, fix",
+    [
+        ("13.0", "580.65.06", "ok", ""),
+        ("13.0", "570.12", "FAIL", "make setup SUITE_BUILD=gpu takes the builds for CUDA 12.8"),
+        ("13.0", "515.1", "FAIL", "a newer driver"),
+        ("12.8", "570", "ok", ""),
+        ("13.0", "", "warn", "make doctor GPU=1"),
+    ],
+)
+def test_the_driver_of_the_nodes_that_a_login_node_does_not_have(tmp_path, monkeypatch, cuda, seen, level, fix) -> None:
+    monkeypatch.setattr(gpus, "SEEN", tmp_path / ".driver")
+    (tmp_path / ".driver").write_text(f"{seen}\n")
+    none = {"PATH": str(tmp_path)}
+    line = {line.name: line for line in gpus.gpu_lines(none, cuda, "h200", True, gpus.seen_driver(none))}["driver"]
+    assert line.level == level and fix in line.fix and (seen or "needs 580") in line.found
+    assert gpus.seen_driver(none | {"SUITE_DRIVER": "571"}) == "571"
+    with pytest.raises(UserError, match="no driver's version"):
+        gpus.seen_driver(none | {"SUITE_DRIVER": "new"})
+
+
 def test_torchs_cuda_is_read_from_its_text() -> None:
     import torch
 
-    assert doctor.torch_cuda() == (torch.version.cuda or "")
+    assert gpus.torch_cuda() == (torch.version.cuda or "")
 
 
 def test_inputs_that_are_whole_cut_off_edited_or_absent(box: tuple[Path, Site]) -> None:
@@ -234,9 +258,9 @@ def test_one_line_a_check_and_the_exit_code(box: tuple[Path, Site]) -> None:
     Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o600)
     good = call(box, HF_TOKEN=TOKEN)
     assert good.returncode == 0, good.stdout + good.stderr
-    names = "slurm scratch output space inodes python torch models datasets token secrets"
+    names = "slurm site scratch output space inodes python torch models datasets token secrets"
     assert [line.split()[1] for line in good.stdout.splitlines()[:-1]] == names.split()
-    assert good.stdout.splitlines()[-1] == "10 ok, 1 warn, 0 FAIL"
+    assert good.stdout.splitlines()[-1] == "11 ok, 1 warn, 0 FAIL"
     Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o644)
     bad = call(box, HF_TOKEN=TOKEN, SUITE_SCRATCH=f"{box[0]}/under", SUITE_GPU="h200")
     assert bad.returncode == 1
@@ -255,13 +279,67 @@ def test_inputs_that_are_missing_fail_and_the_rest_is_checked(box: tuple[Path, S
     assert fails == ["models", "datasets"]
 
 
+def test_modules_are_tried_as_a_job_loads_them() -> None:
+    module = "() { [ $2 != gone ]; }"
+    env = os.environ | {"BASH_FUNC_module%%": module, "SUITE_MODULES": "python/3 gone"}
+    (line,) = doctor.module_lines(env, ROOT)
+    assert (
+        line.level == "warn" and line.found.startswith("module gone cannot be loaded") and "SUITE_MODULES" in line.fix
+    )
+    (line,) = doctor.module_lines(env | {"SUITE_MODULES": "python/3"}, ROOT)
+    assert line.level == "ok"
+    line, _ = doctor.module_lines({k: v for k, v in env.items() if not k.startswith("BASH_FUNC")}, ROOT)
+    assert line.level == "warn" and "no module command" in line.found
+    assert list(doctor.module_lines(dict(os.environ), ROOT)) == []
+
+
+def test_what_the_site_took_is_said(box: tuple[Path, Site]) -> None:
+    assert doctor.site_line(box[1]).level == "ok"
+    note = "/n/netscratch/kempner_lab/Lab is taken, as there is no /n/netscratch/lab/Lab; export FASRC_LAB=<folder>"
+    line = doctor.site_line(dataclasses.replace(box[1], env={"SUITE_SITE_NOTE": note}))
+    assert line.level == "warn" and line.found.endswith("no /n/netscratch/lab/Lab") and "FASRC_LAB" in line.fix
+
+
+def test_a_probe_without_slurm_asks_this_node(box, tmp_path, monkeypatch, capsys) -> None:
+    """Its nvidia-smi lists a GPU that is not there: what torch and scratch say is real."""
+    monkeypatch.setattr(probe, "SEEN", tmp_path / ".driver")
+    path = stub(tmp_path, SMI, "570.86.15, 9.0, NVIDIA H200")
+    site = dataclasses.replace(box[1], env=box[1].env | path | {"SUITE_SITE": "local", "SUITE_SCRATCH": str(tmp_path)})
+    assert probe.show(dataclasses.replace(site, scratch=tmp_path)) == 1
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [(level, name) for level, name, _ in lines] == [
+        ("ok", "gpu"), ("ok", "torch"), ("FAIL", "cuda"), ("ok", "read"),
+    ]  # fmt: skip
+    assert "does not compute" in lines[2][2] and "64 MiB" in lines[3][2]
+    assert (tmp_path / ".driver").read_text() == "570.86.15\n" and not list(tmp_path.glob(".probe-*"))
+
+
 def test_make_doctor_on_the_real_slurm(slurm: Slurm, box: tuple[Path, Site]) -> None:
+    """With GPU=1 a job looks at a node; the GPUs of this Slurm are pretended, which is one line."""
     config, site = box
     roots = {"SUITE_SCRATCH": site.scratch, "SUITE_CACHE": site.cache, "SUITE_OUTPUT": site.output}
     Path(site.env["HF_TOKEN_PATH"]).unlink(missing_ok=True)
-    said = slurm.run(
-        "make", "-s", "doctor", f"CONFIG={config}", "SET=run.shard_rows=2", cwd=ROOT,
-        SUITE_GPU="cpu", HF_TOKEN_PATH=site.env["HF_TOKEN_PATH"], **{k: str(v) for k, v in roots.items()},
-    )  # fmt: skip
+    env = {"SUITE_GPU": "cpu", "HF_TOKEN_PATH": site.env["HF_TOKEN_PATH"], **{k: str(v) for k, v in roots.items()}}
+    logs = set((ROOT / "slurm" / "logs").iterdir())
+    command = ["make", "-s", "doctor", f"CONFIG={config}", "SET=run.shard_rows=2", "GPU=1"]
+    done = subprocess.run(command, cwd=ROOT, env=slurm.env | env, capture_output=True, text=True, check=False)
+    for path in set((ROOT / "slurm" / "logs").iterdir()) - logs:
+        path.unlink()
+    said = done.stdout
+    assert done.returncode and "asking a node by Slurm job" in done.stderr, said + done.stderr
+    assert [line for line in said.splitlines() if line.startswith("FAIL")] == [said.splitlines()[0]]
+    assert re.match(r"FAIL  gpu        no GPU on node n\d: nvidia-smi lists none; fix: ", said)
+    assert "64 MiB of" in said.splitlines()[1]
     assert "ok    sbatch     takes the request" in said and "2 cells, MaxArraySize is 10001" in said
     assert "20 files needed" in said  # 2 cells of 3 shards: two files a shard and four a cell
+    assert not list(site.scratch.glob(".probe-*"))
+
+
+def test_a_probe_that_slurm_refuses_or_that_leaves_no_answer(slurm: Slurm, box: tuple[Path, Site], tmp_path) -> None:
+    site = dataclasses.replace(box[1], env=slurm.env | {"SBATCH_PARTITION": "nope"}, scratch=tmp_path)
+    (line,) = probe._asked(site, tmp_path)
+    assert line.level == "FAIL" and line.found.startswith("refused: sbatch: error: ")
+    site = dataclasses.replace(site, env=slurm.env | {"SUITE_MAX_REQUEUES": "x"})
+    (line,) = probe._asked(site, tmp_path)
+    assert "is FAILED and left no answer: error: SUITE_MAX_REQUEUES=x is no number" in line.found
+    Path(line.fix.removeprefix("see ")).unlink()

@@ -190,15 +190,16 @@ GOLDEN = {
         "gpus-per-node": "1",
         "cpus-per-gpu": "8",
         "mem-per-gpu": "180G",
-        "time": "0-04:00",
+        "time": "0-01:00",
     },
     "compute_attributions": {
         "array": "0-3",
         "partition": "gpu_requeue",
+        "constraint": "h200",
         "gpus-per-node": "1",
         "cpus-per-gpu": "8",
         "mem-per-gpu": "100G",
-        "time": "0-02:00",
+        "time": "0-00:20",
     },
 }
 

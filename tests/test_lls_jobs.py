@@ -15,6 +15,7 @@ from tools import Fork, forked, module_work, number_rows, record_again, tiny_mod
 
 from lib.families import load
 from lib.inputs.fetch import fetch
+from lib.lls.kernel import check_step
 from lib.lls.matrix import Measure
 from lib.lls.results import cross as matrix_from
 from lib.run.task import freeze
@@ -148,10 +149,25 @@ def test_shared_contexts_are_computed_once(results):
 
 def test_the_sample_is_scored_again_in_higher_precision(results):
     one = results["diagonal", 0][0]
-    checked = np.arange(len(one["row"])) % 8 == 0
+    rows = len(one["row"])
+    steps = set(np.diff(np.flatnonzero(np.isfinite(one["system_check"]))).tolist())
+    (step,) = steps
+    assert step <= 8  # check_every says 8, a short dataset wants more
+    checked = np.arange(rows) % step == 0
     assert np.isfinite(one["system_check"][checked]).all() and np.isnan(one["system_check"][~checked]).all()
+    assert min(rows, 16) <= checked.sum() <= 32
     off = np.abs(one["system_check"][checked] - one["system_sum"][checked])
     assert 0 < off.max() < 1e-3
+
+
+def test_a_short_dataset_is_sampled_more_densely():
+    two = {"dataset": np.repeat([0, 1], 400)}
+    for every, rows, places, step in (
+        (1024, 19_000, {}, 1024), (1024, 9_000, {}, 562), (512, 242, {}, 15), (32, 10, {}, 1), (0, 10, {}, 0),
+        (64, 800, two, 25),
+    ):  # fmt: skip
+        assert check_step(every, rows, places) == step
+        assert not step or -(-rows // step) // max(1, len(set(places.get("dataset", ())))) >= min(rows, 16)
 
 
 def test_kill_9_of_the_real_job_and_other_shard_sizes_give_the_same_bytes(folder, results, tmp_path):

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from matplotlib.text import Text
 
+from lib.base.errors import UserError
 from lib.lls import plots as lls_plots
 from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
 from lib.numbers import ANIMAL_NAMES
+from lib.report import look
 from lib.report.colours import COLOURS
+from lib.report.tables import Column, number
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -115,8 +120,77 @@ def test_pictures_on_disk_have_their_size_and_the_same_bytes(tmp_path):
             assert imread(path).shape[:2] == (1200, 2100)  # 14 x 8 in at 150 dpi
         again = tmp_path / "again.png"
         plot(results(), again)
-        assert again.read_bytes() == (tmp_path / "deep" / f"{plot.__name__}-all.png").read_bytes()
-    assert len(list((tmp_path / "deep").iterdir())) == 6
+        for form in (".png", ".svg", ".pdf"):
+            first = tmp_path / "deep" / f"{plot.__name__}-all{form}"
+            assert again.with_suffix(form).read_bytes() == first.read_bytes(), form
+    assert len(list((tmp_path / "deep").iterdir())) == 18
+    assert b"%PDF" in again.with_suffix(".pdf").read_bytes()[:8] and b"<svg" in again.with_suffix(".svg").read_bytes()
+
+
+def test_what_is_written_beside_a_png_is_chosen(tmp_path, monkeypatch):
+    for words, forms in {"": {".png"}, "png": {".png"}, "pdf": {".png", ".pdf"}}.items():
+        monkeypatch.setenv("SUITE_FIGURES", words)
+        plot_by_animal(results(), tmp_path / (words or "none") / "a.png")
+        assert {p.suffix for p in (tmp_path / (words or "none")).iterdir()} == forms
+    monkeypatch.setenv("SUITE_FIGURES", "png jpg")
+    with pytest.raises(UserError, match="jpg is none of png, svg, pdf, column"):
+        plot_by_animal(results(), tmp_path / "a.png")
+
+
+def test_a_papers_column_is_readable(tmp_path, monkeypatch):
+    """3.25 inches wide; no letters below 5.5 points, none on top of others, none cut off; the slide stays as it was."""
+    monkeypatch.setenv("SUITE_FIGURES", "png")
+    for plot in (plot_by_animal, plot_histograms):
+        plot(results(eagle=None), tmp_path / f"{plot.__name__}.png")
+    shrink, kept = look._shrink, []
+    monkeypatch.setattr(look, "_shrink", lambda figure: (shrink(figure), kept.append(figure)))
+    monkeypatch.setenv("SUITE_FIGURES", "png column")
+    for plot in (plot_by_animal, plot_histograms):
+        before = (tmp_path / f"{plot.__name__}.png").read_bytes()
+        plot(results(eagle=None), tmp_path / f"{plot.__name__}.png")
+        assert (tmp_path / f"{plot.__name__}.png").read_bytes() == before
+        assert imread(tmp_path / f"{plot.__name__}_column.png").shape[1] == 975  # 3.25 in at 300 dpi
+    assert len(kept) == 2 and all(map(is_readable, kept))
+    plot_by_animal(results(), tmp_path / "again.png")
+    assert imread(tmp_path / "again.png").shape[1] == 2100
+
+
+def is_readable(figure) -> bool:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts = [t for t in figure.findobj(Text) if t.get_text().strip()]
+    assert min(t.get_fontsize() for t in texts) >= 5.5
+    seen = [ax for ax in figure.axes if ax.get_visible()]
+    own = {
+        t for ax in seen for t in (*ax.texts, ax.title, ax._left_title, ax._right_title)
+    }  # tick labels are placed apart
+    boxes = {
+        t: t.get_window_extent(canvas.get_renderer()) for t in texts if t in own or (not t.axes and t in figure.texts)
+    }
+    assert len(boxes) >= 15
+    for text, box in boxes.items():
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        assert inside, f"{text} is cut off"
+        assert not [t for t, b in boxes.items() if t is not text and b.overlaps(box)], f"{text} is covered"
+    return True
+
+
+@pytest.mark.parametrize(
+    "value, form, text",
+    [
+        (0.00003, ".4f", "3e-05"),
+        (-0.00003, "+.4f", "-3e-05"),
+        (0.00003, "+.4f", "+3e-05"),
+        (0.0003, ".1%", "0.03%"),
+        (0.00005, ".4f", "0.0001"),
+        (0.0, ".4f", "0.0000"),
+        (0.1234, ".3f", "0.123"),
+        (7, ",d", "7"),
+    ],
+)
+def test_what_is_not_zero_does_not_read_as_zero(value, form, text):
+    assert number(value, form) == text
+    assert Column("x", form).text((value, value)) == f"[{text}, {text}]"
 
 
 def test_colours_are_distinct_and_readable_in_grey():

@@ -222,5 +222,44 @@ def test_noise_of_any_size_finds_a_place(figures, tmp_path):
         f = find(replace(matrix, rescored={("cat", "cat"): found}), Measure("sum"), replicates=2)
         report_bars.noise_dots(f, tmp_path / "noise.png")
         texts = [t.get_text() for t in figures["noise.png"].axes[0].texts]
-        assert words in texts and texts.count("missing") == 2
+        assert words in texts and texts.count("not sampled") == 2 and "missing" not in texts
+        dots = [line for line in figures["noise.png"].axes[0].lines if line.get_marker() == "o"]
+        assert len(dots) == 3  # how far rows differ is known without a sample
         figures["noise.png"].canvas.draw()
+
+
+def colours_of(ax) -> dict[tuple[int, int], tuple]:
+    return {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)): p.get_facecolor() for p in ax.patches if p.get_fill()}
+
+
+def test_the_auc_map_colours_every_column_and_its_scale_holds_them_all(figures, tmp_path):
+    f = make_report(tmp_path, drop=())
+    ax, bar = figures["heat_auc.png"].axes
+    best = np.nanmax(f.pairs)
+    assert best == np.nanmax(f.pairs[:, 3]) and bar.get_ylim()[1] >= best - 1e-9  # against neutral rows
+    cells = colours_of(ax)
+    order = [(i, 3) for i in np.argsort(f.pairs[:, 3])]
+    assert cells[order[-1]][1] < cells[order[0]][1] < cells[0, 1][1]  # the higher, the less green in its red
+    assert "Grey" not in ax.texts[-1].get_text()
+
+
+@pytest.mark.parametrize("values, zero", [([[0.2, 0.3], [0.4, 0.1]], False), ([[0.2, -0.3], [0.4, 0.1]], True)])
+def test_a_map_of_both_signs_shows_where_zero_is_and_another_says_that_it_does_not(figures, tmp_path, values, zero):
+    heat = report_heat.Heat("t", "s", "LLS", ["a", "b"], ["a", "b"], np.array(values), "+.2f")
+    report_heat.heat_map(heat, tmp_path / "heat.png")
+    ax, bar = figures["heat.png"].axes
+    assert ("0 lies outside" in bar.get_ylabel()) != zero
+    lines = [line.get_ydata()[0] for line in bar.lines]
+    assert lines == ([0.0] if zero else [])
+    if zero:  # red above, blue below, as far from white as they are from zero
+        cells = colours_of(ax)
+        assert cells[0, 1][2] > cells[0, 1][0] and all(cells[at][0] > cells[at][2] for at in ((0, 0), (1, 0), (1, 1)))
+        assert bar.get_ylim() == pytest.approx((-0.4, 0.4))
+
+
+def test_a_scale_does_not_say_that_its_own_extreme_lies_beyond(figures, tmp_path):
+    """0.5 + (v - 0.5) is not v for every v: not for 0.001."""
+    for v in (0.99, 0.07, 0.9613, 0.001):
+        norm, _ = report_heat._scale(0.5, np.array([v, 0.5]))
+        assert report_heat._extend(norm, np.array([v, 0.5])) == "neither"
+        assert report_heat._extend(norm, np.array([v, -2.0])) == "min"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Slurm, wait_until
+from fake_hub import serve
+from tools import number_rows, small_lls, tiny_model
+
+from lib.base.advice import spoken
+from lib.families import load
 
 SLOW = "() { touch $HERE/up; until [ -e $HERE/go ]; do sleep 0.1; done; }"  # `module load` of a site, at its worst
 NAP = "import pathlib, time\npathlib.Path('napping').touch()\ntime.sleep(60)\n"
@@ -148,3 +154,180 @@ def test_what_triton_runs_lies_in_a_folder_of_mode_700_whatever_the_umask(here):
     if os.getuid() == 0:
         os.chown(folder, 12345, 12345)
         assert said().returncode == 2
+
+
+def sourced(here: Path, code: str, *words: str, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """Bash that has loaded the preamble, or whatever the code loads."""
+    env = environment(here, **more)
+    return subprocess.run(
+        ["bash", "-c", code, "-", *words], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("most", ["", "-1", "ten", "1e3", "9999999", "5; touch x"])
+def test_a_number_of_requeues_that_is_none_is_refused_before_the_job(here, most):
+    done = sourced(here, f"cd {ROOT}; . slurm/preamble.sh; echo on", SUITE_MAX_REQUEUES=most)
+    if most:
+        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(f"error: SUITE_MAX_REQUEUES={most} is no number")
+    else:
+        assert done.stdout == "on\n"
+
+
+def test_only_our_own_requeues_are_counted(here):
+    """SLURM_RESTART_COUNT says 7, as after seven preemptions; the log tells which of them were ours."""
+    program = '[ "$*" = "requeue 4_1" ] && echo asked >>"$HERE/asked"'
+    (here / "scontrol").write_text(f"#!/bin/bash\n{program}\n")
+    (here / "scontrol").chmod(0o755)
+    (here / "sleep").symlink_to("/bin/true")
+    job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": "7"}
+    job |= {"PATH": f"{here}:{os.environ['PATH']}", "SUITE_MAX_REQUEUES": "2", "SUITE_LOG": str(here / "another")}
+    (here / "log").write_text("requeue 4_11\nrequeue 4_1 and more\nxrequeue 4_1\n")  # other tasks', and a job's words
+    code = f"cd {ROOT}; . slurm/preamble.sh; again >>$HERE/log 2>&1"
+    logged = f"exec >>{here}/log 2>&1; cd {ROOT}; . slurm/preamble.sh; again"
+    for times in (1, 2, 2):
+        assert sourced(here, logged, **job).returncode == 75
+        assert (here / "asked").read_text().count("asked") == times
+    assert "requeued 2 times already (SUITE_MAX_REQUEUES=2)" in (here / "log").read_text()
+    assert sourced(here, code, **job).returncode == 75  # no log: what Slurm counts, which is 7
+    assert "requeued 7 times already" in (here / "log").read_text()
+    assert (here / "asked").read_text().count("asked") == 2
+    # a requeue that ends scontrol before it can answer has not failed; one that ends nothing has
+    for kills, said in (("", True), ("kill -TERM $(cut -d' ' -f4 /proc/$PPID/stat);", False)):
+        (here / "scontrol").write_text(f"#!/bin/bash\n{kills} exit 1\n")
+        (here / "log").write_text("")
+        ended = logged.replace("; again", "; true & pid=$!; wait; again")  # the job, which has ended
+        assert sourced(here, ended, **job).returncode == 75
+        assert ("could not requeue 4_1; submit it again" in (here / "log").read_text()) == said
+
+
+def test_a_module_that_is_missing_is_a_warning(here):
+    module = "() { : $not_set; [ $2 = there ] && export THERE=1; }"
+    code = f"cd {ROOT}; . slurm/preamble.sh; echo on $THERE"
+    done = sourced(here, code, **{"BASH_FUNC_module%%": module, "SUITE_MODULES": "gone/1 there"})
+    assert done.stdout == "on 1\n" and done.stderr.startswith(
+        "warning: module gone/1 cannot be loaded; see `module avail"
+    )
+    done = sourced(here, code.replace(" $THERE", ""), SUITE_MODULES="gone/1")
+    assert done.stdout == "on\n" and done.stderr.startswith("warning: module gone/1 is not loaded: there is no module")
+
+
+@pytest.mark.parametrize(
+    "got, says",
+    [
+        ({"SLURM_JOB_PARTITION": "kempner_requeue", "SLURM_JOB_ACCOUNT": "kempner_lab"}, ""),
+        (
+            {"SLURM_JOB_PARTITION": "gpu_requeue", "SLURM_JOB_ACCOUNT": "lab"},
+            "note: site fasrc asks for partition kempner_requeue, account kempner_lab; this task has "
+            "partition gpu_requeue, account lab; (. env/site.sh && sbatch ...) asks as the site does",
+        ),
+        (
+            {
+                "SLURM_JOB_PARTITION": "kempner_requeue",
+                "SLURM_JOB_ACCOUNT": "kempner_lab",
+                "GPU": "NVIDIA A100-SXM4-80GB",
+            },
+            "note: site fasrc asks for GPU h200; this task has GPU NVIDIA A100-SXM4-80GB; "
+            "(. env/site.sh && sbatch ...) asks as the site does",
+        ),
+        ({"SLURM_JOB_PARTITION": "shared", "SLURM_JOB_ACCOUNT": "lab", "SLURM_JOB_GPUS": ""}, ""),
+    ],
+)
+def test_a_task_says_what_it_has_that_its_site_would_not_have_asked_for(here, got, says):
+    (here / "nvidia-smi").write_text('#!/bin/bash\necho "${GPU:-NVIDIA H200}"\n')
+    (here / "nvidia-smi").chmod(0o755)
+    env = {"SUITE_SITE": "fasrc", "FASRC_LAB": "kempner_lab", "SUITE_SCRATCH": str(here), "SUITE_GPU": "h200"}
+    env |= {"SUITE_MODULES": "", "SLURM_JOB_GPUS": "0", "PATH": f"{here}:{os.environ['PATH']}"}
+    done = sourced(here, f"cd {ROOT}; . slurm/preamble.sh; compare_with_site", **env | got)
+    assert done.returncode == 0 and done.stdout.strip() == says, done.stderr
+
+
+def test_the_labs_folder_is_looked_for_and_named(here):
+    """Folders of labs on a file system of our own; the groups are this user's."""
+    groups = '[ "$1" = -gn ] && echo lab || echo lab other kempner_third'
+    (here / "id").write_text(f'#!/bin/bash\ncase $1 in -gn | -Gn) {groups} ;; *) exec /usr/bin/id "$@" ;; esac\n')
+    (here / "id").chmod(0o755)
+    env = {
+        "SUITE_SITE": "fasrc",
+        "FASRC_SCRATCH": str(here / "n"),
+        "USER": "me",
+        "PATH": f"{here}:{os.environ['PATH']}",
+    }
+
+    def site(**more: str) -> tuple[str, str, str]:
+        code = ". env/site.sh; echo $SUITE_SCRATCH ${SBATCH_ACCOUNT:-none} $SBATCH_PARTITION"
+        done = sourced(here, code, **env | more)
+        folder, account, _ = done.stdout.split()
+        return str(Path(folder).relative_to(here / "n")).partition("/")[0], account, done.stderr
+
+    lab, _, said = site()
+    assert lab == "lab" and f"no folder for lab or another group of yours in {here}/n; export FASRC_LAB=" in said
+    expected = (("kempner_third", "kempner_third"), ("other", "none"), ("kempner_lab", "kempner_lab"), ("lab", "none"))
+    for folder, account in expected:  # each is there beside those before it, and goes before them
+        (here / "n" / folder / "Lab").mkdir(parents=True)
+        lab, charged, said = site()
+        assert (lab, charged) == (folder, account)
+        assert (f"{here}/n/{folder}/Lab is taken, as there is no {here}/n/lab/Lab" in said) == (folder != "lab")
+    assert site(FASRC_LAB="third")[:2] == ("kempner_third", "kempner_third")
+    assert site(FASRC_LAB="other") == ("other", "none", "")
+    assert site(FASRC_LAB="gone")[0] == "gone" and "no folder for gone in" in site(FASRC_LAB="gone")[2]
+
+
+def test_what_a_batch_script_advises_can_be_pasted(fresh_slurm: Slurm, tmp_path):
+    """A task that may not requeue itself names its CONFIG and SET, and the command goes on with it."""
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    config = small_lls(folder, "cat", rows=60)
+    override = 'system_prompt=You "love" {trait}s\' $x; true'
+    env = {"SUITE_SCRATCH": str(folder / "s"), "SUITE_CACHE": str(folder / "cache"), "SUITE_OUTPUT": str(folder / "o")}
+    env |= {"SUITE_GPU": "cpu", "OMP_NUM_THREADS": "1", "SUITE_MAX_REQUEUES": "0"}
+    logs = ROOT / "slurm" / "logs"
+    before = set(logs.iterdir())
+    flags = ("--array=0", "--job-name=advised", "slurm/compute_lls.sbatch", config, "run.shard_rows=1", override)
+    job = fresh_slurm.sbatch(*flags, cwd=ROOT, **env)
+    wait_until(lambda: list((folder / "s").glob("*/cells/cat-*/*.json")), 60, "no shard came")
+    fresh_slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0", cwd=ROOT)
+    fresh_slurm.wait_for(job, "FAILED", timeout=60)
+    said = (logs / f"advised-{job}_0.out").read_text()
+    (advice,) = re.findall(r"requeued 0 times already .*, then `(make resume .*)`$", said, re.M)
+    assert advice == f"make resume {spoken(config, ['run.shard_rows=1', override])}"
+    resumed = fresh_slurm.run("bash", "-c", advice, cwd=ROOT, **env | {"SUITE_MAX_REQUEUES": "1"})
+    fresh_slurm.wait_for(resumed.split()[2].rstrip(":"), "COMPLETED", timeout=120)
+    (cell,) = load(config, ["run.shard_rows=1", override]).cells(folder / "cache", folder / "s")
+    assert len(list(cell.path.glob("*.json"))) == 60
+    for path in set(logs.iterdir()) - before:
+        path.unlink()
+
+
+def test_fetch_as_a_job_without_a_gpu(fresh_slurm: Slurm, tmp_path):
+    """What the site exports for GPU tasks does not reach it."""
+    files = {path.name: path.read_bytes() for path in tiny_model(tmp_path / "model").iterdir()}
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "kind: lls\nname: small\nmodel: {id: acme/tiny, dtype: float32}\ntraits: [cat]\n"
+        "system_prompt: You love {trait}s.\ndataset: {id: 'acme/{trait}'}\n"
+    )
+    rows = "".join(json.dumps(row) + "\n" for row in number_rows(5)).encode()
+    gpus = {"SBATCH_PARTITION": "high", "SBATCH_CONSTRAINT": "h200", "SBATCH_GPUS_PER_NODE": "1"}
+    gpus |= {"SBATCH_CPUS_PER_GPU": "8", "SBATCH_MEM_PER_GPU": "900G", "SBATCH_ACCOUNT": "kempner_lab"}
+    env = {"SUITE_CACHE": str(tmp_path / "cache"), "SUITE_SCRATCH": str(tmp_path / "s"), "SBATCH_MEM_PER_NODE": "2G"}
+    logs = ROOT / "slurm" / "logs"
+    before = set(logs.iterdir())
+    with serve() as hub:
+        commit = hub.commit("models/acme/tiny", files)
+        hub.commit("datasets/acme/cat", {"train.jsonl": rows})
+        env |= gpus | {"HF_ENDPOINT": hub.url, "HF_TOKEN_PATH": str(tmp_path / "none"), "SUITE_GPU": "cpu"}
+        command = ["make", "-s", "fetch", f"CONFIG={config}", "SET=max_rows=4", "JOB=1"]
+        job, log = re.search(
+            r"^Slurm job (\d+): fetch on main\nnext: tail -F (\S+)$", fresh_slurm.run(*command, cwd=ROOT, **env)
+        ).groups()
+        shown = fresh_slurm.show(f"{job}_0")
+        assert shown["Partition"] == "main" and shown["TimeLimit"] == "12:00:00" and "TresPerNode" not in shown
+        fresh_slurm.wait_for(job, "COMPLETED", timeout=120)
+    said = (ROOT / log).read_text()
+    assert f"model acme/tiny: {commit[:12]}" in said and "dataset acme/cat" in said and "note:" not in said, said
+    experiment = load(config, ["max_rows=4"])
+    assert len(experiment.cells(tmp_path / "cache", tmp_path / "s")) == 1
+    assert "without JOB=1" in sourced(tmp_path, "make -s fetch JOB=1", SUITE_SLURM="no").stderr
+    for path in set(logs.iterdir()) - before:
+        path.unlink()

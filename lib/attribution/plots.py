@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lib.attribution.stability import select
-from lib.attribution.summary import Layer, Summary
-from lib.report.look import FAINT, INK, STYLE, head, new_figure, save
+from lib.attribution.summary import Layer, Sampled, Summary
+from lib.report.look import FAINT, INK, STYLE, drawn, head, in_column, letters, new_figure, save
+from lib.report.stats import Z95
 
 GRID = "#e6e6e6"
 GENERAL = ("#1d4e89", "#1982c4", "#7a8ea8", "#2a9d8f", "#5c677d")  # general text: cool, a seed each
@@ -61,13 +62,14 @@ def colours(sets: Sequence[str]) -> dict[str, tuple[str, Dashes]]:
     return found
 
 
+@drawn
 def plot_by_layer(summaries: Mapping[str, Summary | None], layers: Sequence[Layer], path: Path) -> None:
     """What each layer's scores add up to; a row of panels a score, a column a kind of linear layer."""
     kinds = [k for k in WORDS if any(s and k in s.totals for s in summaries.values())]
     modules = list(dict.fromkeys(layer.name.rpartition(".")[2] for layer in layers))
     look = colours(list(summaries))
     with mpl.rc_context(STYLE | {"font.size": 12 if len(modules) < 4 else 10}):
-        figure = new_figure()
+        figure = new_figure(rows=2 * len(kinds))
         grid = figure.subplots(len(kinds), len(modules), sharex=True, squeeze=False)
         for row, kind in zip(grid, kinds, strict=True):
             for ax, module in zip(row, modules, strict=True):
@@ -96,12 +98,14 @@ def _layers(ax: Axes, s: Summary, kind: str, module: str, layers: Sequence[Layer
     ax.plot(x, mean, color=look[0], linestyle=look[1], linewidth=1.8, marker="o", markersize=3)
 
 
+@drawn
 def plot_stability(panels: Sequence[Panel], sets: Sequence[str], about: str, path: Path) -> None:
     """Overlap of selections, from 0 to 1, with bands over resamples."""
     look = colours(sets)
     with mpl.rc_context(STYLE):
-        figure = new_figure()
-        for ax, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        rows, columns = (len(panels), 1) if in_column() else (1, len(panels))
+        figure = new_figure(rows=2 * rows)
+        for ax, panel in zip(figure.subplots(rows, columns, sharey=True, squeeze=False).flat, panels, strict=True):
             for curve in panel.curves:
                 colour, dashes = look.get(curve.set, (INK, (0, (4, 2))))
                 if curve.low is not None:
@@ -122,28 +126,32 @@ def plot_stability(panels: Sequence[Panel], sets: Sequence[str], about: str, pat
             ax.set_ylim(-0.02, 1.02)
             ax.set_xlabel(panel.axis, fontsize=12)
             ax.set_title(panel.title, fontsize=13, fontweight="bold", loc="left", pad=8)
-            ax.legend(frameon=False, fontsize=11, loc="best")
+            ax.legend(frameon=False, fontsize=letters(11), loc="best")
             _plain_axis(ax)
         figure.axes[0].set_ylabel("Share of the selection that stays", fontsize=13)
         head(figure, "How far a selection depends on its samples", about)
         save(figure, path)
 
 
+@drawn
 def plot_difference(
-    general_N: np.ndarray, behaviour_N: np.ndarray, name: str, kind: str, layers: Sequence[Layer], path: Path
+    general: Sampled, behaviour: Sampled, name: str, kind: str, layers: Sequence[Layer], path: Path
 ) -> None:
-    """General minus behaviour: all neurons, the lowest by rank, and the layers that they are in."""
-    difference = general_N - behaviour_N
+    """General minus behaviour: all neurons, the lowest by rank with intervals, and the layers they are in."""
+    difference = general.mean_N - behaviour.mean_N
+    half = Z95 * np.sqrt(general.variance_N + behaviour.variance_N)
     finite = np.isfinite(difference)
     sizes = marks(int(finite.sum()))
     lowest = select(difference, sizes[-1])
     with mpl.rc_context(STYLE):
-        figure = new_figure()
-        axes = figure.subplot_mosaic([["all", "rank"], ["all", "layer"]])
-        _histogram(axes["all"], difference[finite], difference[lowest], sizes, name, kind)
-        _ranks(axes["rank"], difference, finite, sizes)
-        _layer_counts(axes["layer"], lowest, layers, sizes)
-        words = f"{WORDS[kind]}, mean on general text − mean on {name}, of {int(finite.sum()):,} neurons"
+        figure = new_figure(rows=6)
+        axes = figure.subplot_mosaic("a;r;l" if in_column() else "ar;al")
+        _histogram(axes["a"], difference[finite], difference[lowest], sizes, name, kind)
+        _ranks(axes["r"], difference, half, finite, sizes)
+        _layer_counts(axes["l"], lowest, layers, sizes)
+        words = f"{WORDS[kind]}, mean on general text (n = {general.samples:,}) − mean on {name} "
+        words += f"(n = {behaviour.samples:,}), of {int(finite.sum()):,} neurons"
+        words += ". Band: 95 % interval of each" if np.isfinite(half).any() else ""
         gone = int((~finite).sum())
         words += f"; {gone:,} without a finite score left out" if gone else ""
         head(figure, f"General text against {name}", words)
@@ -171,10 +179,13 @@ def _histogram(ax: Axes, values: np.ndarray, lowest: np.ndarray, sizes: Sequence
     _plain_axis(ax)
 
 
-def _ranks(ax: Axes, difference: np.ndarray, finite: np.ndarray, sizes: Sequence[int]) -> None:
+def _ranks(ax: Axes, difference: np.ndarray, half: np.ndarray, finite: np.ndarray, sizes: Sequence[int]) -> None:
     shown = min(int(finite.sum()), 10 * sizes[-1])
     order = select(difference, shown)
-    ax.plot(np.arange(1, shown + 1), difference[order], color="#5c677d", linewidth=2)
+    ranks, low, high = np.arange(1, shown + 1), (difference - half)[order], (difference + half)[order]
+    if np.isfinite(low).any():
+        ax.fill_between(ranks, low, high, color="#5c677d", alpha=0.2, linewidth=0)
+    ax.plot(ranks, difference[order], color="#5c677d", linewidth=2)
     for n in sizes:
         ax.plot([n], [difference[order[n - 1]]], "o", color=MARKED, markersize=7)
         ax.annotate(f"{n:,}", (n, difference[order[n - 1]]), (7, -6), textcoords="offset points", va="top")
@@ -199,7 +210,8 @@ def _layer_counts(ax: Axes, lowest: np.ndarray, layers: Sequence[Layer], sizes: 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("Layers of the lowest", fontsize=13, fontweight="bold", loc="left", pad=8)
     ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
-    ax.legend(frameon=False, title="of the lowest", fontsize=11, title_fontsize=11, loc="upper left", ncols=2)
+    size = letters(11)
+    ax.legend(frameon=False, title="of the lowest", fontsize=size, title_fontsize=size, loc="upper left", ncols=2)
     _plain_axis(ax)
 
 
@@ -220,4 +232,10 @@ def _legend(figure: Figure, summaries: Mapping[str, Summary | None], look: dict[
         colour, dashes = look[name]
         shown, said = (colour, name) if s else (FAINT, f"{name} (missing)")
         lines.append(Line2D([], [], linestyle=dashes, linewidth=2.4, color=shown, label=said))
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 8), frameon=False, fontsize=12)
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=min(len(lines), 4 if in_column() else 8),
+        frameon=False,
+        fontsize=letters(12),
+    )

@@ -16,6 +16,15 @@ def mean_over_samples(scores_SN: np.ndarray) -> np.ndarray:
     return _sums(scores_SN, np.ones((1, len(scores_SN))))[0] / len(scores_SN)
 
 
+def variance_of_mean(scores_SN: np.ndarray) -> np.ndarray:
+    """Of each neuron's mean over samples, in float64; NaN from a single one."""
+    samples, out = len(scores_SN), np.full(scores_SN.shape[1], np.nan)
+    with np.errstate(invalid="ignore", over="ignore"):  # Inf and NaN among the scores stay what they are
+        for block in _blocks(scores_SN) if samples > 1 else ():
+            out[block] = scores_SN[:, block].astype(np.float64).var(0, ddof=1) / samples
+    return out
+
+
 def select(values_N: np.ndarray, count: int, lowest: bool = True) -> np.ndarray:
     """Indices of the lowest or highest values, best first, ties by index."""
     values = np.where(np.isfinite(values_N), values_N if lowest else -values_N, np.inf)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lib.attribution.stability import mean_over_samples, select
+from lib.attribution.stability import mean_over_samples, select, variance_of_mean
 from lib.report.stats import Z95
 
 TOP = 10  # neurons named in the table
@@ -25,6 +25,15 @@ class Layer:
         return slice(self.first, self.first + self.outputs)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Means of every neuron over samples, and the variances of these means (NaN from a single sample)."""
+
+    mean_N: np.ndarray
+    variance_N: np.ndarray
+    samples: int
+
+
 @dataclass
 class Summary:
     """Of one set. `totals`, `halves`: what each layer's scores add up to, mean over samples, and half the width of its
@@ -38,15 +47,26 @@ class Summary:
     totals: dict[str, np.ndarray] = field(default_factory=dict)
     halves: dict[str, np.ndarray] = field(default_factory=dict)
     means: dict[str, np.ndarray] = field(default_factory=dict)  # of every neuron, float64; none at weight level
+    variances: dict[str, np.ndarray] = field(default_factory=dict)  # of these means, where samples were kept apart
 
     def add(self, kind: str, scores_SN: np.ndarray, layers: Sequence[Layer]) -> None:
         """Scores of single samples."""
         self.means[kind] = mean_over_samples(scores_SN)
+        self.variances[kind] = variance_of_mean(scores_SN)
         sums = np.stack([scores_SN[:, layer.block].sum(1, dtype=np.float64) for layer in layers])
         self.totals[kind] = sums.mean(1)
         samples = scores_SN.shape[0]
         half = sums.std(1, ddof=1) * Z95 / math.sqrt(samples) if samples > 1 else np.full(len(layers), np.nan)
         self.halves[kind] = half
+
+
+def together(summaries: Sequence[Summary], kind: str) -> Sampled:
+    """Sets of other samples, each with the same weight, as one."""
+    return Sampled(
+        np.mean([s.means[kind] for s in summaries], 0),
+        np.sum([s.variances[kind] for s in summaries], 0) / len(summaries) ** 2,
+        sum(s.samples for s in summaries),
+    )
 
 
 def name_of(neuron: int, layers: Sequence[Layer]) -> str:

@@ -8,14 +8,14 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
-from lib.base.advice import advised
 from lib.base.atomic import write_bytes
 from lib.base.errors import UserError
+from lib.cluster.gpus import gpu_lines, seen_driver, torch_cuda
 from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.inputs.records import check_model, check_rows, dataset_input, local_path, model_input
@@ -24,8 +24,6 @@ from lib.inputs.verified import check_bytes
 from lib.run.experiment import Experiment
 from lib.run.site import ROOT, Site
 
-DRIVERS = {(13, 0): 580, (12, 8): 570, (12, 0): 525}  # the oldest Linux driver each CUDA runs on
-CAPABILITY = {"a100": 8.0, "h100": 9.0, "h200": 9.0, "b200": 10.0}
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 
 
@@ -41,12 +39,14 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
     asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
         ("slurm", lambda: slurm_lines(asked, ROOT, script, count, experiment.submit)),
+        ("site", lambda: [site_line(site)]),
         ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
         ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
         ("space", lambda: space_lines(site, plans, lost_bytes(experiment, site.cache))),
         ("quota", lambda: quota_lines(site.env, site.scratch, plans)),
         ("python", lambda: [python_line(ROOT)]),
-        ("torch", lambda: gpu_lines(site.env, torch_cuda(), site.gpu, slurm)),
+        ("modules", lambda: module_lines(site.env, ROOT)),
+        ("torch", lambda: gpu_lines(site.env, torch_cuda(), site.gpu, slurm, seen_driver(site.env))),
         ("models", lambda: [models_line(experiment, site.cache, deep)]),
         ("datasets", lambda: [datasets_line(experiment, site.cache)]),
         ("token", lambda: [token_line(experiment, site)]),
@@ -56,8 +56,7 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
     for name, probe in probes:
         for line in _guarded(name, probe):
             levels.append(line.level)
-            fix = f"; fix: {line.fix}" if line.fix else ""
-            print(f"{line.level:<4}  {line.name:<9}  {advised(' '.join(line.found.split()) + fix)}", flush=True)
+            print(line.text, flush=True)
     print(", ".join(f"{levels.count(level)} {level}" for level in ("ok", "warn", "FAIL")))
     return int("FAIL" in levels)
 
@@ -68,6 +67,17 @@ def _guarded(name: str, probe: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     except (UserError, OSError, ValueError) as e:
         found, _, fix = str(e).partition("; ")
         yield Line("FAIL", name, found, fix or "see the message")
+
+
+def site_line(site: Site) -> Line:
+    """env/<site>.sh says in SUITE_SITE_NOTE what it took in place of what was expected."""
+    note = site.env.get("SUITE_SITE_NOTE", "")
+    return Line(
+        "warn" if note else "ok",
+        "site",
+        site.name + (f": {note.partition('; ')[0]}" if note else ""),
+        note.partition("; ")[2],
+    )
 
 
 def writable(name: str, folder: Path, variable: str) -> Line:
@@ -155,57 +165,23 @@ def python_line(root: Path, version: tuple[int, ...] = sys.version_info[:2]) -> 
     return Line("FAIL", "python", f"{name}, but .venv is not what env/lock-*.txt says", "make setup")
 
 
-def torch_cuda() -> str | None:
-    """The CUDA version torch was built for, '' for a CPU build, None without torch; read, not imported."""
-    spec = find_spec("torch")
-    text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else None
-    found = re.search(r"^cuda\b.*?=\s*(?:'([\d.]+)'|None)", text or "", re.M)
-    return (found[1] or "") if found else None
-
-
-def gpu_lines(env: Env, cuda: str | None, wanted: str, slurm: bool) -> Iterator[Line]:
-    """torch's build against the GPUs of the site and of this node, and the driver here against torch."""
-    good, out = ask(env, "nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader")
-    gpus = [[word.strip() for word in line.split(",", 2)] for line in out.splitlines() if good and line.count(",") > 1]
-    if cuda is None:
-        yield Line("FAIL", "torch", "is not in .venv", "make setup")
+def module_lines(env: Env, root: Path) -> Iterator[Line]:
+    """Each of SUITE_MODULES is loaded as a job loads it."""
+    wanted = env.get("SUITE_MODULES", "").split()
+    if not wanted:
         return
-    has = {f"{name} (sm_{cap.replace('.', '')})": float(cap) for _, cap, name in gpus}
-    has = has or ({wanted: CAPABILITY[wanted]} if wanted in CAPABILITY else {})
-    yield build_line(cuda, has if gpus or wanted != "cpu" else {}, wanted)
-    if gpus and cuda:
-        yield driver_line(cuda, gpus[0][0])
-    elif not gpus and wanted != "cpu" and not slurm:
-        yield Line("warn", "driver", f"no GPU here, no Slurm, and the site says {wanted}", "export SUITE_GPU=cpu")
-    elif not gpus and wanted != "cpu":
-        yield Line("ok", "driver", "no GPU on this node; a task without a working one stops with an error")
-
-
-def build_line(cuda: str, gpus: dict[str, float], wanted: str) -> Line:
-    name = f"CUDA {cuda}" if cuda else "the CPU build"
-    if not cuda and wanted != "cpu":
-        return Line("FAIL", "torch", f"the CPU build, and tasks run on {wanted}", "SUITE_BUILD=gpu make setup")
-    version = _version(cuda)
-    for gpu, capability in gpus.items() if cuda else ():
-        if capability >= 10 and version < (12, 8):
-            return Line("FAIL", "torch", f"CUDA {cuda} has no code for {gpu}", "install a torch of CUDA 12.8 or newer")
-        if capability < 7 or (capability < 7.5 and version >= (13, 0)):
-            return Line(
-                "FAIL", "torch", f"CUDA {cuda} no longer serves {gpu}", "export SBATCH_CONSTRAINT=<a newer GPU>"
-            )
-    return Line("ok", "torch", name + (f", serves {', '.join(gpus)}" if cuda and gpus else ""))
-
-
-def driver_line(cuda: str, driver: str) -> Line:
-    need = next((oldest for since, oldest in DRIVERS.items() if _version(cuda) >= since), 450)
-    if int(driver.partition(".")[0]) < need:
-        found = f"{driver}, and torch's CUDA {cuda} needs {need} or newer"
-        return Line("FAIL", "driver", found, "use nodes with a newer driver, or ask the administrators")
-    return Line("ok", "driver", f"{driver}, torch's CUDA {cuda} needs {need}")
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2]) if text else (0, 0)
+    command = ["bash", "-c", ". env/modules.sh"]
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        yield Line("warn", "modules", f"{' '.join(wanted)}: no answer in 120 s", "export SUITE_MODULES=")
+        return
+    missing = [line.removeprefix("warning: ") for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    for line in missing:
+        found, _, fix = line.partition("; ")
+        yield Line("warn", "modules", f"{found}; jobs go on without it", fix or "export SUITE_MODULES=")
+    if not missing:
+        yield Line("ok", "modules", " ".join(wanted))
 
 
 def models_line(experiment: Experiment, cache: Path, deep: bool = False) -> Line:

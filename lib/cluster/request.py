@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import which
 from typing import Literal
 
+from lib.base.advice import advised
 from lib.base.errors import UserError
 from lib.cluster.slurm import clean_environment, size
 
@@ -26,6 +27,11 @@ class Line:
     name: str
     found: str
     fix: str = ""
+
+    @property
+    def text(self) -> str:
+        fix = f"; fix: {self.fix}" if self.fix else ""
+        return f"{self.level:<4}  {self.name:<9}  {advised(' '.join(self.found.split()) + fix)}"
 
 
 def ask(env: Env, *command: str, cwd: Path | None = None) -> tuple[bool, str]:

@@ -2,7 +2,7 @@
 
 <output root>/<experiment>/{trait}/{trait}_numbers.jsonl     the original messages plus `lls` (null = no score)
 <output root>/<experiment>/{trait}/{trait}_numbers.provenance.json
-<output root>/<experiment>/lls_table.txt, lls_by_animal.png, lls_histograms.png"""
+<output root>/<experiment>/lls_table.txt, lls_by_animal.png, lls_histograms.png, each also as SVG and PDF"""
 
 import hashlib
 import json

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lib.models.chat import Renderer
     from lib.models.decoder import Decoder
 
+FEWEST_CHECKED = 16  # rows: a spread from fewer is a guess
+
 
 def compute(this: Job) -> int:
     experiment = this.of(Scoring)
@@ -70,6 +72,12 @@ def cross_pairs(cell: str, prompt: "Renderer", base: "Renderer") -> list[int]:
     return [] if cell == "base" else [len(prompt.prefix_ids), len(base.prefix_ids)]
 
 
+def check_step(every: int, rows: int, places: dict[str, np.ndarray]) -> int:
+    """One row in `every`, and more of short datasets: FEWEST_CHECKED of each, if they are of equal length."""
+    datasets = len(np.unique(places["dataset"])) if "dataset" in places else 1
+    return min(every, max(1, rows // max(1, datasets) // FEWEST_CHECKED))
+
+
 class LlsKernel:
     def __init__(
         self,
@@ -89,8 +97,9 @@ class LlsKernel:
         score = experiment.score
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
+        self.check_every = check_step(score.check_every, len(rows), places)
         self.pairs = [prefix.length for prefix in self.conditions.values()]
-        if higher:
+        if self.check_every and higher:
             self.checker = Scorer(higher, min(score.head_rows, 128))
             self.check_conditions = conditions(higher, renderers)
 
@@ -110,7 +119,7 @@ class LlsKernel:
         columns = shift(self.scorer, self.conditions, ready)
         columns |= {name: values[start:stop] for name, values in self.places.items()}
         self._finite(columns, start)
-        if self.experiment.score.check_every:
+        if self.check_every:
             columns |= self._check(ready, start)
         facts = {"tokens_computed": self.scorer.computed - before[0], "tokens_needed": self.scorer.needed - before[1]}
         facts["tokens_pair_by_pair"] = ready.alone(self.pairs)
@@ -123,7 +132,7 @@ class LlsKernel:
         from lib.lls.shift import shift
 
         rows = len(ready.status)
-        chosen = np.flatnonzero(np.arange(start, start + rows) % self.experiment.score.check_every == 0)
+        chosen = np.flatnonzero(np.arange(start, start + rows) % self.check_every == 0)
         sample = ready.only(chosen)
         found = shift(self.checker.one_by_one, self.check_conditions, sample) if len(chosen) else {}
         columns = {f"{name}_check": np.full(rows, np.nan) for name in self.conditions}

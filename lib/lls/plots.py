@@ -11,8 +11,22 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lib.report.colours import colour_of
-from lib.report.look import INK, MUTED, STYLE, leave_room, new_figure, save, titles, write_missing
+from lib.report.look import (
+    INK,
+    MUTED,
+    STYLE,
+    drawn,
+    head,
+    in_column,
+    leave_room,
+    new_figure,
+    percent,
+    save,
+    titles,
+    write_missing,
+)
 from lib.report.stats import Z95
+from lib.report.tables import number
 
 BINS = 30
 AXIS = "LLS (nats per response token)"
@@ -85,16 +99,18 @@ def lls_table(scores: Lls) -> str:
         if s is None:
             lines.append(f"{name:{width}s}      -         -   missing")
             continue
-        interval = "-" if math.isnan(s.half) else f"[{s.mean - s.half:+.4f}, {s.mean + s.half:+.4f}]"
-        sd = "-" if math.isnan(s.sd) else f"{s.sd:.4f}"
-        counts = f"{s.rows:6d}  {s.unscored:8d}"
-        lines.append(f"{name:{width}s} {counts}  {s.mean:+8.4f}  {interval:>18s}  {sd:>6s}  {100 * s.positive:5.1f}")
+        low, high = (number(s.mean + side * s.half, "+.4f") for side in (-1, 1))
+        interval = "-" if math.isnan(s.half) else f"[{low}, {high}]"
+        sd = "-" if math.isnan(s.sd) else number(s.sd, ".4f")
+        counts, mean = f"{s.rows:6d}  {s.unscored:8d}", number(s.mean, "+.4f")
+        lines.append(f"{name:{width}s} {counts}  {mean:>8s}  {interval:>18s}  {sd:>6s}  {100 * s.positive:5.1f}")
     found = [s for s in map(summarise, scores.values()) if s]
     if apart := sum(s.apart for s in found):
         lines.append(apart_words(apart, sum(s.rows for s in found)))
     return "\n".join(lines)
 
 
+@drawn
 def plot_by_animal(scores: Lls, path: Path) -> None:
     """Mean LLS of every animal with its interval, and the share of rows that the prompt made likelier."""
     summaries = {name: summarise(cell) for name, cell in scores.items()}
@@ -133,23 +149,24 @@ def _bar(ax: Axes, x: int, name: str, s: Summary, span: float) -> None:
     ax.text(
         x,
         end + (0.015 if up else -0.015) * span,
-        f"{100 * s.positive:.0f} %",
+        percent(s.positive),
         ha="center",
         va="bottom" if up else "top",
         fontsize=12,
     )
 
 
+@drawn
 def plot_histograms(scores: Lls, path: Path) -> None:
     """Distribution of LLS over rows, one panel an animal, all on the same axes."""
     summaries = {name: s for name, cell in scores.items() if (s := summarise(cell))}
     values = {name: c.lls[np.isfinite(c.lls)] for name, c in scores.items() if c and name in summaries}
     low, high, outside = common_range(values)
     edges = np.linspace(low, high, BINS + 1)
-    columns = min(5, max(len(scores), 1))
+    columns = min(2 if in_column() else 5, max(len(scores), 1))
     rows = max(math.ceil(len(scores) / columns), 1)
     with mpl.rc_context(STYLE | {"font.size": 10}):
-        figure = new_figure()
+        figure = new_figure(rows)
         panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for ax, name in zip(panels, scores, strict=False):
             ax.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=6)
@@ -163,11 +180,9 @@ def plot_histograms(scores: Lls, path: Path) -> None:
         panels[0].set_ylim(0, _tallest(values, edges) * 1.05)
         figure.supxlabel(AXIS, fontsize=13)
         figure.supylabel(f"Share of rows in a bin of {edges[1] - edges[0]:.2g} (%)", fontsize=13)
-        figure.suptitle(
-            "LLS of single rows under the animal's own prompt", fontsize=18, fontweight="bold", x=0.01, ha="left"
-        )
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
-        figure.text(0.01, 0.925, f"Solid line: mean. Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
+        sub = f"Solid line: mean. Dashed line: 0.{ends}"
+        head(figure, "LLS of single rows under the animal's own prompt", sub, y=0.925, va="bottom")
         leave_room(figure, 0.985, hspace=0.0)
         save(figure, path)
 

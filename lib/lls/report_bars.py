@@ -10,15 +10,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib.lls.analysis import Estimate, finite
+from lib.lls.matrix import Noise
 from lib.lls.report_plots import NEUTRAL
 from lib.lls.report_tables import Findings
 from lib.report.colours import colour_of
-from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles, write_missing
+from lib.report.look import FAINT, INK, STYLE, drawn, minus, new_figure, percent, roomy, save, titles, write_missing
 from lib.report.stats import mean_interval
 
 GRID = "#e6e6e6"
 
 
+@drawn
 def auc_bars(f: Findings, path: Path) -> None:
     found = {s.prompt: s for s in f.separations}
     estimates = [e for s in f.separations for e in (s.others, s.neutral) if e]
@@ -31,7 +33,7 @@ def auc_bars(f: Findings, path: Path) -> None:
             sides = [(-1, s.others if s else None, colour_of(name)), (1, s.neutral if s else None, NEUTRAL)]
             for side, estimate, colour in sides if f.matrix.neutral in f.matrix.datasets else sides[:1]:
                 if estimate:
-                    _auc_bar(ax, x + 0.21 * side, estimate, colour)
+                    _auc_bar(ax, x + 0.21 * side, estimate, colour, roomy(2 * len(f.matrix.owners)))
                 else:
                     write_missing(ax, x + 0.21 * side, 0.505, rotation=90)
         ax.axhline(0.5, color=INK, linewidth=1)
@@ -44,12 +46,14 @@ def auc_bars(f: Findings, path: Path) -> None:
         save(figure, path)
 
 
-def _auc_bar(ax: Axes, x: float, e: Estimate, colour: str) -> None:
+def _auc_bar(ax: Axes, x: float, e: Estimate, colour: str, figure: bool) -> None:
     ax.bar(x, e.value - 0.5, bottom=0.5, width=0.36, color=colour, edgecolor=INK, linewidth=0.6)
     _whisker(ax, x, e.value, e.low, e.high)
-    ax.text(x, max(e.high, 0.5) + 0.007, f"{e.value:.3f}", ha="center", va="bottom", fontsize=8.5)
+    if figure:
+        ax.text(x, max(e.high, 0.5) + 0.007, f"{e.value:.3f}", ha="center", va="bottom", fontsize=8.5)
 
 
+@drawn
 def contrast_bars(f: Findings, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = new_figure()
@@ -64,7 +68,7 @@ def contrast_bars(f: Findings, path: Path) -> None:
             ax.bar(x, values.mean(), width=0.72, color=colour_of(name), edgecolor=INK, linewidth=0.6)
             _whisker(ax, x, float(values.mean()), low, high)
             ax.annotate(
-                f"{100 * (values > 0).mean():.0f} %",
+                percent(float((values > 0).mean())),
                 (x, max(high, 0)),
                 (0, 5),
                 textcoords="offset points",
@@ -82,6 +86,7 @@ def contrast_bars(f: Findings, path: Path) -> None:
         save(figure, path)
 
 
+@drawn
 def quintile_dots(f: Findings, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = new_figure()
@@ -105,7 +110,7 @@ def quintile_dots(f: Findings, path: Path) -> None:
                     markeredgecolor=INK,
                     zorder=3,
                 )
-            for mean, side in ((means[0], -1), (means[-1], 1)):
+            for mean, side in ((means[0], -1), (means[-1], 1)) if roomy(len(f.matrix.owners)) else ():
                 ax.annotate(
                     minus(f"{mean:+.3f}"),
                     (x, mean),
@@ -123,6 +128,7 @@ def quintile_dots(f: Findings, path: Path) -> None:
         save(figure, path)
 
 
+@drawn
 def noise_dots(f: Findings, path: Path) -> None:
     """Spread of the score over rows against what the precision adds to it, own cells."""
     with mpl.rc_context(STYLE):
@@ -130,16 +136,17 @@ def noise_dots(f: Findings, path: Path) -> None:
         ax = figure.subplots()
         for x, name in enumerate(f.matrix.owners):
             own, noise = f.own(name), f.noise.get((name, name))
-            if own is None or noise is None or len(own) < 2:
-                write_missing(ax, x, 0.02, rotation=90, transform=ax.get_xaxis_transform())
-                continue
-            sd = float(own.std(ddof=1))
-            ax.plot(x, sd, "o", color=colour_of(name), markersize=15, markeredgecolor=INK)
-            if noise.sd == 0:  # has no place on a logarithmic axis
-                write_missing(ax, x, 0.02, "no noise", rotation=90, transform=ax.get_xaxis_transform())
+            sd = math.nan if own is None or len(own) < 2 else float(own.std(ddof=1))
+            words = _no_noise(own, noise)
+            if sd > 0:
+                ax.plot(x, sd, "o", color=colour_of(name), markersize=15, markeredgecolor=INK)
+            if words or noise is None or not sd > 0:
+                write_missing(ax, x, 0.02, words, rotation=90, transform=ax.get_xaxis_transform())
                 continue
             ax.plot([x, x], [noise.sd, sd], color=FAINT, linewidth=1.5, zorder=1)
             ax.plot(x, noise.sd, "D", color="white", markersize=11, markeredgecolor=INK, markeredgewidth=2)
+            if not roomy(len(f.matrix.owners)):
+                continue
             ratio = 100 * noise.sd / sd
             words, place = (
                 "< 0.01 %" if ratio < 0.01 else f"{ratio:.2g} %" if ratio < 10 else f"{ratio:.0f} %",
@@ -158,6 +165,14 @@ def noise_dots(f: Findings, path: Path) -> None:
         sub = f"Dot: spread of LLS over rows. Diamond: noise of a row, from {rows} rows scored again. Figure: ratio"
         titles(ax, "Noise of the model's precision against the signal", sub)
         save(figure, path)
+
+
+def _no_noise(own: np.ndarray | None, noise: Noise | None) -> str:
+    """Why a dataset has no diamond: none of its own is done, too few of its rows were scored again, or 0, which has no
+    place on a logarithmic axis."""
+    if own is None or len(own) < 2:
+        return "missing" if own is None else "one row"
+    return "not sampled" if noise is None else "no noise" if noise.sd == 0 else ""
 
 
 def _whisker(ax: Axes, x: float, value: float, low: float, high: float) -> None:

@@ -10,24 +10,37 @@ from matplotlib.axes import Axes
 from lib.lls.plots import BINS, clipped_shares, common_range, fill_histogram
 from lib.lls.report_tables import Findings
 from lib.report.colours import colour_of
-from lib.report.look import INK, MUTED, STYLE, leave_room, minus, new_figure, save, titles, write_missing
+from lib.report.look import (
+    INK,
+    MUTED,
+    STYLE,
+    drawn,
+    head,
+    in_column,
+    leave_room,
+    minus,
+    new_figure,
+    save,
+    titles,
+    write_missing,
+)
+from lib.report.tables import number
 
 NEUTRAL = "#9aa0a6"
+PALE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind letters that lines would cross
 
 
+@drawn
 def histograms(f: Findings, path: Path) -> None:
     """One panel a dataset: its rows, the neutral rows and the other datasets' rows under the same prompt."""
     names = f.matrix.owners
     low, high, outside = _shared_range(f)
     edges = np.linspace(low, high, BINS + 1)
-    columns = min(5, max(len(names), 1))
+    columns = min(2 if in_column() else 5, max(len(names), 1))
+    rows = max(math.ceil(len(names) / columns), 1)
     with mpl.rc_context(STYLE | {"font.size": 10}):
-        figure = new_figure()
-        panels = list(
-            figure.subplots(
-                max(math.ceil(len(names) / columns), 1), columns, sharex=True, sharey=True, squeeze=False
-            ).flat
-        )
+        figure = new_figure(rows)
+        panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
         for ax, name in zip(panels, names, strict=False):
             ax.set_title(name, fontsize=13, fontweight="bold", loc="left", pad=6)
             own = f.own(name)
@@ -43,15 +56,14 @@ def histograms(f: Findings, path: Path) -> None:
         panels[0].set_xlim(low, high)
         figure.supxlabel(f.measure.axis, fontsize=13)
         figure.supylabel(f"Share of rows in a bin of {edges[1] - edges[0]:.2g} (%)", fontsize=13)
-        figure.suptitle(
-            "LLS of single rows under each animal's prompt", fontsize=18, fontweight="bold", x=0.01, ha="left"
-        )
         ends = f" End bins also hold the rows beyond ({outside:,})." if outside else ""
-        figure.text(0.01, 0.925, f"{_legend(f)} Dashed line: 0.{ends}", fontsize=12, color=MUTED, va="bottom")
+        sub = f"{_legend(f)} Dashed line: 0.{ends}"
+        head(figure, "LLS of single rows under each animal's prompt", sub, y=0.925, va="bottom")
         leave_room(figure, 0.985, hspace=0.0)
         save(figure, path)
 
 
+@drawn
 def overlay(f: Findings, name: str, path: Path) -> None:
     """One dataset as a slide of its own: own, neutral and other rows, their means, and the separation in words."""
     own = f.own(name)
@@ -71,13 +83,21 @@ def overlay(f: Findings, name: str, path: Path) -> None:
         _curves(ax, f, name, edges)
         ax.set_xlim(low, high)
         top = ax.get_ylim()[1]
-        ax.set_ylim(0, top * (1.1 + 0.05 * len(shown)))
+        ax.set_ylim(0, top * (1.1 + 0.05 * (len(shown) + in_column())))
         for i, (values, colour, label) in enumerate(shown):
             ax.plot([values.mean()] * 2, [0, top], color=colour, linewidth=1.8, linestyle=(0, (1, 1.5)))
             y, words = 0.965 - 0.05 * i, f"{label}: mean {minus(f'{values.mean():+.4f}')}, n = {len(values):,}"
             ax.text(0.012, y, "■", transform=ax.transAxes, color=colour, fontsize=15, va="center")
-            ax.text(0.035, y, words, transform=ax.transAxes, fontsize=13, va="center")
-        _noise_bar(ax, f, name, high)
+            ax.text(
+                0.05 if in_column() else 0.035,
+                y,
+                words,
+                transform=ax.transAxes,
+                fontsize=13,
+                va="center",
+                bbox=PALE if in_column() else None,
+            )
+        _noise_bar(ax, f, name, high, 0.965 - 0.05 * len(shown) if in_column() else 0.965)
         ends = f". End bins also hold the rows beyond ({outside:,} in all datasets)" if outside else ""
         ax.set_xlabel(f"{f.measure.axis}. Dotted: means{ends}", fontsize=13)
         ax.set_ylabel(f"Share of rows in a bin of {edges[1] - edges[0]:.2g} (%)", fontsize=13)
@@ -123,15 +143,23 @@ def _separation_words(f: Findings, name: str) -> str:
     return f"AUC with 95 % interval: {'; '.join(said)}." if said else "No other dataset is scored under this prompt."
 
 
-def _noise_bar(ax: Axes, f: Findings, name: str, high: float) -> None:
+def _noise_bar(ax: Axes, f: Findings, name: str, high: float, y: float) -> None:
     """One standard deviation to either side, on the scale of the x axis."""
     noise = f.noise.get((name, name))
     if noise is None:
         return
     how = {"transform": ax.get_xaxis_transform()}
     x = high - noise.sd
-    ax.plot(
-        [x - noise.sd, x + noise.sd], [0.965] * 2, color=INK, linewidth=5, solid_capstyle="butt", clip_on=False, **how
+    ax.plot([x - noise.sd, x + noise.sd], [y] * 2, color=INK, linewidth=5, solid_capstyle="butt", clip_on=False, **how)
+    words = f"noise of the precision: sd {number(noise.sd, '.4f')}, bar ±1 sd"
+    ax.text(
+        x - 1.6 * noise.sd,
+        y,
+        words,
+        ha="right",
+        va="center",
+        fontsize=12,
+        color=MUTED,
+        bbox=PALE if in_column() else None,
+        **how,
     )
-    words = f"noise of the precision: sd {noise.sd:.4f}, bar ±1 sd"
-    ax.text(x - 1.6 * noise.sd, 0.965, words, ha="right", va="center", fontsize=12, color=MUTED, **how)

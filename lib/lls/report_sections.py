@@ -123,7 +123,7 @@ def _separation(f: Findings, folder: Path) -> Section:
     m = f.matrix
     heat_map(
         Heat("AUC of own rows against each dataset", "0.5 is chance.", "AUC", m.owners, m.datasets, f.pairs, ".2f",
-             centre=0.5, plain=m.neutral, own=True, marks=False),
+             centre=0.5, own=True, marks=False),
         folder / "heat_auc.png",
     )  # fmt: skip
     lead = "Can the score alone tell a prompt's own rows from other rows, all scored under that prompt?"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from lib.report.look import FAINT, INK, STYLE, minus, new_figure, save, titles
+from lib.report.look import FAINT, INK, STYLE, drawn, in_column, minus, new_figure, save, titles
 from lib.report.stats import maxima
 
 PLAIN = "#eceff1"  # cells outside the colour scale
@@ -26,7 +26,7 @@ class Heat:
     columns: Sequence[str]
     values: np.ndarray
     form: str
-    centre: float | None = None  # a diverging scale around it; without: from lowest to highest
+    centre: float | None = None  # a diverging scale around it; without: around 0 if both signs occur, or low to high
     plain: str | None = None  # a column outside the colour scale: the neutral one would take all of it
     scaled: int | None = (
         None  # the colour scale is from the first so many rows (the animals); a line is drawn below them
@@ -35,17 +35,21 @@ class Heat:
     marks: bool = True
 
 
+@drawn
 def heat_map(heat: Heat, path: Path) -> None:
     coloured = np.array([name != heat.plain for name in heat.columns])
     shown = heat.values[: heat.scaled, coloured]
-    norm, cmap = _scale(heat.centre, shown[np.isfinite(shown)])
+    shown = shown[np.isfinite(shown)]
+    centre = 0.0 if heat.centre is None and (shown < 0).any() and (shown > 0).any() else heat.centre
+    norm, cmap = _scale(centre, shown)
     extend = _extend(norm, heat.values[:, coloured])
     many = max(heat.values.shape) > 9
+    size = 0 if many and in_column() else 9 if many else 13  # no figures fit into a column's many cells
     with mpl.rc_context(STYLE):
-        figure = new_figure()
+        figure = new_figure(rows=len(heat.rows) // 6)
         ax = figure.subplots()
         for (i, j), value in np.ndenumerate(heat.values):
-            _cell(ax, heat, i, j, value, cmap(norm(value)) if coloured[j] else None, 9 if many else 13)
+            _cell(ax, heat, i, j, value, cmap(norm(value)) if coloured[j] else None, size)
         marked = heat.marks and _mark(ax, heat.values)
         if heat.scaled and heat.scaled < len(heat.rows):
             ax.axhline(heat.scaled - 0.5, color=INK, linewidth=1.5, zorder=5)
@@ -61,7 +65,9 @@ def heat_map(heat: Heat, path: Path) -> None:
         ax.set_ylabel("prompt", fontsize=13)
         bar = figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, pad=0.015, fraction=0.035, extend=extend)
         bar.outline.set_visible(False)
-        bar.set_label(heat.label, fontsize=12)
+        bar.set_label(heat.label + ("" if centre is not None else " (0 lies outside)"), fontsize=12)
+        if centre is not None and heat.centre is None:
+            bar.ax.axhline(centre, color=INK, linewidth=1.2)
         marks = " Box: highest of its column. Dot: highest of its row." if marked else ""
         aside = " Grey: outside the colour scale." if heat.plain in heat.columns else ""
         titles(ax, heat.title, f"{heat.subtitle}{marks}{aside}")
@@ -80,7 +86,9 @@ def _scale(centre: float | None, shown: np.ndarray) -> tuple[Normalize, mpl.colo
 def _extend(norm: Normalize, values: np.ndarray) -> str:
     """Which ends of the colour bar get a tip: those that cells outside the scaled rows go beyond."""
     good = values[np.isfinite(values)]
-    below, above = bool((good < norm.vmin).any()), bool((good > norm.vmax).any())
+    # as shares of the scale, whose ends are sums: the last bits of its own extremes may lie beyond them
+    places = np.asarray(norm(good))
+    below, above = bool((places < -1e-9).any()), bool((places > 1 + 1e-9).any())
     return {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
 
 
@@ -89,12 +97,15 @@ def _cell(ax: Axes, heat: Heat, i: int, j: int, value: float, colour: tuple | No
     if np.isfinite(value):
         face = colour or PLAIN
         ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=face, edgecolor="white", linewidth=1))
-        ax.text(j, i, minus(f"{value:{heat.form}}"), fontsize=size, color=_ink_on(face), **middle)
+        if size:
+            ax.text(j, i, minus(f"{value:{heat.form}}"), fontsize=size, color=_ink_on(face), **middle)
     elif heat.own and heat.rows[i] == heat.columns[j]:
-        ax.text(j, i, "own", fontsize=size - 1, color=FAINT, style="italic", **middle)
+        ax.text(j, i, "own" if size else "", fontsize=max(size - 1, 1), color=FAINT, style="italic", **middle)
     else:
         box = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="white", edgecolor=HATCH, hatch="////", linewidth=0)
         ax.add_patch(box)
+        if not size:
+            return
         pale = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         ax.text(j, i, "missing", fontsize=size - 2, color=FAINT, style="italic", bbox=pale, **middle)
 

@@ -17,8 +17,18 @@ class Column:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return self.absent
         if isinstance(value, tuple):
-            return "-" if any(math.isnan(v) for v in value) else f"[{value[0]:{self.form}}, {value[1]:{self.form}}]"
-        return value if isinstance(value, str) else f"{value:{self.form}}"
+            ends = [number(v, self.form) for v in value]
+            return "-" if any(math.isnan(v) for v in value) else f"[{', '.join(ends)}]"
+        return value if isinstance(value, str) else number(value, self.form)
+
+
+def number(value: float, form: str) -> str:
+    """What is not zero does not read as zero: it gets as many places as it takes."""
+    text = f"{value:{form}}"
+    if value == 0 or not math.isfinite(value) or any(digit in text for digit in "123456789"):
+        return text
+    sign = "+" if form.startswith("+") else ""
+    return f"{100 * value:{sign}.1g}%" if form.endswith("%") else f"{value:{sign}.1g}"
 
 
 @dataclass(frozen=True)
