@@ -77,7 +77,9 @@ def test_dry_shows_the_script_what_overrides_it_and_the_plan(small):
     assert (ROOT / "slurm/compute_lls.sbatch").read_text().strip() in out
     assert "SBATCH_CONSTRAINT=h200" in out and "SBATCH_PARTITION=gpu_requeue" in out
     command = re.search(r"would run: (sbatch .*)", out)[1]
-    assert "--array=0-1%16 --job-name=small --time=20 slurm/compute_lls.sbatch" in command
+    assert (
+        "--array=0-1%16 --job-name=small '--comment=suite-tasks:<tasks>' --time=20 slurm/compute_lls.sbatch" in command
+    )
     plan = [line.split() for line in out.splitlines() if re.match(r"\s+\d+  \w+ ", line)]
     # cell, name, rows, to do, shards: 10 rows in shards of 4 are 3; 9 columns of 39 bytes a row
     assert [p[:5] for p in plan] == [["0", "cat", "10", "10", "3"], ["1", "dog", "10", "10", "3"]]

@@ -80,13 +80,13 @@ def held(fresh_slurm, inputs, tmp_path):
     fresh_slurm.run("scontrol", "update", "nodename=n[1-3]", "state=resume")
 
 
-RECORD = r"printf '\x1e7\x1f%s\x1fPENDING\x1fNone\x1f\x1fsmall\n'"
+RECORD = r"printf '\x1e7\x1f%s\x1fPENDING\x1fNone\x1f\x1f\x1fsmall\n'"
 NO_ANSWER = {
     "exit code": "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
     "half an answer": f"{RECORD} 0; echo 'squeue: error: cluster two did not answer' >&2",
     "cut off": f"{RECORD} 0 | head -c -1",
-    "a field too many": r"printf '\x1e7\x1f0\x1fPENDING\x1fNone\x1f\x1fsmall\x1f\n'",
-    "a field too few": r"printf '\x1e7\x1f0\x1fPENDING\x1fNone\x1fsmall\n'",
+    "a field too many": r"printf '\x1e7\x1f0\x1fPENDING\x1fNone\x1f\x1f\x1fsmall\x1f\n'",
+    "a field too few": r"printf '\x1e7\x1f0\x1fPENDING\x1fNone\x1f\x1fsmall\n'",
     "an index that is none": f"{RECORD} x",
     "no text": f"{RECORD} 0; printf '\\xff\\xfe\\n'",
     "something else": "echo 'Welcome to the cluster'",
@@ -199,6 +199,14 @@ def test_a_job_whose_record_was_never_written_is_ours(held):
     held.call("resume")
     held.front("sbatch", 'exec $real "$@"')
     assert held.tasks() == ["0", "1", "2"]
+    assert "nothing to resume" in held.call("resume")[1]
+
+
+def test_a_task_of_several_cells_whose_record_was_never_written_is_ours_whole(held):
+    held.front("sbatch", 'job=$($real "$@"); kill -9 $PPID; echo $job')
+    held.call("resume", "run.cells=2")
+    held.front("sbatch", 'exec $real "$@"')
+    assert held.tasks() == ["0", "2"] and not list((held.scratch / "small" / "submissions").glob("*"))
     assert "nothing to resume" in held.call("resume")[1]
 
 

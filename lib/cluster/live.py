@@ -96,29 +96,26 @@ def slurm_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     if not slurm.has_slurm():
         return {}
     folder, queue = cells[0].folder, (ask or slurm.queue)()
+    records = {record.job: record.tasks for record in submissions(folder)}
     names: dict[int | None, str] = {cell.index: cell.name for cell in cells}
     mine = jobs_of(folder, queue)
-    records = {record.job: record for record in submissions(folder)}
     found = _unseen(folder, queue)
     for task in sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING"):
-        held = names_in(folder, records.get(task.array), task.index, names)
+        held = names_in(folder, task.tasks or records.get(task.array, ""), task.index, names)
         found |= dict.fromkeys(held, replace(task, cells=held))
     return found
 
 
-def names_in(
-    folder: Path, record: Submission | None, index: int | None, names: Mapping[int | None, str]
-) -> tuple[str, ...]:
+def names_in(folder: Path, named: str, index: int | None, names: Mapping[int | None, str]) -> tuple[str, ...]:
     """The cells of an array index; one, where plain sbatch submitted it."""
-    tasks = tasks_of(folder, record)
-    if tasks:
+    if tasks := tasks_of(folder, named):
         return tuple(tasks.cells.get(str(index), []))
     return (names[index],) if index in names else ()
 
 
-def tasks_of(folder: Path, record: Submission | None) -> Tasks | None:
+def tasks_of(folder: Path, named: str) -> Tasks | None:
     with suppress(UserError):
-        return frozen(folder, record.tasks) if record and record.tasks else None
+        return frozen(folder, named) if named else None
     return None
 
 
@@ -128,7 +125,7 @@ def _unseen(folder: Path, queue: list[slurm.Queued]) -> Live:
     for record in submissions(folder):
         job, young = record.job, time.time() - record.time < UNSEEN_SECONDS
         if young and job.isdigit() and job not in shown and not slurm.known(job):
-            tasks = tasks_of(folder, record)
+            tasks = tasks_of(folder, record.tasks)
             for index, names in tasks.cells.items() if tasks else ():
                 task = slurm.Queued(job, int(index), "PENDING", "just submitted", "", folder.name, tuple(names))
                 found |= dict.fromkeys(names, task)

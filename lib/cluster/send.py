@@ -96,6 +96,7 @@ def script(r: Request, name: str) -> list[str]:
 def sbatch_command(r: Request, array: Array, tasks: int, name: str) -> list[str]:
     """Flags win over SBATCH_* variables, which win over the script's #SBATCH lines."""
     flags = [f"--array={slurm.format_array(array.indices)}%{tasks}", f"--job-name={r.experiment.label}"]
+    flags.append(f"--comment={slurm.TASKS}{name}")
     if array.needs.gpus > 1:  # the batch file asks for one
         flags.append(f"--gpus-per-node={array.needs.gpus}")
     if array.needs.memory_gib:

@@ -23,6 +23,7 @@ class Queued:
     node: str
     name: str
     cells: tuple[str, ...] = ()  # that share the task
+    tasks: str = ""  # what its array's tasks are, by lib.run.task.freeze
 
     @property
     def held(self) -> bool:
@@ -85,13 +86,15 @@ def _last(text: str) -> str:
 
 # A user's other jobs may have any name, so records and fields are parted by what no name holds.
 RECORD, FIELD = "\x1e", "\x1f"
-FIELDS = (r"\d+", r"\d+|N/A", r"[A-Z_]+", r"[^\n]*", r"\S*", r"(?s:.*)")  # array, index, state, reason, nodes, name
+ANYTHING = r"(?s:.*)"
+FIELDS = (r"\d+", r"\d+|N/A", r"[A-Z_]+", r"[^\n]*", r"\S*", ANYTHING, ANYTHING)
+TASKS = "suite-tasks:"  # in a job's comment, before what names its tasks: known even where no record could be written
 
 
 def queue(*only: str) -> list[Queued]:
     """All tasks of this user that are pending or running, arrays taken apart; `only`: what narrows or widens that."""
     out = ask(
-        "squeue", "--me", "-a", "-h", "-r", *only, "-o", RECORD + FIELD.join(("%F", "%K", "%T", "%r", "%N", "%j"))
+        "squeue", "--me", "-a", "-h", "-r", *only, "-o", RECORD + FIELD.join(("%F", "%K", "%T", "%r", "%N", "%k", "%j"))
     )
     return parse_queue(out)
 
@@ -106,8 +109,9 @@ def parse_queue(out: str) -> list[Queued]:
         fields = [field.strip() for field in record.split(FIELD)]
         if len(fields) != len(FIELDS) or not all(map(re.fullmatch, FIELDS, fields)):
             raise unreadable("squeue")
-        array, index, state, reason, node, name = fields
-        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name))
+        array, index, state, reason, node, comment, name = fields
+        named = comment.removeprefix(TASKS) if comment.startswith(TASKS) else ""
+        tasks.append(Queued(array, int(index) if index.isdigit() else None, state, reason, node, name, tasks=named))
     return tasks
 
 
