@@ -214,7 +214,7 @@ def test_templates_that_strip_or_lack_what_is_asked_for(tokenizer):
 
 def test_the_memory_plan_is_what_is_allocated(tmp_path):
     """Weights to the byte; activations: the workspace, a batch's keys and values, a block of logits and its states."""
-    from lib.models.load import plan_memory
+    from lib.models.load import plan_decoder
 
     for number, make in enumerate((tiny_model, tiny_llama, lambda folder: tiny_relative(folder, "Qwen3"))):
         folder = make(tmp_path / str(number))
@@ -224,12 +224,12 @@ def test_the_memory_plan_is_what_is_allocated(tmp_path):
         for layer in weights.layers:
             tensors += [t for t in (*vars(layer).values(), *(layer.head_norms or ())) if isinstance(t, torch.Tensor)]
         real = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
-        plan = plan_memory(shape, 4, BATCH, 64, devices=1, total=1 << 40)
+        plan = plan_decoder(shape, 4, BATCH, 64, devices=1, total=1 << 40)
         assert plan.weights == pytest.approx(real, rel=2e-3) and not plan.embed_on_host
         decoder.hidden(next(pack([Item((1, 2, 3), (4, 5))], 0, BATCH)), decoder.prefix([]))
         space = sum(t.nbytes for t in vars(decoder.space[decoder.devices[0], BATCH]).values())
         kv = BATCH * 2 * shape.kv_heads * shape.head * 4
         assert plan.activations == space + kv + 64 * shape.vocabulary * 4 + BATCH * shape.hidden * 4
         if not shape.tied:  # a device that the weights nearly fill keeps the embedding in host memory
-            tight = plan_memory(shape, 4, BATCH, 64, 1, int((plan.weights + plan.activations) * 1.01))
+            tight = plan_decoder(shape, 4, BATCH, 64, 1, int((plan.weights + plan.activations) * 1.01))
             assert tight.embed_on_host and tight.weights < plan.weights

@@ -23,7 +23,7 @@ from lib.bench.shapes import (
     timed,
 )
 from lib.bench.whole import cells, job
-from lib.models.load import GIB, plan_memory
+from lib.models.load import GIB, plan_decoder
 from lib.models.scorer import Scorer
 
 
@@ -64,7 +64,7 @@ def ours(model: str, batch_tokens: int) -> Result:
     """The scorer as the job runs it, prefix shared; the time of the second run over all rows, by the host's clock."""
     shape, items = SHAPES[model], rows(SHAPES[model], ROWS[model])
     total, gpus = torch.cuda.mem_get_info()[0], torch.cuda.device_count()
-    memory = plan_memory(shape, 2, batch_tokens, HEAD_ROWS, gpus, total)
+    memory = plan_decoder(shape, 2, batch_tokens, HEAD_ROWS, gpus, total)
     began = torch.cuda.mem_get_info()[0]
     decoder = random_decoder(shape, batch_tokens, memory.embed_on_host)
     scorer, prefix = Scorer(decoder, HEAD_ROWS), decoder.prefix(list(range(PREFIX)))
@@ -95,7 +95,7 @@ def ours(model: str, batch_tokens: int) -> Result:
 def bits(model: str, batch_tokens: int) -> Result:
     """The same rows in another order, in other company, alone: how many values differ in any bit; and against fp32."""
     shape, items = SHAPES[model], rows(SHAPES[model], 300)
-    memory = plan_memory(shape, 2, batch_tokens, HEAD_ROWS, torch.cuda.device_count(), torch.cuda.mem_get_info()[0])
+    memory = plan_decoder(shape, 2, batch_tokens, HEAD_ROWS, torch.cuda.device_count(), torch.cuda.mem_get_info()[0])
     decoder = random_decoder(shape, batch_tokens, memory.embed_on_host)
     scorer, prefix = Scorer(decoder, HEAD_ROWS), decoder.prefix(list(range(PREFIX)))
     whole = scorer(prefix, items)

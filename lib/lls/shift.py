@@ -4,6 +4,7 @@ system prompt. Sums and counts are returned, so that means, sums and merges are 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from lib.inputs.records import ChatRow, Messages
 from lib.models.chat import Renderer
 from lib.models.decoder import Decoder, Prefix
 from lib.models.packing import Item
+from lib.models.scorer import Scorer
 
 
 class Status(IntEnum):
@@ -69,7 +71,7 @@ def prepare(renderers: Mapping[str, Renderer], rows: Sequence[ChatRow | Messages
     return Ready(items, joint, status.astype(np.uint8))
 
 
-Score = Callable[[Prefix, Sequence[Item]], list[np.ndarray]]  # a Scorer, or its one_by_one
+Score = Scorer | Callable[[Prefix, Sequence[Item]], list[np.ndarray]]  # the second: its one_by_one
 
 
 def shift(score: Score, prefixes: Mapping[str, Prefix], ready: Ready) -> dict[str, np.ndarray]:
@@ -78,8 +80,10 @@ def shift(score: Score, prefixes: Mapping[str, Prefix], ready: Ready) -> dict[st
     tokens = np.zeros(len(ready.status), np.int32)
     tokens[good] = [len(next(iter(ready.items.values()))[i].response) for i in good]
     columns = {"status": ready.status, "joint": ready.joint, "tokens": tokens}
-    for name, prefix in prefixes.items():
-        columns |= _columns(name, good, score(prefix, [ready.items[name][i] for i in good]), tokens)
+    begin = score.begin if isinstance(score, Scorer) else partial(partial, score)  # all passes are under way at once
+    begun = {name: begin(prefix, [ready.items[name][i] for i in good]) for name, prefix in prefixes.items()}
+    for name, values in begun.items():
+        columns |= _columns(name, good, values(), tokens)
     return columns
 
 

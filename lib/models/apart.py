@@ -26,6 +26,7 @@ MEMORY = 4 * GIB  # beyond what it begins with
 THREAD_MEMORY = 1 << 27  # of addresses, which malloc takes for a thread, one a core
 SECONDS = 60.0
 ROW_SECONDS = 0.02  # 20 times what rendering and tokenising a row takes
+GRACE = 3  # seconds from TERM to the end of a call that is under way
 SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -48,7 +49,8 @@ class Apart:
     def ask(self, method: str, *arguments: Any, rows: int = 1) -> Callable[[], Any]:
         """Begin a call; what is returned waits for its result. A UserError of the call is raised here."""
         if self.waiting:  # for an answer that nobody wanted in the end
-            self._receive()
+            with suppress(EOFError, OSError):
+                self._receive()
         seconds, self.waiting = math.ceil(SECONDS + ROW_SECONDS * rows), True
         with suppress(OSError):  # it is gone: the answer will say so
             self.connection.send((method, arguments, seconds))
@@ -85,10 +87,11 @@ def _child(connection: Connection, make: Callable[[], Any], parent: int, leads: 
     """Serve until the other end is closed. Never returns: nothing of the parent's ends is run."""
     code = 1
     try:
-        for signum in (signal.SIGTERM, signal.SIGALRM):
-            signal.signal(signum, signal.SIG_DFL)
         for signum in (signal.SIGINT, signal.SIGUSR1):  # the parent's affair, which ends this one
             signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        # Slurm sends it to all processes: the parent has to see its own first, not that this one is gone.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
         if leads:  # the kernel would send it as well when a thread that forked ends
             ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
         _limit_memory()

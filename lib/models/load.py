@@ -108,7 +108,7 @@ def load_whole(kind: Any, what: str, folder: str, **how: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Memory:
+class DecoderMemory:
     """What a decoder will hold on its fullest device, before anything is loaded."""
 
     weights: int
@@ -126,9 +126,9 @@ class Memory:
         return f"memory a GPU: {self.need / GIB:.2f} of {self.total / GIB:.1f} GiB ({parts}, {where})"
 
 
-def plan_memory(
+def plan_decoder(
     shape: Shape, itemsize: int, batch_tokens: int, head_rows: int, devices: int, total: int, check_tokens: int = 0
-) -> Memory:
+) -> DecoderMemory:
     """Weights by the shapes; activations: the workspaces, and what is alive beside them at the worst moment: keys and
     values of a batch with a block of logits, or, where rows are checked in higher precision, converted weights."""
     layers = -(-shape.layers // devices)
@@ -148,7 +148,7 @@ def plan_memory(
     activations += passing
     on_host = not (shape.tied and devices == 1) and weights + table + activations > 0.96 * total
     second = 0 if on_host or devices > 1 else table  # on several, embedding and head lie on the first and the last
-    return Memory(weights + second, activations, on_host, total)
+    return DecoderMemory(weights + second, activations, on_host, total)
 
 
 def free_memory(devices: list[torch.device]) -> int:
@@ -187,7 +187,7 @@ def load_decoder(folder: str, dtype: str, batch_tokens: int, head_rows: int, che
     shape, on_host = family.shape(config), False
     if devices[0].type == "cuda":
         free = free_memory(devices)
-        memory = plan_memory(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
+        memory = plan_decoder(shape, kind.itemsize, batch_tokens, head_rows, len(devices), free, check_tokens)
         announce("the model", memory, free)
         on_host = memory.embed_on_host
     loaded = load_weights(Path(folder), family, shape, kind, devices, on_host)

@@ -66,41 +66,35 @@ def pack(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[Batc
 
 
 def _batch(items: Sequence[Item], groups: list[list[int]], prefix: int, batch_tokens: int) -> Batch:
-    ids = np.zeros(batch_tokens, np.int64)
-    positions = np.zeros(batch_tokens, np.int64)
-    segments, where, targets, rows = [], [], [], []
-    at = 0
-
-    def place(tokens: Sequence[int], parent: int, before: int) -> int:
-        """Put a segment at the end of the batch, under the parent that begins there; returns where it begins."""
-        nonlocal at
-        start, n = at, len(tokens)
-        ids[at : at + n] = tokens
-        positions[at : at + n] = np.arange(prefix + before, prefix + before + n)
-        segments.append((start, n, parent, before))
-        at += n
-        return start
-
+    """Python says what stands where, a segment at a time; numpy fills in each token's place."""
+    tokens: list[int] = []
+    targets: list[int] = []
+    segments: list[tuple[int, int, int, int]] = []
+    rows: list[int] = []
+    spoken: list[tuple[int, int, int]] = []  # of each row: the context's last token, its own segment and its length
     for group in groups:
-        context = items[group[0]].context
-        parent = place(context, 0, 0)
+        context, parent = items[group[0]].context, len(tokens)
+        segments.append((parent, len(context), 0, 0))
+        tokens.extend(context)
         for number in group:
-            item = items[number]
-            where.append(parent + len(context) - 1)  # the context's last token predicts the response's first
-            if item.inputs:
-                start = place(item.inputs, parent, len(context))
-                where.extend(range(start, at))
-            targets.extend(item.targets)
+            inputs, start = items[number].inputs, len(tokens)
+            if inputs:
+                segments.append((start, len(inputs), parent, len(context)))
+                tokens.extend(inputs)
+            spoken.append((parent + len(context) - 1, start, len(inputs)))
+            targets.extend(items[number].targets)
             rows.append(number)
-    return Batch(
-        ids,
-        positions,
-        np.array(segments, np.int32),
-        np.asarray(where, np.int64),
-        np.asarray(targets, np.int64),
-        tuple(rows),
-        at,
-    )
+    used, laid = len(tokens), np.array(segments, np.int32)
+    ids, positions = np.zeros(batch_tokens, np.int64), np.zeros(batch_tokens, np.int64)
+    ids[:used] = tokens
+    start, length, _, before = laid.T.astype(np.int64)
+    positions[:used] = np.arange(used) + np.repeat(prefix + before - start, length)
+    last, own, count = np.array(spoken, np.int64).T
+    # The context's last token predicts the response's first, and each of the response's the one after it.
+    ends = np.cumsum(count + 1)
+    where = np.arange(ends[-1]) + np.repeat(own - 1 - (ends - count - 1), count + 1)
+    where[ends - count - 1] = last
+    return Batch(ids, positions, laid, where, np.array(targets, np.int64), tuple(rows), used)
 
 
 def prefix_batch(ids: Sequence[int]) -> Batch:

@@ -1,6 +1,6 @@
 """log p(token | everything before it) for the scored tokens of many rows under one prefix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,8 +19,11 @@ class Scorer:
         self.computed = self.needed = 0
 
     def __call__(self, prefix: Prefix, items: Sequence[Item]) -> list[np.ndarray]:
-        """One array of log-probabilities an item, as long as its targets. Waits once, at the end."""
-        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(items)
+        """One array of log-probabilities an item, as long as its targets."""
+        return self.begin(prefix, items)()
+
+    def begin(self, prefix: Prefix, items: Sequence[Item]) -> Callable[[], list[np.ndarray]]:
+        """The same; only what is returned waits for the device, which can be given more to do before."""
         batches, values = [], []
         for batch in pack(items, prefix.length, self.batch_tokens):
             hidden = self.decoder.hidden(batch, prefix)
@@ -28,13 +31,16 @@ class Scorer:
             batches.append(batch)
             self.computed += len(batch.ids)
             self.needed += batch.used
-        if not batches:
+
+        def wait() -> list[np.ndarray]:
+            found: list[np.ndarray] = [np.empty(0, np.float32)] * len(items)
+            flat, at = torch.cat(values).cpu().numpy() if values else np.empty(0, np.float32), 0
+            for row in (row for batch in batches for row in batch.rows):
+                end = at + len(items[row].targets)
+                found[row], at = flat[at:end], end
             return found
-        edges = np.cumsum([len(items[r].targets) for batch in batches for r in batch.rows])[:-1]
-        flat = torch.cat(values).cpu().numpy()
-        for row, part in zip((r for batch in batches for r in batch.rows), np.split(flat, edges), strict=True):
-            found[row] = part
-        return found
+
+        return wait
 
     def one_by_one(self, prefix: Prefix, items: Sequence[Item]) -> list[np.ndarray]:
         """The same, each item in a batch of its own, as small as its length allows: for samples in a slow precision."""
