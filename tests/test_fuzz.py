@@ -8,6 +8,8 @@ import json
 import math
 import random
 import string
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fuzzing import changed, fuzz, json_bytes, misplaced, mutated, odd, word
 from tools import ROOT
 
 from lib.base.atomic import remove
+from lib.base.errors import UserError
 from lib.cluster import slurm
 from lib.cluster.request import gpus_of, has_features, minutes, requested
 from lib.config.loading import overrides_of
@@ -50,9 +53,13 @@ YAML_BITS = [
 
 
 def typed(rng: random.Random) -> str:
-    how = rng.randrange(6)
+    how = rng.randrange(8)
     if how < 2:
         return rng.choice(YAML_BITS)
+    if how > 5:
+        return rng.choice(
+            ["8", "4096", "1", "true", "float32", "[cat]", "cat", "1.5", "2025-02-03", "[0, 7]", "null", "all"]
+        )
     if how < 4:
         return json.dumps(odd(rng))
     return word(rng)
@@ -64,7 +71,8 @@ def safe(experiment: Any) -> None:
     json.loads(experiment.science_json())
     for name in experiment.names():
         assert name and "/" not in name and name.isprintable()
-    experiment.cells(Path("/nowhere/cache"), Path("/nowhere/scratch"))
+    with suppress(UserError):  # nothing is fetched there
+        experiment.cells(Path("/nowhere/cache"), Path("/nowhere/scratch"))
 
 
 def test_overrides() -> None:
@@ -74,7 +82,19 @@ def test_overrides() -> None:
         if rng.random() < 0.2:
             given[0] = word(rng)
         rng.note = (path.name, [g[:80] for g in given])
-        safe(load(path, overrides_of(" ".join(given)) if rng.random() < 0.2 else given))
+        found = load(path, overrides_of(" ".join(given)) if rng.random() < 0.2 else given)
+        safe(found)
+        key, _, said = given[0].partition("=")
+        if (
+            key
+            and len(given) == 1
+            and key.count(".") < 2
+            and not isinstance(plain := yaml.safe_load(said), dict | date)
+        ):
+            value = found
+            for part in key.split("."):
+                value = getattr(value, part)
+            assert value == plain
 
     fuzz(0.22, case)
 
