@@ -45,6 +45,7 @@ def fuzz(share: float, case: Case) -> None:
             offending.setdefault(place, []).append(f"SUITE_FUZZ_CASES=1 SUITE_FUZZ_SEED={seed}: {said}")
     many = sum(map(len, offending.values()))
     print(f"{count} cases from seed {SEED}: {right} with right results, {count - right - many} refused, {many} offend")
+    assert right or count < 20, "every case was refused: nothing was tried but the refusal"
     lines = [f"{len(of)} x {place}: {of[0]}" for place, of in offending.items()]
     assert not offending, "\n".join([f"{many} of {count} cases from seed {SEED} offend", *lines])
 
@@ -108,43 +109,17 @@ def as_nobody() -> Iterator[None]:
 
 
 TEXTS = [
-    *(
-        "",
-        " ",
-        "x",
-        "\0",
-        "a\0b",
-        "a\nb",
-        "\r",
-        "\x1b[31m",
-        "\x7f",
-        "\ud800",
-        "\U0001f600",
-        "\u202eabc",
-        "\u2028",
-        "e\u0301",
-    ),
-    *("..", "../../x", "/etc/passwd", "/", "//", ".", "~", "~nosuch/x", "./x", "cache:", "cache:../../x", "cache:\0"),
-    *("x.jsonl", "/dev/null", "/proc/self/mem", "-rf", "--help", "$(id)", "`id`", "a;b", "'", '"', "\\", "%s%n", "{}"),
-    *(
-        "{trait}",
-        "{trait:>99999999999}",
-        "{trait.__class__}",
-        "{0}",
-        "{",
-        "}",
-        "{{",
-        "[/INST]",
-        "null",
-        "true",
-        "1e999",
-    ),
-    *("nan", "0x10", "1_000", "2026-13-01", "main", "a/b", "a/b/c", "x" * 300, "y" * 70_000, "\u00e9" * 200, "NaN"),
-]
+    "", " ", "x", "\0", "a\0b", "a\nb", "\r", "\x1b[31m", "\x7f", "\ud800", "\U0001f600", "\u202eabc", "\u2028",
+    "e\u0301", "..", "../../x", "/etc/passwd", "/", "//", ".", "~", "~nosuch/x", "./x", "cache:", "cache:../../x",
+    "cache:\0", "x.jsonl", "/dev/null", "/proc/self/mem", "-rf", "--help", "$(id)", "`id`", "a;b", "'", '"', "\\",
+    "%s%n", "{}", "{trait}", "{trait:>99999999999}", "{trait.__class__}", "{0}", "{", "}", "{{", "[/INST]", "null",
+    "true", "1e999", "nan", "0x10", "1_000", "2026-13-01", "main", "a/b", "a/b/c", "x" * 300, "y" * 70_000,
+    "\u00e9" * 200, "NaN",
+]  # fmt: skip
 NUMBERS = [
-    *(0, 1, -1, 2, 3, 7, 255, 1023, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30)),
-    *(0.0, -0.0, 0.5, 1.5, -1.5, 1e-320, 1e15, 1e16, 1e308, float("inf"), float("-inf"), float("nan")),
-]
+    0, 1, -1, 2, 3, 7, 255, 1023, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30, -(10**30),
+    0.0, -0.0, 0.5, 1.5, -1.5, 1e-320, 1e15, 1e16, 1e308, float("inf"), float("-inf"), float("nan"),
+]  # fmt: skip
 
 
 def odd(rng: random.Random) -> Any:

@@ -58,7 +58,7 @@ def exit_with(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or DONE)
     except UserError as e:
-        print(f"error: {advised(str(e))}", file=sys.stderr, flush=True)
+        print(f"error: {printable(advised(str(e)))}", file=sys.stderr, flush=True)
         sys.exit(USER)
     except BrokenPipeError:  # `make status | head`: the reader has gone, and what was left undone is not done
         sys.stderr.close()
