@@ -107,7 +107,8 @@ def test_a_missing_set_is_named_and_the_others_are_exported(neuron):
     first, files, table = neuron[2]
     assert first.returncode == 2 and "1 of 3 cells are not done and not exported: general-1" in first.stderr
     assert len(first.stderr.strip().splitlines()) == 1 and "make resume" in first.stderr
-    pictures = {"relevance_by_layer.png", "stability.png", "general_against_toxic.png"}
+    names = ("relevance_by_layer", "stability", "general_against_toxic")
+    pictures = {f"{name}.{form}" for name in names for form in ("png", "svg", "pdf")}
     wanted = {"attribution_table.txt", "provenance.json", "general-0/scores.h5", "toxic/scores.h5", *pictures}
     assert files == {f"neuron/{name}" for name in wanted}
     assert next(line for line in table.splitlines() if line.startswith("general-1")).split()[-1] == "missing"
