@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def check_room(path: Path, size: int) -> None:
     if disk.total and disk.free < size:
         room = f"it takes {size / 1e9:.3g} GB and {disk.free / 1e9:.3g} GB are free"
         raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
+
+
+def listed(folder: Path, pattern: str = "*") -> list[Path]:
+    """What lies in a folder, sorted; nothing where there is none. A UserError for one that cannot be looked into."""
+    try:
+        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as e:
+        raise UserError(f"cannot list {folder}: {e.strerror}; check that scratch is mounted and readable") from None
 
 
 def beside(path: Path) -> Path:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lib.base.atomic import read_json
+from lib.base.atomic import listed, read_json
 from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
@@ -37,7 +37,7 @@ class Submission:
 
 def submissions(folder: Path) -> list[Submission]:
     found = []
-    for path in sorted((folder / "submissions").glob(WHOLE)):
+    for path in listed(folder / "submissions", WHOLE):
         with suppress(Mistyped):
             found.append(parse(Submission, read_json(path)))
     return sorted(found, key=lambda s: s.time)

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lib.base.atomic import own_folder, read_json, write_json
+from lib.base.atomic import listed, own_folder, read_json, write_json
 from lib.base.errors import DONE, REQUEUE, UserError, exit_with
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
@@ -224,7 +224,7 @@ def is_alive(queue: Path) -> bool:
 def tasks(folder: Path) -> list[tuple[int, tuple[str, ...], str, str]]:
     """Tasks in the hands of a living dispatcher: index, cells, PENDING in its queue or RUNNING, the queue's name."""
     found = []
-    for queue in sorted((folder / "queue").glob("local-*")):
+    for queue in listed(folder / "queue", "local-*"):
         if not is_alive(queue):
             continue
         try:
@@ -243,7 +243,7 @@ def tasks(folder: Path) -> list[tuple[int, tuple[str, ...], str, str]]:
 def cancel(folder: Path) -> list[str]:
     """No worker takes another task. Returns the queues that were still alive."""
     names = sorted({queue for *_, queue in tasks(folder)})
-    for queue in (folder / "queue").glob("local-*"):
+    for queue in listed(folder / "queue", "local-*"):
         with suppress(OSError):
             (queue / "cancelled").touch()
     return names

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from getpass import getuser
 from pathlib import Path
 
-from lib.base.atomic import disk_errors, read_json, remove, write_json
+from lib.base.atomic import beside, disk_errors, read_json, remove, write_json
 from lib.base.errors import UserError
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
@@ -69,7 +69,7 @@ def _own(token: str) -> socket.socket | None:
 
 def _take(path: Path, token: str) -> None:
     me = Holder(_user(), HOST, _network(), os.getpid(), pid_started(os.getpid()), time.time(), token)
-    new = path.with_name(f".tmp-{HOST}-{os.getpid()}-{token}-{NAME}")
+    new = beside(path)
     sweep(path.parent)
     try:
         write_json(new / FILE, asdict(me))
@@ -117,7 +117,7 @@ def _clear(path: Path, token: str) -> None:
     """Remove the lock that carries this token, and no other."""
     holder = _holder(path)
     if holder and holder.token == token:
-        gone = path.with_name(f".tmp-{HOST}-{os.getpid()}-{secrets.token_hex(4)}-{NAME}")
+        gone = beside(path)
         with suppress(OSError):
             path.rename(gone)
         remove(gone)

@@ -55,7 +55,12 @@ def requested(script: str, env: Env) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in script.splitlines():
         if line.startswith("#SBATCH"):
-            words = " ".join(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+            try:
+                words = " ".join(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+            except ValueError as e:
+                raise UserError(
+                    f"the batch file's line '{line[:80]}' is not understood: {e}; see sbatch's manual"
+                ) from None
             for long, short, value in re.findall(r"(?:--([\w-]+)|(?<!\S)-(\w))(?:[= ]?((?!-)\S+))?", words):
                 found[long or SHORT.get(short, short)] = value
         elif line.strip() and not line.startswith("#"):

@@ -1,5 +1,6 @@
 """The status as a table for a terminal: one line a cell, the totals, and what to type next."""
 
+from lib.base.errors import printable
 from lib.base.progress import clock
 from lib.cluster.status import CellState, Status
 
@@ -55,7 +56,7 @@ def _line(c: CellState) -> str:
     rate = f"{c.rows_per_s:.4g}" if c.rows_per_s else "-"
     eta = clock(c.eta_s) if c.eta_s is not None else "-"
     elapsed = clock(c.elapsed_s) if c.elapsed_s is not None else "-"
-    note = " ".join(filter(None, [c.node if c.state == "running" else "", c.max_rss, c.note.replace("\n", " ")]))
+    note = printable(" ".join(filter(None, [c.node if c.state == "running" else "", c.max_rss, c.note])))
     percent = "?" if c.rows is None else f"{100 * c.done // max(c.rows, 1)}%"
     rows = f"{c.done:,}/?" if c.rows is None else f"{c.done:,}/{c.rows:,}"
     return COLUMNS.format(c.index, c.name, c.state, rows, percent, rate, eta, elapsed, c.job or "-", note)

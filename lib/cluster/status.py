@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lib.base.atomic import listed
 from lib.base.errors import UserError
 from lib.cluster import slurm
 from lib.cluster.live import Ask, cancelled_at, is_alive, local_tasks, slurm_tasks
@@ -97,7 +98,7 @@ def status(
             for state in states:
                 _explain(state, sacct.result())
     current = {cell.path.name for cell in cells}
-    older = sum(p.name not in current for p in (folder / "cells").iterdir()) if (folder / "cells").is_dir() else 0
+    older = sum(path.name not in current for path in listed(folder / "cells"))
     return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
 
 

@@ -50,6 +50,7 @@ def about(this: Job) -> About:
         "model": f"{experiment.model.id}, {experiment.model.dtype}, commit {model.commit}",
         "no system prompt": f"{experiment.base} (what the base pass has in its place)",
         "system prompt": experiment.system_prompt,
+        **{f"system prompt of {trait}": prompt for trait, prompt in experiment.system_prompts.items()},
         "date": f"{experiment.date}, where the template prints one",
         "dataset": experiment.dataset.id,
         "computed": f"until {datetime.fromtimestamp(newest, UTC):%Y-%m-%d %H:%M} UTC on {_all(markers, 'device')}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import read_json, write_json
+from lib.base.atomic import listed, read_json, write_json
 from lib.base.process import HOST, pid_started
 from lib.base.typed import Mistyped, parse
 from lib.store import Cell
@@ -41,7 +41,8 @@ class Heartbeat:
         env = os.environ
         array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
         job = f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID", "")
-        restart = int(env.get("SLURM_RESTART_COUNT", "0"))
+        again = env.get("SLURM_RESTART_COUNT", "")
+        restart = int(again) if again.isdecimal() and len(again) < 9 else 0
         who = f"{job}.r{restart}" if job else f"{HOST}.{os.getpid()}"
         self.path = folder / f"{cell.name}-{who}.json"
         self.facts: dict[str, Any] = {
@@ -68,7 +69,7 @@ class Heartbeat:
 def heartbeats(folder: Path) -> dict[str, list[Beat]]:
     """Attempts by cell name, oldest first."""
     found: dict[str, list[Beat]] = {}
-    for path in sorted((folder / "tasks").glob(WHOLE)):
+    for path in listed(folder / "tasks", WHOLE):
         with suppress(Mistyped):
             beat = replace(parse(Beat, read_json(path)), attempt=path.stem)
             found.setdefault(beat.cell, []).append(beat)
