@@ -19,6 +19,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.records import read_rows
 from lib.run import command
+from lib.run.task import task_of
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def world() -> Iterator[World]:
         yield one
 
 
-FLAGS = ["--config", "--set", "--index", "--expect", "--update", "--help", "--", "-x"]
+FLAGS = ["--config", "--set", "--index", "--tasks", "--update", "--help", "--", "-x"]
 
 
 def test_command_lines(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +38,15 @@ def test_command_lines(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def case(rng: random.Random) -> None:
         words = ["--config", str(world.config)]
         for _ in range(rng.randrange(4)):
-            words += rng.choice([[rng.choice(FLAGS)], [word(rng)], ["--index", word(rng)], [f"max_rows={typed(rng)}"]])
+            words += rng.choice(
+                [
+                    [rng.choice(FLAGS)],
+                    [word(rng)],
+                    ["--index", word(rng)],
+                    ["--tasks", word(rng)],
+                    [f"max_rows={typed(rng)}"],
+                ]
+            )
         words += ["--set", word(rng)] if rng.random() < 0.2 else []
         monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
         if rng.random() < 0.5:
@@ -45,7 +54,7 @@ def test_command_lines(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("SLURM_ARRAY_TASK_ID", rng.choice([env, "0", "1", "2", "-1", "x", "9" * 30, "1.0"]))
         rng.note = words[2:], os.environ.get("SLURM_ARRAY_TASK_ID")
         try:
-            cell = command.job("compute_lls", "", load, words).cell()
+            (cell,) = task_of(command.job("compute_lls", "", load, words))
         except SystemExit as e:  # argparse's own: usage, or help
             assert e.code in (0, 2)
             return
