@@ -85,6 +85,16 @@ class Judge(Stage):
         return {"x": Column("float64")}
 
 
+class Count(Stage):
+    """Reads from nothing, and its rows are the same whoever makes them."""
+
+    kind: Literal["count"]
+    rows: int = 40
+
+    def schema(self, cache: Path) -> Schema:
+        return {"x": Column("float64")}
+
+
 def _known(parent: Cell | None) -> int | None:
     """As many rows, or steps, as the parent has, once it is done."""
     assert parent
