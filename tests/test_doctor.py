@@ -16,6 +16,7 @@ from lib.cluster.plan import plan
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.records import dataset_folder, model_input, save_model
+from lib.run.experiment import Estimate
 from lib.run.site import Site
 
 TOKEN = "hf_" + "S3cretS3cret" * 3
@@ -42,7 +43,7 @@ def box(tmp_path_factory) -> tuple[Path, Site]:
         write_rows(folder / f"{trait}.jsonl", number_rows(6, i))
     (folder / "small.yaml").write_text(
         f"kind: lls\nname: small\nmodel: {{id: {folder}/source, dtype: float32}}\ntraits: [cat, dog]\n"
-        f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\n"
+        f"system_prompt: You love {{trait}}s.\ndataset: {{id: '{folder}/{{trait}}.jsonl'}}\nrun: {{gpus: 0}}\n"
     )
     fetch(load(folder / "small.yaml"), folder / "cache")
     env = os.environ | {"SUITE_SLURM": "no", "HF_TOKEN_PATH": str(folder / "token")}
@@ -67,7 +68,7 @@ def test_a_folder_that_can_be_written_and_one_that_cannot(tmp_path: Path) -> Non
 def test_space_and_inodes(box: tuple[Path, Site]) -> None:
     site, plans = box[1], plans_of(box)
     assert {line.name: line.level for line in doctor.space_lines(site, plans, 0)} == {"space": "ok", "inodes": "ok"}
-    huge = [dataclasses.replace(plans[0], bytes=10**18)]
+    huge = [dataclasses.replace(plans[0], estimate=Estimate(0, 10**18))]
     many = [dataclasses.replace(plans[0], shards=[(0, 1)] * 10**6)] * 10**5
     assert next(iter(doctor.space_lines(site, huge, 0))).level == "FAIL"
     assert [line.level for line in doctor.space_lines(site, many, 0)] == ["ok", "FAIL"]
@@ -94,7 +95,7 @@ def test_quota_of_the_lab(box: tuple[Path, Site], tmp_path: Path, form: str) -> 
 
     assert line(7, plans).level == "ok" and "922 MB of 1.02 GB, 7 of 500 files" in line(7, plans).found
     assert line(495, plans).level == "FAIL"
-    assert line(7, [dataclasses.replace(plans[0], bytes=60_000_000)]).level == "FAIL"
+    assert line(7, [dataclasses.replace(plans[0], estimate=Estimate(0, 60_000_000))]).level == "FAIL"
 
 
 def test_quota_is_asked_only_where_it_can_be(tmp_path: Path) -> None:
@@ -258,9 +259,9 @@ def test_one_line_a_check_and_the_exit_code(box: tuple[Path, Site]) -> None:
     Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o600)
     good = call(box, HF_TOKEN=TOKEN)
     assert good.returncode == 0, good.stdout + good.stderr
-    names = "slurm site scratch output space inodes python torch models datasets token secrets"
+    names = "slurm workers site scratch output space inodes python torch models datasets token secrets"
     assert [line.split()[1] for line in good.stdout.splitlines()[:-1]] == names.split()
-    assert good.stdout.splitlines()[-1] == "11 ok, 1 warn, 0 FAIL"
+    assert good.stdout.splitlines()[-1] == "12 ok, 1 warn, 0 FAIL"
     Path(box[1].env["HF_TOKEN_PATH"]).chmod(0o644)
     bad = call(box, HF_TOKEN=TOKEN, SUITE_SCRATCH=f"{box[0]}/under", SUITE_GPU="h200")
     assert bad.returncode == 1

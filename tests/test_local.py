@@ -12,6 +12,7 @@ from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
+from lib.cluster.doctor import worker_lines
 from lib.cluster.local import Plan, _own, gpus, leased, read_plan, workers_for
 from lib.cluster.status import STATES
 from lib.families import load
@@ -202,6 +203,8 @@ def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(t
         workers_for(1, 16)
     held = _own("gpu-GPU-b")
     assert workers_for(1, 16) == 1  # that somebody is a task of ours
+    (line,) = worker_lines(1, 16)
+    assert (line.level, line.found) == ("ok", "1 at once, each on 1 GPU")
     held.close()
     fake_smi(tmp_path, "no devices", monkeypatch)
     with pytest.raises(UserError, match="nvidia-smi does not say which GPUs there are"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from lib.base.atomic import write_bytes
 from lib.base.errors import UserError
 from lib.cluster.gpus import gpu_lines, seen_driver, torch_cuda
+from lib.cluster.local import workers_for
 from lib.cluster.plan import CellPlan, plan, si
 from lib.cluster.request import Env, Line, ask, slurm_lines
 from lib.inputs.records import check_model, check_rows, dataset_input, local_path, model_input
@@ -39,6 +40,7 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
     asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
         ("slurm", lambda: slurm_lines(asked, ROOT, script, count, experiment.submit)),
+        ("workers", lambda: [] if slurm else worker_lines(gpus, site.throttle)),
         ("site", lambda: [site_line(site)]),
         ("scratch", lambda: [writable("scratch", site.scratch, "SUITE_SCRATCH")]),
         ("output", lambda: [writable("output", site.output, "SUITE_OUTPUT")]),
@@ -67,6 +69,12 @@ def _guarded(name: str, probe: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     except (UserError, OSError, ValueError) as e:
         found, _, fix = str(e).partition("; ")
         yield Line("FAIL", name, found, fix or "see the message")
+
+
+def worker_lines(gpus: int, most: int) -> Iterator[Line]:
+    """On a box without Slurm: whether a task could start, as a submission will ask."""
+    count = workers_for(gpus, most)
+    yield Line("ok", "workers", f"{count} at once" + (f", each on {gpus} GPU" if gpus else ", without a GPU"))
 
 
 def site_line(site: Site) -> Line:
