@@ -74,7 +74,9 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
     advised = f"make submit-lls {spoken(cross, overrides)} DRY=1"  # pasted into a shell
     done = subprocess.run(["bash", "-c", advised], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    command = re.search(r"# would start 2 workers here: (bash .*?), cells 0-\d+\n\nrows, bytes", done.stdout, re.S)[1]
+    command = re.search(
+        r"# would start 2 workers here, a task 1 GPU: (bash .*?), cells 0-\d+\n\nrows, bytes", done.stdout, re.S
+    )[1]
     assert shlex.split(command)[-3:] == ["--tasks=<tasks>", *overrides]
     assert f"run `make fetch {spoken(cross, overrides)}`" in done.stdout
     assert make(env, "logs", *given).stdout == "no cell has failed; TASK=N shows the log of cell N\n"
