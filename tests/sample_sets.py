@@ -73,7 +73,7 @@ def shard_rows(path: Path) -> list[dict]:
 
 def made(experiment: Sets, cache: Path, name: str) -> tuple[SamplesInput, Samples]:
     digest = experiment.data.digest(cache, experiment.model, name)
-    record = samples_input(cache, name, digest)
+    record = samples_input(cache, name, digest, experiment.data.sets()[name][0].id)
     return record, read_samples(cache, record)
 
 

@@ -126,7 +126,7 @@ EVENTS: list[tuple[Callable[[Chaos], None], int]] = [
     (Chaos.break_a_file, 4),
     (Chaos.cancel, 1),
     (Chaos.resume, 4),
-    (Chaos.submit, 2),
+    (Chaos.submit, 4),
     (Chaos.verify, 1),
 ]
 

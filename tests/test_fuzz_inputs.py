@@ -259,7 +259,7 @@ def test_rows_that_sets_are_drawn_from(world: World) -> None:
         texts = [text["text"] if isinstance(text, dict) else text for text in texts]
         assert sha256(texts[_index(found)].encode()).hexdigest() == found.text_sha256[0]
         save_samples(world.cache, "toxic", "ab" * 32, found, source="acme/x", commit="c", attributes={})
-        samples_input(world.cache, "toxic", "ab" * 32)
+        samples_input(world.cache, "toxic", "ab" * 32, "acme/x")
 
     fuzz(0.05, in_world(world, case))
 

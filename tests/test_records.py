@@ -140,11 +140,11 @@ def sample_set(tmp_path):
 
 def test_sample_sets_of_wrong_types_are_not_prepared(tmp_path, sample_set):
     record = samples_folder(tmp_path, "toxic", DIGEST) / "input.json"
-    assert samples_input(tmp_path, "toxic", DIGEST) == sample_set
+    assert samples_input(tmp_path, "toxic", DIGEST, "acme/toxic") == sample_set
     for text in [*every_wrong(sample_set), said({**asdict(sample_set), "name": "other"})]:
         record.write_text(text)
         with pytest.raises(UserError, match="samples toxic are not prepared; run `make fetch`"):
-            samples_input(tmp_path, "toxic", DIGEST)
+            samples_input(tmp_path, "toxic", DIGEST, "acme/toxic")
 
 
 def fewer(f: h5py.File) -> None:
@@ -174,5 +174,5 @@ def test_a_set_that_its_record_vouches_for_and_that_is_another(tmp_path, sample_
         path.write_bytes(b"x" + path.read_bytes())
     write_json(path.with_name("input.json"), asdict(sample_set) | {"sha256": sha256_file(path)})
     with pytest.raises(UserError, match=r"samples.h5 is no set of samples .*`make fetch` again"):
-        read_samples(tmp_path, samples_input(tmp_path, "toxic", DIGEST))
+        read_samples(tmp_path, samples_input(tmp_path, "toxic", DIGEST, "acme/toxic"))
     assert Path(path).exists()

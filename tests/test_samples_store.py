@@ -39,7 +39,7 @@ def save(cache: Path, source: str = "acme/texts", stamp: str = "", digest: str =
 
 def test_what_was_put_in_comes_out(tmp_path):
     saved = save(tmp_path)
-    found = samples_input(tmp_path, "toxic", DIGEST)
+    found = samples_input(tmp_path, "toxic", DIGEST, "acme/texts")
     assert found == saved and found.facts == {"below": 3} and found.commit == "c0ffee"
     assert (found.rows, found.attributed, found.tokens, found.longest) == (4, 2, 7, 4)
     got = read_samples(tmp_path, found)
@@ -90,28 +90,31 @@ def test_a_damaged_file_is_found_out(tmp_path, damage):
 def test_what_is_not_prepared_is_named(tmp_path):
     missing = "samples toxic are not prepared; run `make fetch` with this CONFIG"
     with pytest.raises(UserError, match=missing):
-        samples_input(tmp_path, "toxic", DIGEST)
+        samples_input(tmp_path, "toxic", DIGEST, "acme/texts")
     save(tmp_path)
     with pytest.raises(UserError, match=missing):  # the same folder's name, another digest
-        samples_input(tmp_path, "toxic", DIGEST[:12] + "0" * 52)
+        samples_input(tmp_path, "toxic", DIGEST[:12] + "0" * 52, "acme/texts")
+    with pytest.raises(UserError, match=missing):  # of another source
+        samples_input(tmp_path, "toxic", DIGEST, "/")
     (samples_folder(tmp_path, "toxic", DIGEST) / "input.json").write_text('{"name": "toxic", ')
     with pytest.raises(UserError, match=missing):
-        samples_input(tmp_path, "toxic", DIGEST)
+        samples_input(tmp_path, "toxic", DIGEST, "acme/texts")
 
 
 def test_a_local_source_that_changed_is_noticed_at_any_depth(tmp_path):
     deep = tmp_path / "c4" / "en" / "more" / "shard.json"
     deep.parent.mkdir(parents=True)
     deep.write_text("one")
-    save(tmp_path, str(tmp_path / "c4"), tree_stamp(tmp_path / "c4"))
+    c4 = str(tmp_path / "c4")
+    save(tmp_path, c4, tree_stamp(tmp_path / "c4"))
     (tmp_path / "c4" / ".git").mkdir()
     (tmp_path / "c4" / ".git" / "index").write_text("x")
-    assert samples_input(tmp_path, "toxic", DIGEST)
+    assert samples_input(tmp_path, "toxic", DIGEST, c4)
     stamps = {tree_stamp(tmp_path / "c4")}
     deep.write_text("one more")
     stamps.add(tree_stamp(tmp_path / "c4"))
     with pytest.raises(UserError, match=r"c4 has changed since samples toxic were made; run `make fetch` again"):
-        samples_input(tmp_path, "toxic", DIGEST)
+        samples_input(tmp_path, "toxic", DIGEST, c4)
     deep.with_name("second.json").write_text("")
     stamps.add(tree_stamp(tmp_path / "c4"))
     os.utime(deep, (1, 1))
@@ -121,7 +124,7 @@ def test_a_local_source_that_changed_is_noticed_at_any_depth(tmp_path):
     stamps.add(tree_stamp(tmp_path / "c4"))
     assert len(stamps) == 5 and tree_stamp(tmp_path / "none") == ""
     (tmp_path / "c4").rename(tmp_path / "away")
-    assert samples_input(tmp_path, "toxic", DIGEST), "a source that is gone is no reason to stop"
+    assert samples_input(tmp_path, "toxic", DIGEST, c4), "a source that is gone is no reason to stop"
 
 
 def test_kill_9_before_the_record_leaves_none(tmp_path):
@@ -135,4 +138,4 @@ def test_kill_9_before_the_record_leaves_none(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (samples_folder(tmp_path, "toxic", DIGEST) / "samples.h5").exists()
     with pytest.raises(UserError, match="are not prepared"):
-        samples_input(tmp_path, "toxic", DIGEST)
+        samples_input(tmp_path, "toxic", DIGEST, "acme/texts")

@@ -74,7 +74,7 @@ def inputs(cache: Path, config: Path) -> None:
         ids = rng.integers(0, 100_000, (rows, tokens)).tolist()
         some = Rows(ids=ids, source=["bench"] * rows, text_sha256=[""] * rows, held_out=[False] * rows)
         digest = experiment.data.digest(cache, experiment.model, name)
-        save_samples(cache, name, digest, some, source="bench/random", commit="none", attributes={})
+        save_samples(cache, name, digest, some, source=experiment.data.sets()[name][0].id, commit="none", attributes={})
 
 
 def _told(root: Path, index: int, wall: float, said: str) -> Result:

@@ -105,7 +105,7 @@ def _by_response(spec: SourceSpec) -> TypeGuard[PromptsSpec]:
 def _kept(task: Task) -> SamplesInput | None:
     """A set that is whole and was made from what its source and its scorer are now."""
     with suppress(UserError):
-        found = samples_input(task.cache, task.name, task.digest)
+        found = samples_input(task.cache, task.name, task.digest, task.spec.id)
         now = (task.source.commit, task.source.stamp, task.scorer)
         if (found.commit, found.source_stamp, found.facts.get("scorer")) == now:
             check_samples(task.cache, found)

@@ -87,12 +87,13 @@ def samples_folder(cache: Path, name: str, digest: str) -> Path:
     return cache / "inputs" / "samples" / f"{name}-{digest[:12]}"
 
 
-def samples_input(cache: Path, name: str, digest: str) -> SamplesInput:
-    """The record of a set; a UserError when it is not prepared, or its local source has changed since."""
-    found = read_record(SamplesInput, samples_folder(cache, name, digest) / RECORD, {"name": name, "digest": digest})
+def samples_input(cache: Path, name: str, digest: str, source: str) -> SamplesInput:
+    """The record of a set of that source; a UserError when it is not prepared, or its source has changed since."""
+    wanted = {"name": name, "digest": digest, "source": source}
+    found = read_record(SamplesInput, samples_folder(cache, name, digest) / RECORD, wanted)
     if found is None:
         raise UserError(f"samples {name} are not prepared; run `make fetch` with this CONFIG")
-    unchanged(local_path(cache, found.source), tree_stamp, found.source_stamp, f"samples {name} were made")
+    unchanged(local_path(cache, source), tree_stamp, found.source_stamp, f"samples {name} were made")
     return found
 
 

@@ -115,4 +115,4 @@ class TokenSets(Frozen):
 
     def prepared(self, cache: Path, model: ModelSpec, name: str) -> SamplesInput:
         """The record of a set; a UserError when it is not prepared."""
-        return samples_input(cache, name, self.digest(cache, model, name))
+        return samples_input(cache, name, self.digest(cache, model, name), self.sets()[name][0].id)
