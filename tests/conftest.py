@@ -16,10 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 WAITING = (
     "test_slurm_up",
     "test_local",
-    "test_fetch",
-    "test_fetch_bin",
-    "test_fetch_trust",
-    "test_prepare_hub",
     "test_advice",
     "test_submissions",
 )

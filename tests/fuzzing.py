@@ -22,7 +22,7 @@ from tools import ROOT
 
 from lib.base.errors import USER, exit_with
 
-CASES = int(os.environ.get("SUITE_FUZZ_CASES", "1200"))
+CASES = int(os.environ.get("SUITE_FUZZ_CASES", "700"))
 SEED = int(os.environ.get("SUITE_FUZZ_SEED", "1"))
 SECONDS = 20  # of a case: the slowest takes two on an idle machine
 NOBODY = 65534

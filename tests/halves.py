@@ -1,4 +1,4 @@
-"""All tests in two processes at once: those on Slurm, local workers and a Hub mostly wait, others compute.
+"""All tests in two processes at once: those on Slurm and local workers mostly wait, others compute.
 
 python tests/halves.py ["pytest's arguments, parted and quoted as in a shell"]"""
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
         finally:
             codes |= {waiting.wait()}
             said.seek(0)
-            print(f"\nOn Slurm, local workers and a Hub:\n{said.read().decode(errors='replace')}", flush=True)
+            print(f"\nOn Slurm and local workers:\n{said.read().decode(errors='replace')}", flush=True)
     return max(map(abs, codes - {NOTHING_COLLECTED}), default=NOTHING_COLLECTED)  # below 0: ended by a signal
 
 

@@ -104,6 +104,7 @@ def test_signals_for_the_job_are_not_its_affair():
         os.kill(work.pid, signum)
         assert work.ask("count", "a")()[1] == "a"
     wait = work.ask("spin")  # TERM ends what is under way, but leaves the parent time to see its own
+    time.sleep(0.5)
     began = time.monotonic()
     os.kill(work.pid, signal.SIGTERM)
     with pytest.raises(UserError):

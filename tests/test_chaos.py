@@ -1,7 +1,7 @@
 """Whatever machines and people do to an array on a real Slurm, in any order: no cell is in two tasks, and in the end
 every cell is done, with the rows that an undisturbed run has.
 
-SUITE_CHAOS_SECONDS (default 30) and SUITE_CHAOS_SEED choose how long, and what."""
+SUITE_CHAOS_SECONDS (default 20) and SUITE_CHAOS_SEED choose how long, and what."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import numpy as np
 from chains import Chain, repository_with_chain
 from conftest import wait_until
 
-SECONDS, SEED = float(os.environ.get("SUITE_CHAOS_SECONDS", "30")), int(os.environ.get("SUITE_CHAOS_SEED", "1"))
+SECONDS, SEED = float(os.environ.get("SUITE_CHAOS_SECONDS", "20")), int(os.environ.get("SUITE_CHAOS_SEED", "1"))
 TRAITS = ("ant", "bee", "cow", "doe", "elk", "fly")
 ROWS, CELLS = 40, "run.cells=2"
 

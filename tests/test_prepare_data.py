@@ -265,11 +265,13 @@ def test_kill_9_in_the_middle_leaves_no_record(place, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not list(tmp_path.glob("inputs/samples/*")), "nothing half"
+    left = [path.suffix for path in tmp_path.glob("inputs/samples/*")]
+    assert left == [".lock"], "nothing half, and whose turn it was"
     with pytest.raises(UserError, match="samples general-0 are not prepared"):
         made(experiment, tmp_path, "general-0")
     fetch(experiment, tmp_path)
     assert made(experiment, tmp_path, "general-0")[0].rows == SAMPLES
+    assert not list(tmp_path.glob("inputs/samples/*.lock"))
 
 
 def test_names_of_sets_are_folders_and_no_two_are_one(place):

@@ -112,7 +112,7 @@ def every_wrong(record: object) -> list[str]:
 
 
 def test_inputs_of_wrong_types_are_not_fetched(tmp_path):
-    data = DatasetInput("acme/cat", "main", "c" * 40, "train", 1, "0" * 64, 2, 3, 4)
+    data = DatasetInput("acme/cat", "main", "c" * 40, "train", 1, "0" * 64, 40, 3, 4)
     save_dataset(tmp_path, data, b"{}\n")
     record = next((tmp_path / "inputs" / "datasets").glob("*/input.json"))
     assert dataset_input(tmp_path, "acme/cat", "main", "train") == data

@@ -63,7 +63,10 @@ def file_tensors(path: Path) -> dict[str, Stored]:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise ValueError("its header is longer than it may be")
-            header = json.loads(f.read(length), object_pairs_hook=_once)
+            text = f.read(length)
+        if text[:1] != b"{":  # the format's own rule; json would pass over marks and blanks before it
+            raise ValueError("its header does not begin with a brace")
+        header = json.loads(text, object_pairs_hook=_once)
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
         header.pop("__metadata__", None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Record = TypeVar("Record", bound="DataclassInstance")
 RECORD = "input.json"
 
+LEAST_ROW = len('{"messages": []}')  # bytes: more rows than that cannot be in a file
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # what from_pretrained reads
 TORCH_SHARD = re.compile(r"pytorch_model-\d{5}-of-(\d{5})\.bin")
 
@@ -109,7 +110,7 @@ def dataset_input(cache: Path, id: str, revision: str, split: str) -> DatasetInp
     found = read_record(
         DatasetInput, dataset_folder(cache, id, revision, split) / RECORD, None if source else {"revision": revision}
     )
-    if found is None:
+    if found is None or found.rows * LEAST_ROW > found.bytes:
         raise _not_fetched(f"dataset {id}", source, revision)
     unchanged(source, source_stamp, found.source_stamp, "it was fetched")
     return found

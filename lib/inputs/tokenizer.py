@@ -14,6 +14,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         assert found is not None, "of no known kind"
+        assert isinstance(found.model_max_length, int | float), "model_max_length is no number"
         return found
     except Exception as e:  # a damaged file raises whatever its reader trips over
         raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
