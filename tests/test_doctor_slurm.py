@@ -139,10 +139,10 @@ def test_partition_state_limit_and_drained_nodes(fresh_slurm: Slurm) -> None:
         fresh_slurm.run(*update, "partitionname=main", "state=down")
         lines = asked(env)
         assert failed(lines) == ["partition"] and "main is DOWN" in lines["partition"].found
-        fresh_slurm.run(*update, "partitionname=main", "state=up", "maxtime=120")
+        fresh_slurm.run(*update, "partitionname=main", "state=up", "maxtime=30")
         lines = asked(env)
-        assert failed(lines) == ["time"] and lines["time"].fix == "export SBATCH_TIMELIMIT=02:00:00"
-        assert asked(env | {"SBATCH_TIMELIMIT": "02:00:00"})["time"].level == "ok"
+        assert failed(lines) == ["time"] and lines["time"].fix == "export SBATCH_TIMELIMIT=00:30:00"
+        assert asked(env | {"SBATCH_TIMELIMIT": "00:30:00"})["time"].level == "ok"
         fresh_slurm.run(*update, "partitionname=main", "maxtime=infinite")
         fresh_slurm.run(*update, "nodename=n[1-3]", "state=drain", "reason=test")
         lines = asked(env)

@@ -144,7 +144,7 @@ LIES = {
     "true": ({"a": entry(0, 4, [True])}, 4, "has the shape"),
     "type": ({"a": entry(0, 8, [2], "F33")}, 8, "unknown type F33"),
     "no place": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not described"),
-    "no table": ("[1, 2]", 0, "its header is no table"),
+    "no table": ("[1, 2]", 0, "its header does not begin with a brace"),
     "no JSON": ('{"a": ', 0, "not a safetensors file"),
     "twice": (f'{{"a": {json.dumps(A)}, "a": {json.dumps(A)}}}', 8, "a stands in it twice"),
     "deep": ("[" * 100_000, 0, "not a safetensors file"),

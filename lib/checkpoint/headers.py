@@ -67,8 +67,6 @@ def file_tensors(path: Path) -> dict[str, Stored]:
         if text[:1] != b"{":  # the format's own rule; json would pass over marks and blanks before it
             raise ValueError("its header does not begin with a brace")
         header = json.loads(text, object_pairs_hook=_once)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no table")
         header.pop("__metadata__", None)
         found = {name: _tensor(path, name, about, 8 + length) for name, about in header.items()}
     except OSError as e:
