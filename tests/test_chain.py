@@ -29,6 +29,8 @@ def test_three_stages_at_once_of_which_one_cell_fails_and_is_mended(chain):
         assert chain.slurm.show(f"{jobs[child]}_0")["Dependency"].startswith(f"afterany:{jobs[parent]}")
     asked = [chain.slurm.show(f"{job}_0") for job in jobs[1:]]
     assert ["gpu" in str(job) for job in asked] == [True, False] and asked[1]["Partition"] == "main"
+    no_partition = chain.call("submit", "judge", "--dry", SUITE_CPU_PARTITION="")
+    assert "# would run by hand: .venv/bin/python -m jobs.run_judge --config " in no_partition
     now = chain.status("teach")
     assert [(c["state"], c["rows"], c["note"]) for c in now["cells"]] == [("pending", None, "Dependency")] * 3
     assert "0/?" in chain.call("status", "teach") and "?" in chain.call("submit", "teach", "--dry")

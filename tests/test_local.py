@@ -12,8 +12,9 @@ from conftest import thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
+from lib.base.process import own_name
 from lib.cluster.doctor import worker_lines
-from lib.cluster.local import Plan, _own, gpus, leased, read_plan, workers_for
+from lib.cluster.local import Plan, gpus, leased, read_plan, workers_for
 from lib.cluster.status import STATES
 from lib.families import load
 from lib.inputs.fetch import fetch
@@ -201,7 +202,7 @@ def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(t
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UserError, match=r"all GPUs are in somebody's use .GPU 1: 90000 MiB."):
         workers_for(1, 16)
-    held = _own("gpu-GPU-b")
+    held = own_name("gpu-GPU-b")
     assert workers_for(1, 16) == 1  # that somebody is a task of ours
     (line,) = worker_lines(1, 16)
     assert (line.level, line.found) == ("ok", "1 at once, each on 1 GPU")

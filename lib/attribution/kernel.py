@@ -11,26 +11,13 @@ from lib.checkpoint.layers import short
 from lib.inputs.samples import read_samples
 from lib.inputs.verified import checked_model
 from lib.run.command import Job
-from lib.run.rows import run_cell
-from lib.run.task import run_task
+from lib.run.task import run_rows
 from lib.store import Cell
 
 
 def compute(this: Job) -> int:
     experiment = this.of(Attribution)
-    schema = experiment.schema(this.site.cache)
-
-    def work(cell: Cell) -> int:
-        return run_cell(
-            cell,
-            schema,
-            lambda: load_kernel(this, experiment, cell),
-            shard_rows=experiment.shard_rows(this.site.cache, cell.name),
-            log_seconds=experiment.run.log_seconds,
-            gpus=experiment.run.gpus,
-        )
-
-    return run_task(this, work)
+    return run_rows(this, lambda cell: load_kernel(this, experiment, cell))
 
 
 def load_kernel(this: Job, experiment: Attribution, cell: Cell) -> tuple["AttributionKernel", dict[str, Any]]:

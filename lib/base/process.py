@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from functools import cache
+from getpass import getuser
 from pathlib import Path
 
 HOST = socket.gethostname()
@@ -35,3 +36,22 @@ def _numbering() -> str:
     has a process 1."""
     kernel, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return hashlib.sha256(f"{kernel.read_text()}{namespace.readlink()}".encode()).hexdigest()[:8]
+
+
+def own_name(name: str) -> socket.socket | None:
+    """A name that the kernel gives to one process of this machine, and those that inherit it, and takes back when they
+    have ended; None where somebody has it."""
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0hpc-job-suite-{name}")
+    except OSError:
+        held.close()
+        return None
+    return held
+
+
+def user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())

@@ -14,11 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from getpass import getuser
 from pathlib import Path
 
 from lib.base.atomic import beside, disk_errors, read_json, remove, write_json
-from lib.base.process import HOST, has_ended, signature
+from lib.base.process import HOST, has_ended, signature, user
 from lib.base.typed import Mistyped, parse
 
 TOUCH_SECONDS, SILENT_SECONDS = 20, 600  # a holder whose process cannot be seen from here is gone after so long
@@ -61,7 +60,7 @@ def _taken(lock: Path, mine: Path) -> bool:
     new = beside(lock)
     with disk_errors(lock):
         try:
-            write_json(new / mine.name, asdict(Holder(_user(), HOST, signature())))
+            write_json(new / mine.name, asdict(Holder(user(), HOST, signature())))
             new.rename(lock)
         except OSError as e:
             if e.errno not in HELD:
@@ -100,10 +99,3 @@ def _touch(path: Path, done: threading.Event) -> None:
     while not done.wait(TOUCH_SECONDS):
         with suppress(OSError):
             os.utime(path)
-
-
-def _user() -> str:
-    try:
-        return getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

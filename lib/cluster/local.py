@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lib.base.atomic import listed, own_folder, read_json, write_json
 from lib.base.errors import DONE, REQUEUE, UserError, exit_with
-from lib.base.process import HOST, pid_started
+from lib.base.process import HOST, own_name, pid_started
 from lib.base.typed import Mistyped, parse
 from lib.run.queue import Queue, log_of
 from lib.run.site import ROOT
@@ -132,7 +132,7 @@ def leased(plan: Plan, queue: Queue) -> Iterator[tuple[str, list[int]]]:
     wanted = plan.gpus or 1
     while len(names) < wanted and not queue.cancelled:
         for name, lease in _free(plan, queue).items():
-            if len(names) < wanted and (held := _own(lease)):
+            if len(names) < wanted and (held := own_name(lease)):
                 names.append(name)
                 taken.append(held)
         if len(names) < wanted:
@@ -153,17 +153,6 @@ def _free(plan: Plan, queue: Queue) -> dict[str, str]:
         return {gpu.index: f"gpu-{gpu.uuid}" for gpu in gpus() if gpu.used_mib < BUSY_MIB}
     scratch = hashlib.sha256(str(queue.folder.parent.parent.parent).encode()).hexdigest()[:16]
     return {str(number): f"slot-{os.getuid()}-{scratch}-{number}" for number in range(plan.workers)}
-
-
-def _own(lease: str) -> socket.socket | None:
-    """A name that the kernel gives to one process, and those that it starts, and takes back when they have ended."""
-    name = socket.socket(socket.AF_UNIX)
-    try:
-        name.bind(f"\0hpc-job-suite-{lease}")
-    except OSError:
-        name.close()
-        return None
-    return name
 
 
 @dataclass(frozen=True)
@@ -208,7 +197,7 @@ def workers_for(per_task: int, most: int) -> int:
 
 def is_leased(gpu: Gpu) -> bool:
     """By a task of this suite, which will end: a submission queues behind it."""
-    held = _own(f"gpu-{gpu.uuid}")
+    held = own_name(f"gpu-{gpu.uuid}")
     if held:
         held.close()
     return held is None

@@ -7,17 +7,15 @@ inherits. While one of them lives the name is taken; who gets it afterwards, one
 import errno
 import os
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from getpass import getuser
 from pathlib import Path
 
 from lib.base.atomic import beside, disk_errors, read_json, remove, write_json
 from lib.base.errors import UserError
-from lib.base.process import HOST, pid_started
+from lib.base.process import HOST, own_name, pid_started, user
 from lib.base.typed import Mistyped, parse
 from lib.store.markers import sweep
 
@@ -45,7 +43,7 @@ class Holder:
 def submitting(folder: Path) -> Iterator[int]:
     """Nobody else submits this experiment meanwhile. Yields a descriptor for the children that count as the holder."""
     token, path = secrets.token_hex(16), folder / NAME
-    name = _own(token)
+    name = own_name(token)
     if name is None:
         raise UserError("this system refuses a socket name; see `ulimit -n`")
     with name:
@@ -56,19 +54,8 @@ def submitting(folder: Path) -> Iterator[int]:
             _clear(path, token)
 
 
-def _own(token: str) -> socket.socket | None:
-    """A name that the kernel gives to one process of this machine, and takes back when it has ended."""
-    name = socket.socket(socket.AF_UNIX)
-    try:
-        name.bind(f"\0hpc-job-suite-{token}")
-    except OSError:
-        name.close()
-        return None
-    return name
-
-
 def _take(path: Path, token: str) -> None:
-    me = Holder(_user(), HOST, _network(), os.getpid(), pid_started(os.getpid()), time.time(), token)
+    me = Holder(user(), HOST, _network(), os.getpid(), pid_started(os.getpid()), time.time(), token)
     new = beside(path)
     sweep(path.parent)
     try:
@@ -104,7 +91,7 @@ def _clear_dead(path: Path, holder: Holder) -> None:
         old = time.time() - holder.since > OLD_SECONDS
         fix = f"that is long: if it has ended there, delete {path}" if old else "try again when it is done"
         raise UserError(f"{_who(holder)}; {fix}")
-    name = _own(holder.token)
+    name = own_name(holder.token)
     if name:
         with name:
             time.sleep(SETTLE_SECONDS)
@@ -139,10 +126,3 @@ def _who(holder: Holder) -> str:
 def _network() -> str:
     """Names in the kernel are those of a network namespace: a container of the same host name may have its own."""
     return str(Path("/proc/self/ns/net").readlink())
-
-
-def _user() -> str:
-    try:
-        return getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())

@@ -65,12 +65,15 @@ class Request:
         return spoken(self.config, self.overrides)
 
 
-def by_hand(r: Request, indices: Sequence[int] = ()) -> list[str]:
-    """What to type on a login node for a stage that needs a network, or no GPU, where no partition is for that."""
-    if r.experiment.on_gpu or not slurm.has_slurm() or r.site.env.get("SUITE_CPU_PARTITION"):
-        return []
+def is_by_hand(r: Request) -> bool:
+    """Whether a stage that needs a network, or no GPU, has no partition that is for that."""
+    return not r.experiment.on_gpu and slurm.has_slurm() and not r.site.env.get("SUITE_CPU_PARTITION")
+
+
+def by_hand(r: Request, indices: Sequence[int]) -> list[str]:
+    """What to type on a login node instead."""
     words = shlex.join(["--config", str(r.config), *r.overrides])
-    return [f".venv/bin/python -m jobs.{r.experiment.job} {words} --index {i}" for i in indices] or ["..."]
+    return [f".venv/bin/python -m jobs.{r.experiment.job} {words} --index {i}" for i in indices]
 
 
 def why_by_hand(r: Request) -> str:

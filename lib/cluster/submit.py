@@ -21,6 +21,7 @@ from lib.cluster.plan import plan as plan_of
 from lib.cluster.send import (
     Request,
     by_hand,
+    is_by_hand,
     longest_minutes,
     sbatch,
     sbatch_command,
@@ -102,7 +103,7 @@ def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, he
     indices, after = _waits(r, indices)
     if not indices:
         return False
-    if by_hand(r):
+    if is_by_hand(r):
         print("\n".join([why_by_hand(r), *(f"next: {command}" for command in by_hand(r, indices))]))
         return True
     arrays, first = batches(r, indices, after), True
@@ -165,7 +166,7 @@ def show(r: Request, indices: list[int], throttle: int | None) -> None:
         plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
         arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
     else:
-        after = _waits(r, indices)[1] if not by_hand(r) else {}
+        after = _waits(r, indices)[1]
         arrays = batches(r, [i for i in indices if cells[i].name in after], after)
     for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}), strict=True):
         print(f"# would {_would(r, array, tasks)}")
@@ -179,7 +180,7 @@ def show(r: Request, indices: list[int], throttle: int | None) -> None:
 
 
 def _would(r: Request, array: Array, tasks: int) -> str:
-    if by_hand(r):
+    if is_by_hand(r):
         return f"run by hand: {'; '.join(by_hand(r, array.indices))}"
     if slurm.has_slurm():
         return f"run: {shlex.join(sbatch_command(r, array, tasks, '<tasks>'))}"

@@ -9,8 +9,7 @@ from lib.inputs.records import Messages
 from lib.inputs.verified import checked_model
 from lib.lls.experiment import LLSCross, Scoring
 from lib.run.command import Job
-from lib.run.rows import run_cell
-from lib.run.task import run_task
+from lib.run.task import run_rows
 from lib.store import Cell
 from lib.store.columns import Schema
 
@@ -24,19 +23,7 @@ FEWEST_CHECKED = 16  # rows: a spread from fewer is a guess
 
 def compute(this: Job) -> int:
     experiment = this.of(Scoring)
-    schema = experiment.schema(this.site.cache)
-
-    def work(cell: Cell) -> int:
-        return run_cell(
-            cell,
-            schema,
-            lambda: load_kernel(this, experiment, cell),
-            shard_rows=experiment.run.shard_rows,
-            log_seconds=experiment.run.log_seconds,
-            gpus=experiment.run.gpus,
-        )
-
-    return run_task(this, work)
+    return run_rows(this, lambda cell: load_kernel(this, experiment, cell))
 
 
 def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, str]]:

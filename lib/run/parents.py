@@ -3,7 +3,7 @@ stage has run, and a child that starts looks whether it can."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from lib.run.extent import extent
@@ -42,14 +42,19 @@ def read_from(cell: Cell) -> dict[str, str]:
 
 def made_again(cell: Cell, pieces: Iterable[Piece]) -> list[str]:
     """The parents with other contents than some piece of the cell was made from."""
-    now, said = read_from(cell), [piece.made.parents for piece in pieces]
-    return [name for name, sha in now.items() if any(parents.get(name, sha) != sha for parents in said)]
+    now = read_from(cell)
+    return sorted({name for piece in pieces for name in _others(piece, now)})
+
+
+def _others(piece: Piece, now: Mapping[str, str]) -> list[str]:
+    return [name for name, sha in now.items() if piece.made.parents.get(name, sha) != sha]
 
 
 def without_older_parents(cell: Cell, pieces: list[P]) -> tuple[list[P], list[Bad]]:
     """Of a cell that goes on, the pieces made from what its parents hold now, and the others: the two must not meet in
     one result."""
-    older = {piece.path: names for piece in pieces if (names := made_again(cell, [piece]))}
+    now = read_from(cell)
+    older = {piece.path: names for piece in pieces if (names := _others(piece, now))}
     bad = [
         Bad(path, f"it was made from another copy of {', '.join(names)}", seen(path)) for path, names in older.items()
     ]

@@ -8,20 +8,22 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lib.base.advice import advised
-from lib.base.atomic import write_bytes
+from lib.base.atomic import read_file, write_bytes
 from lib.base.errors import DONE, REQUEUE, USER, UserError
-from lib.base.typed import Mistyped, parse
+from lib.base.typed import parse
 from lib.run import queue
 from lib.run.command import Job
 from lib.run.extent import extent
 from lib.run.heartbeat import Heartbeat
 from lib.run.lifecycle import Notice, Terminated, heed_signals, stopped_by
 from lib.run.parents import why_blocked
+from lib.run.rows import Kernel, run_cell
 from lib.run.site import ROOT
 from lib.store import Cell
 
@@ -53,12 +55,12 @@ def frozen(folder: Path, name: str) -> Tasks:
         raise UserError(f"--tasks={name[:40]} is nothing that a submission wrote; submit again")
     path = _path(folder, name)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
         if hashlib.sha256(data).hexdigest()[:16] == name:
             them = parse(Tasks, json.loads(data), exact=True)
             if all(index.isdecimal() and cells for index, cells in them.cells.items()):
                 return them
-    except (OSError, ValueError, RecursionError, Mistyped):
+    except (OSError, ValueError, RecursionError):
         pass
     raise UserError(f"{path}, which says what this array's tasks are, is not what was submitted; submit again")
 
@@ -85,6 +87,24 @@ def run_task(this: Job, work: Callable[[Cell], int]) -> int:
             return code
         except Terminated as t:
             return stopped_by(t, "finished pieces")
+
+
+def run_rows(this: Job, load: Callable[[Cell], tuple[Kernel, Mapping[str, Any]]]) -> int:
+    """`run_task` for cells of rows: `load` makes a cell's kernel, where there is something left to do."""
+    experiment = this.experiment
+    schema = experiment.schema(this.site.cache)
+
+    def work(cell: Cell) -> int:
+        return run_cell(
+            cell,
+            schema,
+            lambda: load(cell),
+            shard_rows=experiment.shard_rows(this.site.cache, cell.name),
+            log_seconds=experiment.run.log_seconds,
+            gpus=experiment.run.gpus,
+        )
+
+    return run_task(this, work)
 
 
 def task_of(this: Job) -> list[Cell]:
