@@ -50,7 +50,8 @@ def folder(tmp_path_factory):
             rows.text_sha256.append("0" * 64)
             rows.held_out.append(False)
         digest = experiment.data.digest(here / "cache", experiment.model, name)
-        save_samples(here / "cache", name, digest, rows, source="a/b", commit="0" * 40, attributes={})
+        source = experiment.data.sets()[name][0].id
+        save_samples(here / "cache", name, digest, rows, source=source, commit="0" * 40, attributes={})
     return here
 
 
