@@ -1,0 +1,1 @@
+"""SparC3's pruning: which neurons and weights go, taking them out of a loaded model, and a folder without them."""
