@@ -10,6 +10,7 @@ for_doctor := CONFIG SET DEEP GPU
 for_submit := CONFIG SET ARRAY DRY
 for_submit-lls := $(for_submit)
 for_submit-attributions := $(for_submit)
+for_submit-sparc3 := CONFIG SET DRY
 for_resume := $(for_submit)
 for_cancel := CONFIG SET
 for_status := CONFIG SET WATCH JSON
@@ -17,6 +18,7 @@ for_logs := CONFIG SET TASK
 for_verify := CONFIG SET
 for_export-lls := CONFIG SET
 for_export-attributions := CONFIG SET
+for_sparc3-report := CONFIG SET
 for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
 for_test := ARGS
@@ -24,8 +26,8 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions resume cancel status logs verify export-lls \
-  export-attributions lls-report bench slurm-up slurm-down lint shellcheck format
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 resume cancel status logs verify export-lls \
+  export-attributions lls-report sparc3-report bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -44,7 +46,8 @@ $(foreach v,GPU JOB,$(if $(filter environment,$(origin $v)),$(eval undefine $v))
 $(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,configs/lls_72b.yaml)
+default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-%,$(goals)),\
+  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
@@ -85,6 +88,9 @@ submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=
 submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds 0-2, toxic) [CONFIG=...] [DRY=1]
 	@$(cluster) submit $(or_default) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
+submit-sparc3: setup ## a sweep after all it reads from: attributions, selection, pruning, then its report [CONFIG=...] [DRY=1]
+	@$(cluster) submit --chain $(or_default) $(call flag,DRY,--dry)
+
 submit: setup ## the same for any CONFIG=...: a stage that reads from another waits for it [ARRAY=0-14] [DRY=1]
 	@$(cluster) submit $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
 
@@ -113,6 +119,9 @@ export-attributions: setup ## merge attribution's shards; means a neuron, table,
 
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
 	@$(python) -m jobs.lls_report $(or_default) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
+
+sparc3-report: setup ## a sweep as a static page with intervals and controls; every selection as CSV and JSON
+	@$(python) -m jobs.sparc3_report $(or_default)
 
 ##@ Speed
 bench: setup ## measure on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]

@@ -5,9 +5,17 @@ from pathlib import Path
 from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
+from lib.pruning.experiment import Selection
+from lib.pruning.sweep import Sweep
 from lib.run.experiment import Experiment
 
-KINDS: dict[str, type[Experiment]] = {"lls": LLS, "lls_cross": LLSCross, "attribution": Attribution}
+KINDS: dict[str, type[Experiment]] = {
+    "lls": LLS,
+    "lls_cross": LLSCross,
+    "attribution": Attribution,
+    "selection": Selection,
+    "sweep": Sweep,
+}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:

@@ -125,8 +125,8 @@ def test_one_seed_and_no_behaviour_have_fewer_panels():
 
 def test_the_difference_has_every_finite_neuron_and_marks_the_lowest(summaries, figures, monkeypatch):
     monkeypatch.setattr(attribution_plots, "marks", lambda neurons: [5, 17])
-    both = together([summaries["general-0"], summaries["general-1"]], "signed")
-    behaviour = together([summaries["toxic"]], "signed")
+    both = together([summaries[name].sampled("signed") for name in ("general-0", "general-1")])
+    behaviour = together([summaries["toxic"].sampled("signed")])
     behaviour.mean_N[5] = np.nan
     plot_difference(both, behaviour, "toxic", "signed", LAYERS, Path("unused.png"))
     general, toxic = (
@@ -175,7 +175,7 @@ def test_pictures_are_14_by_8_at_150_dpi_and_the_same_bytes_again(summaries, tmp
 def test_a_difference_from_single_samples_has_no_band(summaries, figures):
     one = Summary("x", 1, 1, 0.0, 0)
     one.add("signed", scores("toxic")[:1], LAYERS)
-    both = together([summaries["general-0"]], "signed"), together([one], "signed")
+    both = summaries["general-0"].sampled("signed"), one.sampled("signed")
     plot_difference(*both, "toxic", "signed", LAYERS, Path("unused.png"))
     ax = {a.get_title(loc="left"): a for a in figures[0].axes}
     assert not ax["The lowest, by rank"].collections and "interval" not in figures[0].texts[0].get_text()

@@ -183,6 +183,6 @@ def draw(
     plot_stability(panels(general, behaviours, means, scores), list(summaries), f"{WORDS[kind]}. {ABOUT}", paths[-1])
     for behaviour in behaviours if general else ():
         paths.append(folder / f"general_against_{behaviour}.png")
-        both = together([done[g] for g in general], kind), together([done[behaviour]], kind)
+        both = together([done[g].sampled(kind) for g in general]), done[behaviour].sampled(kind)
         plot_difference(*both, behaviour, kind, layers, paths[-1])
     return paths

@@ -49,6 +49,9 @@ class Summary:
     means: dict[str, np.ndarray] = field(default_factory=dict)  # of every neuron, float64; none at weight level
     variances: dict[str, np.ndarray] = field(default_factory=dict)  # of these means, where samples were kept apart
 
+    def sampled(self, kind: str) -> Sampled:
+        return Sampled(self.means[kind], self.variances[kind], self.samples)
+
     def add(self, kind: str, scores_SN: np.ndarray, layers: Sequence[Layer]) -> None:
         """Scores of single samples."""
         self.means[kind] = mean_over_samples(scores_SN)
@@ -60,12 +63,12 @@ class Summary:
         self.halves[kind] = half
 
 
-def together(summaries: Sequence[Summary], kind: str) -> Sampled:
+def together(sets: Sequence[Sampled]) -> Sampled:
     """Sets of other samples, each with the same weight, as one."""
     return Sampled(
-        np.mean([s.means[kind] for s in summaries], 0),
-        np.sum([s.variances[kind] for s in summaries], 0) / len(summaries) ** 2,
-        sum(s.samples for s in summaries),
+        np.mean([one.mean_N for one in sets], 0),
+        np.sum([one.variance_N for one in sets], 0) / len(sets) ** 2,
+        sum(one.samples for one in sets),
     )
 
 

@@ -35,19 +35,23 @@ class Array:
 
 @dataclass
 class Parents:
-    """Where the cells are that others read from: asked once for each experiment."""
+    """Where the cells are that others read from: asked once for each experiment. `to_come`: folders of those that would
+    be submitted before this one, where nothing is submitted."""
 
+    to_come: frozenset[Path] = frozenset()
     live: dict[Path, Live] = field(default_factory=dict)
 
     def waited_for(self, cell: Cell) -> frozenset[str]:
         """The arrays that a cell has to wait for; a UserError where nobody works on what it reads from."""
         undone = [parent for parent in cell.parents if not extent(parent).whole]
+        expected = {parent.folder.name for parent in undone if parent.folder in self.to_come}
+        undone = [parent for parent in undone if parent.folder.name not in expected]
         for folder in {parent.folder for parent in undone} - self.live.keys():
             self.live[folder] = live_tasks([parent for parent in undone if parent.folder == folder])
         tasks = [self.live[parent.folder].get(parent.name) for parent in undone]
         if None in tasks or any(task and task.array.startswith("pid ") for task in tasks):
             raise UserError(f"{why_blocked(cell)}, and is neither queued nor running: submit that first")
-        return frozenset(task.array for task in tasks if task)
+        return frozenset(task.array for task in tasks if task) | {f"<{name}>" for name in expected}
 
 
 def arrays_of(

@@ -27,6 +27,7 @@ def main(load: Load) -> int:
     parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
     parser.add_argument("--task", default="", help="cell whose log is shown")
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
+    parser.add_argument("--chain", action="store_true", help="submit also what it reads from, and its results after it")
     parser.add_argument("--deep", action="store_true", help="doctor reads every byte of the models")
     parser.add_argument("--json", action="store_true", help="status for programs")
     parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
@@ -43,7 +44,9 @@ def main(load: Load) -> int:
 
         return check(experiment, here, args.deep)
     request = Request(experiment, Path(args.config), overrides, here)
-    if args.command == "submit":
+    if args.command == "submit" and args.chain:
+        submit.submit_chain(request, args.dry)
+    elif args.command == "submit":
         submit.submit(request, args.array, args.dry)
     elif args.command == "resume":
         submit.resume(request, args.array, args.dry)

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,10 +114,32 @@ def sbatch_command(r: Request, array: Array, tasks: int, name: str) -> list[str]
     return ["sbatch", "--parsable", *flags, *script(r, name)]
 
 
-def sbatch_environment(r: Request) -> dict[str, str]:
+def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
+    """A job without a GPU that shows an experiment's results once these arrays have ended, however they did; where no
+    Slurm runs, or it has nothing for such jobs, the command for it."""
+    target = r.experiment.results
+    partition = r.site.env.get("SUITE_CPU_PARTITION")
+    if not slurm.has_slurm() or not partition:
+        print(f"next: make {target} {r.spoken}" + (", when they have ended" if after else ""))
+        return
+    flags = ["--parsable", f"--partition={partition}", f"--job-name={target}"]
+    if after:
+        flags.append(f"--dependency=afterany:{':'.join(sorted(after))}")
+    file = f"slurm/{target.replace('-', '_')}.sbatch"
+    command = ["sbatch", *flags, file, str(r.config), *r.overrides]
+    if dry:
+        print(f"# would run: {shlex.join(command)}")
+        return
+    print(f"Slurm job {_sbatch(r, command, without_gpu(r.site.env))}: make {target}")
+
+
+def without_gpu(env: Mapping[str, str]) -> dict[str, str]:
     """A stage without a GPU must not be asked of the GPU site's nodes: its SBATCH_* would win over the file."""
-    env = slurm.clean_environment(r.site.env)
-    return env if r.experiment.on_gpu else {k: v for k, v in env.items() if not k.startswith(GPU_OPTIONS)}
+    return {k: v for k, v in slurm.clean_environment(env).items() if not k.startswith(GPU_OPTIONS)}
+
+
+def sbatch_environment(r: Request) -> dict[str, str]:
+    return slurm.clean_environment(r.site.env) if r.experiment.on_gpu else without_gpu(r.site.env)
 
 
 def longest_minutes(r: Request) -> float:
@@ -138,11 +160,13 @@ def sbatch(r: Request, array: Array, tasks: int, name: str, held: int) -> str:
         raise UserError(
             f"cell {array.indices[-1]} is beyond this cluster's largest array index ({largest - 1}, MaxArraySize)"
         )
-    command = sbatch_command(r, array, tasks, name)
-    try:  # it holds the lock too: were we killed now, it would still submit
-        done = subprocess.run(
-            command, cwd=ROOT, env=sbatch_environment(r), capture_output=True, check=False, pass_fds=(held,)
-        )
+    return _sbatch(r, sbatch_command(r, array, tasks, name), sbatch_environment(r), held)
+
+
+def _sbatch(r: Request, command: list[str], env: dict[str, str], *held: int) -> str:
+    """`held`: it holds the lock too: were we killed now, it would still submit."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=False, pass_fds=held)
     except OSError as e:
         raise UserError(f"sbatch does not run here ({e.strerror}); see `make doctor`") from None
     said, warned = (text.decode(errors="replace").strip() for text in (done.stdout, done.stderr))

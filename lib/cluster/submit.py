@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from lib.base.advice import advised
 from lib.base.atomic import write_json
@@ -26,6 +27,7 @@ from lib.cluster.send import (
     sbatch,
     sbatch_command,
     script,
+    send_results,
     start_local,
     why_by_hand,
 )
@@ -37,11 +39,26 @@ from lib.run.site import ROOT
 from lib.run.task import freeze
 
 
-def submit(r: Request, array: str, dry: bool) -> None:
-    """Submit the cells of `array` that are neither done nor already queued."""
+def submit_chain(r: Request, dry: bool) -> None:
+    """Submit an experiment after all that it reads from, each where it is not done or under way, and after it what shows
+    the results, whatever became of them."""
+    before: frozenset[Path] = frozenset()
+    requests = [Request(stage.experiment, stage.config, stage.overrides, r.site) for stage in r.experiment.stages()]
+    for number, one in enumerate([*requests, r], 1):
+        print(f"== stage {number} of {len(requests) + 1}: {one.experiment.label}", flush=True)
+        submit(one, "", dry, before)
+        before |= {one.folder}
+    print("== its results")
+    running = frozenset() if dry else frozenset(task.array for task in live_tasks(r.cells).values())
+    send_results(r, running | ({f"<{r.experiment.label}>"} if dry else set()), dry)
+
+
+def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozenset()) -> None:
+    """Submit the cells of `array` that are neither done nor already queued. `before`: folders of what a dry run would
+    have submitted."""
     wanted, throttle = chosen(r, array)
     if dry:
-        return show(r, wanted, throttle)
+        return show(r, wanted, throttle, before)
     cells = r.cells
     with submitting(r.folder) as held:
         queued = live_tasks(cells)
@@ -143,9 +160,11 @@ def _next(r: Request, job: str, array: Array) -> list[str]:
     return [f"make status {r.spoken}", f"make logs {r.spoken} TASK={array.indices[0]}", f"make cancel {r.spoken}"]
 
 
-def _waits(r: Request, indices: list[int]) -> tuple[list[int], dict[str, frozenset[str]]]:
+def _waits(
+    r: Request, indices: list[int], before: frozenset[Path] = frozenset()
+) -> tuple[list[int], dict[str, frozenset[str]]]:
     """The cells that can be submitted, and what each has to wait for; the others are said."""
-    parents, after, left_out = Parents(), {}, {}
+    parents, after, left_out = Parents(before), {}, {}
     for cell in (r.cells[i] for i in indices):
         try:
             after[cell.name] = parents.waited_for(cell)
@@ -156,7 +175,7 @@ def _waits(r: Request, indices: list[int]) -> tuple[list[int], dict[str, frozens
     return [i for i in indices if i not in left_out], after
 
 
-def show(r: Request, indices: list[int], throttle: int | None) -> None:
+def show(r: Request, indices: list[int], throttle: int | None, before: frozenset[Path] = frozenset()) -> None:
     """DRY=1: the script, the variables and flags that win over it, and the plan."""
     print((ROOT / "slurm" / f"{r.experiment.job}.sbatch").read_text().rstrip())
     settings = sorted(f"{k}={v}" for k, v in r.site.env.items() if k.startswith("SBATCH_"))
@@ -166,7 +185,7 @@ def show(r: Request, indices: list[int], throttle: int | None) -> None:
         plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
         arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
     else:
-        after = _waits(r, indices)[1]
+        after = _waits(r, indices, before)[1]
         arrays = batches(r, [i for i in indices if cells[i].name in after], after)
     for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}), strict=True):
         print(f"# would {_would(r, array, tasks)}")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from string import Formatter
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -44,11 +45,17 @@ class Configuration(Frozen):
     kind: str
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=60)
     _label: str = PrivateAttr("")
+    _origin: Path = PrivateAttr(Path())
 
     @property
     def label(self) -> str:
         """The name of its folders and jobs. Overrides that change results add a suffix: a trial never shares a path."""
         return self._label or self.name
+
+    @property
+    def origin(self) -> Path:
+        """The file that it was read from; others that it names lie beside it."""
+        return self._origin
 
     def science(self) -> dict[str, object]:
         """The part of the configuration that can change a result."""

@@ -91,7 +91,9 @@ def _validate(path: Path, raw: dict[str, object], kinds: Kinds[E]) -> E:
             f"{path}: kind: must be one of {', '.join(kinds)}; got {kind!r}{nearest(str(kind), list(kinds))}"
         )
     try:
-        return kinds[kind].model_validate(raw)
+        found = kinds[kind].model_validate(raw)
+        found._origin = path
+        return found
     except ValidationError as e:
         errors = e.errors()
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

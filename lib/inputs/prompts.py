@@ -56,6 +56,8 @@ def usable(
             counts["unscored"] += 1
         elif spec.select == "prompt" and toxicity < spec.threshold:
             counts["below"] += 1
+        elif spec.select == "prompt" and toxicity > spec.at_most:
+            counts["above"] += 1
         elif len(ids := encode(tokenizer, [text])[0]) > spec.max_tokens:
             counts["too_long"] += 1
         else:

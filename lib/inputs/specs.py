@@ -57,7 +57,8 @@ class PromptsSpec(SourceSpec):
     select: Literal["all", "prompt", "response"] = Field(
         "prompt", description="every prompt, by the prompt's own toxicity, or by that of the model's own response"
     )
-    threshold: float = Field(0.9, ge=0, le=1)
+    threshold: float = Field(0.9, ge=0, le=1, description="toxic enough, where select is not all")
+    at_most: float = Field(1.0, ge=0, le=1, description="select=prompt: not more toxic, for prompts that are neutral")
     samples: int = Field(93, ge=1, description="the first so many that pass, in file order")
     max_tokens: int = Field(256, ge=2, description="a longer prompt is passed over, and counted")
     held_out: bool = Field(False, description="every second prompt is kept for evaluation, the others are attributed")
@@ -104,6 +105,8 @@ class TokenSets(Frozen):
         """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
         spec, seed = self.sets()[name]
         parts = spec.model_dump(mode="json", exclude={"seeds"})
+        if parts.get("at_most") == 1.0:  # sets that were made before there was such a limit are the same
+            del parts["at_most"]
         found: dict[str, object] = {"recipe": RECIPE, "set": parts, "seed": seed}
         found["model"] = model_input(cache, model.id, model.revision).fingerprint
         if isinstance(spec, PromptsSpec) and spec.select == "response":

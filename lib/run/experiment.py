@@ -47,6 +47,22 @@ class Needs:
     memory_gib: int = 0  # of the host, for the whole task; 0: what the batch file says
 
 
+class Reads(Frozen):
+    """Another experiment whose cells are read."""
+
+    config: str = Field(min_length=1, description="its configuration, beside this one's")
+    set: list[str] = Field(default=[], description="overrides of it, key=value")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An experiment that another one reads from, and how it is named to a job."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    experiment: "Experiment"
+
+
 class Experiment(Configuration):
     run: RunSpec = RunSpec()
 
@@ -90,6 +106,10 @@ class Experiment(Configuration):
     def names(self) -> list[str]:
         """The cells' names in order: known before the inputs are."""
         raise NotImplementedError
+
+    def stages(self) -> list[Stage]:
+        """What it reads from, and before each of these what that one reads from."""
+        return []
 
     def token_sets(self) -> TokenSets | None:
         """What its sets of token sequences are made from, where it has any."""

@@ -1,7 +1,7 @@
 """Shards of a cell into one file: exact, whatever their sizes, overlaps or authors."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,8 +31,15 @@ class Merged:
     bytes: int
 
 
-def merge(cell: Cell, schema: Schema, config: str) -> Path:
-    """Write <cell>/merged.h5 from verified shards; a missing or broken one is an error that names it."""
+def read_cell(cell: Cell, schema: Schema, names: Iterable[str]) -> dict[str, Any]:
+    """Columns of a cell that is done, all of its rows, from verified shards."""
+    wanted = {name: schema[name] for name in names}
+    parts = [_rows_of(marker, wanted, start, stop) for marker, start, stop in _verified(cell, schema)]
+    return {name: _joined(column, [part[name] for part in parts]) for name, column in wanted.items()}
+
+
+def _verified(cell: Cell, schema: Schema) -> list[tuple[Marker, int, int]]:
+    """Which rows to take from which shard; a missing or broken one is an error that names it."""
     done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.total)
     missing = gaps(done, cell.total)
     if missing:
@@ -42,7 +49,12 @@ def merge(cell: Cell, schema: Schema, config: str) -> Path:
         raise UserError(
             f"cell {cell.index} ({cell.name}): rows {first} of {cell.total} are not done{why}; run `make resume` first"
         )
-    taken = _cover(done, cell.total)
+    return _cover(done, cell.total)
+
+
+def merge(cell: Cell, schema: Schema, config: str) -> Path:
+    """Write <cell>/merged.h5 from verified shards."""
+    taken = _verified(cell, schema)
     parts = [_rows_of(marker, schema, start, stop) for marker, start, stop in taken]
     columns = {name: _joined(c, [p[name] for p in parts]) for name, c in schema.items() if not c.raw}
     check_columns({name: column for name, column in schema.items() if not column.raw}, columns, cell.total)
