@@ -40,7 +40,7 @@ from lib.run.task import freeze
 
 
 def submit_chain(r: Request, dry: bool) -> None:
-    """Submit an experiment after all that it reads from, each where it is not done or under way, and after it what shows
+    """Submit an experiment after all that it reads from, each where it is not done or under way, and last what shows
     the results, whatever became of them."""
     before: frozenset[Path] = frozenset()
     requests = [Request(stage.experiment, stage.config, stage.overrides, r.site) for stage in r.experiment.stages()]

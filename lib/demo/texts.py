@@ -39,6 +39,12 @@ def write_demo_texts(folder: Path) -> None:
     write_bytes(folder / "prompts" / "prompts.jsonl", lines.encode())
 
 
+def general_texts() -> list[str]:
+    """What a model may learn from: all topics but those that perplexity is measured on."""
+    topics = sorted(pydoc_data.topics.topics)
+    return [piece["text"] for topic in topics if topic not in topics[::10] for piece in _pieces(topic)]
+
+
 def _pieces(topic: str) -> list[dict[str, str]]:
     """A topic cut at empty lines into documents; the last one may be short."""
     pieces, piece = [], ""

@@ -4,7 +4,7 @@ Knows no model, no torch."""
 from lib.store.columns import Column, read_columns
 from lib.store.folders import Folder, commit_folder, scan_folders
 from lib.store.markers import Piece, needed, retire
-from lib.store.merge import merge, read_cell
+from lib.store.merge import merge, read_cell, read_done
 from lib.store.raw import read_array
 from lib.store.shards import Cell, Marker, commit, gaps, plan_shards, scan
 
@@ -23,6 +23,7 @@ __all__ = [
     "read_array",
     "read_cell",
     "read_columns",
+    "read_done",
     "retire",
     "scan",
     "scan_folders",

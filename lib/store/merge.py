@@ -18,7 +18,7 @@ from lib.store.columns import Column, Schema, Values, check_columns, read_column
 from lib.store.contents import why_wrong
 from lib.store.markers import needed, set_aside
 from lib.store.raw import read_array, write_with_raw
-from lib.store.shards import Cell, Marker, gaps, scan
+from lib.store.shards import MOST_ROWS, Cell, Marker, gaps, scan
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ def read_cell(cell: Cell, schema: Schema, names: Iterable[str]) -> dict[str, Any
     wanted = {name: schema[name] for name in names}
     parts = [_rows_of(marker, wanted, start, stop) for marker, start, stop in _verified(cell, schema)]
     return {name: _joined(column, [part[name] for part in parts]) for name, column in wanted.items()}
+
+
+def read_done(cell: Cell, schema: Schema) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every row that is there, by itself, of a cell that need not be done."""
+    done, bad = scan(cell.path, cell.digest, deep=True, schema=schema, rows=cell.rows or MOST_ROWS)
+    set_aside(bad)
+    for marker, start, stop in _cover(done, cell.rows or MOST_ROWS):
+        for row in range(start, stop):
+            yield row, _rows_of(marker, schema, row, row + 1)
 
 
 def _verified(cell: Cell, schema: Schema) -> list[tuple[Marker, int, int]]:
@@ -102,7 +111,7 @@ def _cover(done: list[Marker], rows: int) -> list[tuple[Marker, int, int]]:
     taken, at = [], 0
     for marker in sorted(done, key=lambda m: (m.start, -m.stop)):
         if marker.stop > at and at < rows:
-            taken.append((marker, at, min(marker.stop, rows)))
+            taken.append((marker, max(at, marker.start), min(marker.stop, rows)))
             at = marker.stop
     return taken
 
