@@ -114,7 +114,7 @@ class Decoder:
     def hidden(self, batch: Batch, prefix: Prefix) -> torch.Tensor:
         """Normed hidden states [P, D] at the batch's predicting positions, on the last device. Does not wait for it."""
         x_MD = self._forward(batch, prefix)
-        where = _to(batch.where, x_MD.device)
+        where = to_device(batch.where, x_MD.device)
         picked_PD = x_MD[where]
         out_PD = torch.empty_like(picked_PD)
         with on(x_MD.device):
@@ -128,7 +128,7 @@ class Decoder:
         must_know(int(targets.min()), int(targets.max()), self.shape.vocabulary)
         pad = -count % block
         hidden_PD = torch.cat([hidden_PD, hidden_PD.new_zeros(pad, hidden_PD.shape[1])])
-        target_P = _to(np.pad(targets, (0, pad)), hidden_PD.device)
+        target_P = to_device(np.pad(targets, (0, pad)), hidden_PD.device)
         parts, logits_PV = [], hidden_PD.new_empty(block, self.shape.vocabulary)
         for i in range(0, count, block):
             matmul(hidden_PD[i : i + block], self.weights.head, logits_PV)
@@ -187,7 +187,7 @@ class Decoder:
 
     def _embed(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
         table = self.weights.embedding
-        rows = table[_to(ids, table.device)]
+        rows = table[to_device(ids, table.device)]
         return rows.pin_memory() if table.device != device and device.type == "cuda" else rows
 
 
@@ -220,11 +220,11 @@ class _Plan:
 
     def __init__(self, batch: Batch, device: torch.device, decoder: Decoder) -> None:
         cos, sin = decoder.rope[device]
-        positions = _to(batch.positions, device)
+        positions = to_device(batch.positions, device)
         self.cos, self.sin = cos[positions], sin[positions]
         if decoder.fused:
             group = decoder.shape.heads // decoder.shape.kv_heads
-            self.parts: Any = _to(decoder.ops.tiles(batch.segments, group), device)
+            self.parts: Any = to_device(decoder.ops.tiles(batch.segments, group), device)
         else:
             self.parts = batch.segments.tolist()
 
@@ -234,6 +234,6 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
