@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 from lrp_models import float64_everywhere, make, sequences
+from prunable import LOADERS, bits, decoder_bits, module
 from tools import tiny_llama, tiny_model, tiny_relative
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.base.errors import UserError
 from lib.checkpoint.families import FAMILIES
-from lib.models.load import load_decoder, load_model
+from lib.models.load import load_decoder
 from lib.models.packing import Item, pack
 from lib.pruning.linears import linears
 from lib.pruning.neurons import Pruner
 
-CPU = [torch.device("cpu")]
 IDS = torch.tensor(sequences(11, 11))
 
 
@@ -28,17 +28,9 @@ def inner(model: nn.Module) -> list[tuple[str, str]]:
     return [(f"layers.{i}.{up}", f"layers.{i}.{down}") for i in range(model.config.num_hidden_layers)]
 
 
-def module(model: nn.Module, name: str) -> nn.Linear:
-    return model.get_submodule(FAMILIES[model.config.model_type].names.stack.removesuffix("layers") + name)
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad(), float64_everywhere():
         return model(input_ids=IDS).logits
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
@@ -125,13 +117,6 @@ def everywhere(family: str, model: nn.Module) -> dict[str, list[int]]:
     return {name: [i % linear.weight.count, linear.weight.count - 1] for i, (name, linear) in enumerate(names.items())}
 
 
-def decoder_bits(decoder) -> list[bytes]:
-    tensors = [t for layer in decoder.weights.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
-    return [
-        t.numpy().tobytes() for t in [decoder.weights.embedding, decoder.weights.norm, decoder.weights.head, *tensors]
-    ]
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_decoders_merged_weights_become_those_of_the_pruned_model(family, folders, tmp_path):
     model, decoder = (load(str(folders[family]), "float32", *more) for load, more in LOADERS)
@@ -146,9 +131,6 @@ def test_the_decoders_merged_weights_become_those_of_the_pruned_model(family, fo
     with Pruner(decoder.weights, FAMILIES[family]).applied(some):
         assert decoder_bits(decoder) == want != before
     assert decoder_bits(decoder) == before
-
-
-LOADERS = ((load_model, ("sdpa", CPU)), (load_decoder, (64, 16)))
 
 
 def test_a_model_of_views_is_pruned_with_the_decoder(folders):

@@ -1,9 +1,10 @@
 """Answers of a model by transformers' own generate, drawn or the likeliest: plain, no hidden defaults."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lib.base.errors import UserError
 from lib.models.rope import positions
@@ -56,11 +57,11 @@ def sample_answers(
 def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str | None:
     if tokenizer.eos_token_id not in ids:
         return None
-    return _text(tokenizer, ids[: ids.index(tokenizer.eos_token_id)], skip_special_tokens=False)
+    return text_of(tokenizer, ids[: ids.index(tokenizer.eos_token_id)], skip_special_tokens=False)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], skip_special_tokens: bool) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
     assert isinstance(text, str)  # of one text's ids
     return text
 
@@ -72,7 +73,7 @@ def _plain(tokens: int, ends: list[int], pad: int, temperature: float | None) ->
         do_sample=temperature is not None,
         num_beams=1,
         temperature=1.0 if temperature is None else temperature,
-        top_k=0,
+        top_k=50 if temperature is None else 0,  # of no effect there, and 50 is for transformers "not set"
         top_p=1.0,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -83,27 +84,49 @@ def _plain(tokens: int, ends: list[int], pad: int, temperature: float | None) ->
     )
 
 
-@torch.inference_mode()
 def greedy(model: Generates, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], tokens: int) -> list[str]:
     """The most likely continuation of each prompt, up to the model's end or `tokens` tokens; not the prompt itself."""
+    made = continuations(model, tokenizer, prompts, tokens, max(map(len, prompts)))
+    return [text_of(tokenizer, ids) for ids in made]
+
+
+@torch.inference_mode()
+def continuations(
+    model: Generates,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    width: int,
+    processor: LogitsProcessor | None = None,
+) -> list[list[int]]:
+    """Token ids of each prompt's likeliest continuation, or of what the processor makes the likeliest, without the
+    model's end. `width`: tokens that prompts are padded to, in front."""
     ends = _ends(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    plain = _plain(tokens, ends, pad, None)
-    longest, most = max(map(len, prompts)), positions(model.config)
-    if most and longest + tokens > most:
-        raise UserError(
-            f"a prompt of {longest} tokens and a response of {tokens} do not fit into the model's {most} positions; "
-            "lower max_tokens or response_tokens of these prompts"
-        )
+    must_fit(model, width, tokens)
     must_know(min(map(min, prompts)), max(map(max, prompts)), vocabulary_of(model))
-    ids_BT = torch.full((len(prompts), longest), pad, device=model.device)
+    ids_BT = torch.full((len(prompts), width), pad)
     mask_BT = torch.zeros_like(ids_BT)
     for row, ids in enumerate(prompts):
-        ids_BT[row, longest - len(ids) :] = torch.tensor(ids, device=model.device)
-        mask_BT[row, longest - len(ids) :] = 1
-    made = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=plain)[:, longest:].tolist()
+        ids_BT[row, width - len(ids) :] = torch.as_tensor(ids)
+        mask_BT[row, width - len(ids) :] = 1
+    made = model.generate(
+        input_ids=ids_BT.to(model.device),
+        attention_mask=mask_BT.to(model.device),
+        generation_config=_plain(tokens, ends, pad, None),
+        logits_processor=LogitsProcessorList([processor] if processor else []),
+    )[:, width:].tolist()
     cut = [next((i for i, token in enumerate(row) if token in ends), len(row)) for row in made]
-    return [_text(tokenizer, row[:n], skip_special_tokens=True) for row, n in zip(made, cut, strict=True)]
+    return [row[:n] for row, n in zip(made, cut, strict=True)]
+
+
+def must_fit(model: Generates, prompt: int, response: int) -> None:
+    most = positions(model.config)
+    if most and prompt + response > most:
+        raise UserError(
+            f"a prompt of {prompt} tokens and a response of {response} do not fit into the model's {most} positions; "
+            "lower max_tokens or response_tokens of these prompts"
+        )
 
 
 def _ends(model: Generates, tokenizer: PreTrainedTokenizerBase) -> list[int]:

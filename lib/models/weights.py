@@ -62,7 +62,7 @@ def load_weights(
     have = model_tensors(folder, shape.tied)
     weights, pieces = _allocate(have, family, shape, dtype, devices, embed_on_host)
     with ThreadPoolExecutor(THREADS) as pool:
-        for done in [pool.submit(_copy, source, target) for source, target in pieces]:
+        for done in [pool.submit(copy_tensor, source, target) for source, target in pieces]:
             done.result()
     for device in devices:
         if device.type == "cuda":
@@ -142,7 +142,7 @@ def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
     return [devices[i * len(devices) // layers] for i in range(layers)]
 
 
-def _copy(source: Stored, target: torch.Tensor) -> None:
+def copy_tensor(source: Stored, target: torch.Tensor) -> None:
     """Read one tensor in pieces and put it into its place."""
     flat, dtype = target.view(-1), DTYPES[source.dtype]
     with source.path.open("rb", buffering=0) as f:
