@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,7 +133,7 @@ def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
     print(f"Slurm job {_sbatch(r, command, without_gpu(r.site.env))}: make {target}")
 
 
-def without_gpu(env: Mapping[str, str]) -> dict[str, str]:
+def without_gpu(env: dict[str, str]) -> dict[str, str]:
     """A stage without a GPU must not be asked of the GPU site's nodes: its SBATCH_* would win over the file."""
     return {k: v for k, v in slurm.clean_environment(env).items() if not k.startswith(GPU_OPTIONS)}
 

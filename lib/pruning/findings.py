@@ -231,7 +231,7 @@ def effects(f: Findings, method: Method) -> list[Effect]:
     changes = [change(before, s.per_prompt(f.behaviour, f.judge)) for s in seen]
     name = next(iter(dense.perplexity), None)
     for one, now, adjusted in zip(seen, changes, holm([c.p for c in changes]), strict=True):
-        controls = {}
+        controls: dict[Method, tuple[float, float, float]] = {}
         for control in DRAWN:
             draws = [s.per_prompt(f.behaviour, f.judge) for s in f.of(control, one.neurons)]
             if draws and control != method:

@@ -36,8 +36,8 @@ COLUMNS: dict[Method, Literal["signed", "abs", "sumsq"]] = {
     "undesired": "signed",
     "matched": "signed",
 }
-CONTRASTED = ("lrp", "absolute", "gradient", "wanda", "activation")
-DRAWN = ("matched", "random")
+CONTRASTED: tuple[Method, ...] = ("lrp", "absolute", "gradient", "wanda", "activation")
+DRAWN: tuple[Method, ...] = ("matched", "random")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""What a model does without the first neurons of a ranking: they are zeroed, it is looked at, they are put back."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.evaluation.perplexity import Window, label, perplexity, plan, prefix_token
+from lib.inputs.samples import Samples, read_samples
+from lib.inputs.tokenizer import load_tokenizer
+from lib.inputs.verified import checked_model
+from lib.pruning.sweep import DENSE, Sweep
+from lib.run.command import Job
+from lib.run.task import run_rows
+from lib.store import Cell, read_cell
+
+
+def compute(this: Job) -> int:
+    experiment = this.of(Sweep)
+    return run_rows(this, lambda cell: load_kernel(this, experiment, cell))
+
+
+def load_kernel(this: Job, experiment: Sweep, cell: Cell) -> tuple["SweepKernel", dict[str, Any]]:
+    """The model and what it is shown are loaded once for all cells of a task."""
+    from lib.pruning.subject import Subject, load_subject
+
+    path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
+    subject: Subject = this.keep("subject", path, lambda: load_subject(this.site.cache, experiment, path))
+    shown = this.keep("shown", experiment.label, lambda: Shown(experiment, this.site.cache, path))
+    return SweepKernel(experiment, cell, ranked(experiment, this.site.cache, cell), subject, shown), {
+        "device": subject.device
+    }
+
+
+def ranked(experiment: Sweep, cache: Path, cell: Cell) -> list[tuple[str, int]]:
+    """(layer, neuron) of each rank; none of the dense model."""
+    if cell.name == DENSE:
+        return []
+    choice = experiment.choice
+    found = read_cell(cell.parents[0], choice.schema(cache), ["layer", "neuron"])
+    names = [part.name for part in choice.layout(cache)]
+    return [(names[a], int(b)) for a, b in zip(found["layer"], found["neuron"], strict=True)]
+
+
+class Shown:
+    """What every pruned model is shown: windows of text, and prompts."""
+
+    def __init__(self, experiment: Sweep, cache: Path, model: str) -> None:
+        e = experiment.evaluate
+        self.windows: dict[str, list[Window]] = {}
+        self.words: dict[str, int | None] = {}
+        for convention in e.perplexity:
+            name = label(convention, e.window)
+            if convention == "word":
+                pages = read_samples(cache, experiment.set_of(cache, "documents"))
+                self.windows[name] = plan("word", pages.every, e.window, prefix_token(load_tokenizer(model)))
+                self.words[name] = int(np.asarray(pages.columns["words"]).sum())
+            else:
+                text = read_samples(cache, experiment.set_of(cache, "text"))
+                self.windows[name], self.words[name] = plan(convention, text.every, e.window), None
+        self.prompts = {
+            name: prompts_of(experiment, name, read_samples(cache, experiment.set_of(cache, name)))
+            for name in experiment.judged()
+        }
+
+
+def prompts_of(experiment: Sweep, name: str, samples: Samples) -> list[list[int]]:
+    """Token ids: of the behaviour those that were not attributed, unless the very same are meant."""
+    if name != experiment.choice.undesired:
+        rows = samples.every
+    else:
+        rows = samples.ids if experiment.evaluate.same_prompts else samples.held_out
+    return [ids.tolist() for ids in rows]
+
+
+class SweepKernel:
+    def __init__(
+        self, experiment: Sweep, cell: Cell, ranking: list[tuple[str, int]], subject: Any, shown: Shown
+    ) -> None:
+        self.experiment, self.subject, self.shown = experiment, subject, shown
+        per_layer = 1 if experiment.choice.scope == "global" else len({layer for layer, _ in ranking})
+        sizes = [0] if cell.name == DENSE else experiment.sizes
+        self.sizes, self.ranking = sizes, [ranking[: size * per_layer] for size in sizes]
+        self.seconds = {"seconds_perplexity": 0.0, "seconds_completions": 0.0, "seconds_judges": 0.0}
+
+    def prepare(self, start: int, stop: int) -> list[tuple[int, dict[str, list[int]]]]:
+        """Layer -> neurons, of each row."""
+        found = []
+        for size, ranking in zip(self.sizes[start:stop], self.ranking[start:stop], strict=True):
+            chosen: dict[str, list[int]] = {}
+            for layer, neuron in ranking:
+                chosen.setdefault(layer, []).append(neuron)
+            found.append((size, chosen))
+        return found
+
+    def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        rows = []
+        for size, chosen in prepared:
+            with self.subject.without(chosen):
+                rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self._tasks()})
+        columns: dict[str, Any] = {}
+        for name, column in self.experiment.schema(self.subject.cache).items():
+            values = [row[name] for row in rows]
+            columns[name] = np.concatenate(values) if column.per else values if column.text else np.stack(values)
+        return columns, {key: round(value, 3) for key, value in self.seconds.items()}
+
+    def _perplexity(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        with self._timed("seconds_perplexity"):
+            for name, windows in self.shown.windows.items():
+                values = self.subject.log_probs(windows)
+                found[f"perplexity/{name}"] = perplexity(windows, values, self.shown.words[name])
+                found[f"windows/{name}"] = len(windows)
+                found[f"nll/{name}"] = np.array([-v.sum(dtype=np.float64) for v in values])
+                found[f"predictions/{name}"] = np.array([len(v) for v in values], np.int32)
+        return found
+
+    def _completions(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        e = self.experiment.evaluate
+        for name, prompts in self.shown.prompts.items():
+            with self._timed("seconds_completions"):
+                answers = self.subject.complete(prompts)
+            texts = [[one.text for one in some] for some in answers]
+            ids = [[one.ids for one in some] for some in answers]
+            found[f"tokens/{name}"] = np.array([[len(one) for one in some] for some in ids], np.int32)
+            unique = [[len({*one}) / len(one) if one else np.nan for one in some] for some in ids]
+            found[f"unique/{name}"] = np.array(unique, np.float32)
+            found[f"texts/{name}"] = json.dumps(texts, ensure_ascii=False)
+            with self._timed("seconds_judges"):
+                flat = [text if text.strip() else " " for some in texts for text in some]
+                for judge, scores in zip(e.judge_names, self.subject.judge(flat), strict=True):
+                    found[f"toxicity/{name}/{judge}"] = scores.reshape(len(prompts), -1)
+        return found
+
+    def _tasks(self) -> dict[str, Any]:
+        tasks = self.experiment.evaluate.tasks
+        return {f"task/{name}": np.array(score) for name, score in self.subject.tasks(tasks).items()} if tasks else {}
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[what] += time.monotonic() - began
