@@ -1,4 +1,4 @@
-"""What the tests of pruning share: a model with a planted behaviour, its judges, texts, and a fetched chain over them."""
+"""What the tests of pruning share: a model with a planted behaviour, its judges, texts, a fetched chain over them."""
 
 import shutil
 from pathlib import Path

@@ -14,10 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lib.attribution.stability import select
 from lib.attribution.summary import Layer, Sampled, Summary
-from lib.report.look import FAINT, INK, STYLE, drawn, head, in_column, letters, new_figure, save
+from lib.report.look import FAINT, INK, STYLE, drawn, grid_lines, head, in_column, letters, new_figure, save
 from lib.report.stats import Z95
 
-GRID = "#e6e6e6"
 GENERAL = ("#1d4e89", "#1982c4", "#7a8ea8", "#2a9d8f", "#5c677d")  # general text: cool, a seed each
 BEHAVIOUR = ("#d1495b", "#e07a00", "#6a4c93", "#7f4f24", "#a68a00")  # behaviours: warm
 Dashes = Literal["-"] | tuple[float, Sequence[float]]
@@ -77,7 +76,7 @@ def plot_by_layer(summaries: Mapping[str, Summary | None], layers: Sequence[Laye
                     if s and kind in s.totals:
                         _layers(ax, s, kind, module, layers, look[name])
                 ax.axhline(0, color=INK, linewidth=1)
-                _plain_axis(ax)
+                grid_lines(ax)
             row[0].set_ylabel(f"{WORDS[kind]}, layer total")
         for ax, module in zip(grid[0], modules, strict=True):
             ax.set_title(module, fontsize=13, fontweight="bold", loc="left", pad=8)
@@ -127,7 +126,7 @@ def plot_stability(panels: Sequence[Panel], sets: Sequence[str], about: str, pat
             ax.set_xlabel(panel.axis, fontsize=12)
             ax.set_title(panel.title, fontsize=13, fontweight="bold", loc="left", pad=8)
             ax.legend(frameon=False, fontsize=letters(11), loc="best")
-            _plain_axis(ax)
+            grid_lines(ax)
         figure.axes[0].set_ylabel("Share of the selection that stays", fontsize=13)
         head(figure, "How far a selection depends on its samples", about)
         save(figure, path)
@@ -176,7 +175,7 @@ def _histogram(ax: Axes, values: np.ndarray, lowest: np.ndarray, sizes: Sequence
     ax.set_ylabel("Neurons in a bin")
     ax.set_title("All neurons", fontsize=13, fontweight="bold", loc="left", pad=8)
     ax.text(0.02, 0.97, f"■ the lowest {sizes[-1]:,}", transform=ax.transAxes, color=MARKED, fontsize=13, va="top")
-    _plain_axis(ax)
+    grid_lines(ax)
 
 
 def _ranks(ax: Axes, difference: np.ndarray, half: np.ndarray, finite: np.ndarray, sizes: Sequence[int]) -> None:
@@ -195,7 +194,7 @@ def _ranks(ax: Axes, difference: np.ndarray, half: np.ndarray, finite: np.ndarra
     ax.set_xlabel("Rank from the lowest")
     ax.set_ylabel("Difference")
     ax.set_title("The lowest, by rank", fontsize=13, fontweight="bold", loc="left", pad=8)
-    _plain_axis(ax)
+    grid_lines(ax)
 
 
 def _layer_counts(ax: Axes, lowest: np.ndarray, layers: Sequence[Layer], sizes: Sequence[int]) -> None:
@@ -212,12 +211,7 @@ def _layer_counts(ax: Axes, lowest: np.ndarray, layers: Sequence[Layer], sizes: 
     ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
     size = letters(11)
     ax.legend(frameon=False, title="of the lowest", fontsize=size, title_fontsize=size, loc="upper left", ncols=2)
-    _plain_axis(ax)
-
-
-def _plain_axis(ax: Axes) -> None:
-    ax.yaxis.grid(True, color=GRID)
-    ax.set_axisbelow(True)
+    grid_lines(ax)
 
 
 def _sets_line(summaries: Mapping[str, Summary | None]) -> str:

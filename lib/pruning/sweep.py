@@ -16,6 +16,7 @@ from lib.inputs.records import ModelInput, model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import ModelSpec, PromptsSpec, TextSpec, TokenSets
 from lib.pruning.experiment import Selection
+from lib.pruning.methods import Method
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
 
@@ -76,11 +77,23 @@ class EvaluateSpec(Frozen):
         return [judge.id.rstrip("/").rpartition("/")[2] for judge in self.judges]
 
 
+class Expected(Frozen):
+    """What somebody else has measured, shown beside ours."""
+
+    measure: str = Field(description="window2048, stride512, word, or toxicity (the first judge's mean)")
+    value: float
+    source: str = Field(min_length=1)
+    method: Method | None = Field(None, description="none: the dense model")
+    neurons: int = Field(0, ge=0)
+    within: float = Field(0.01, gt=0, description="relative difference that is called the same")
+
+
 class Sweep(Experiment):
     kind: Literal["sweep"]
     selection: Reads
     sizes: list[Annotated[int, Field(ge=1)]] = Field(default=[10, 30, 100, 300, 1000, 1244], min_length=1)
     evaluate: EvaluateSpec = EvaluateSpec()
+    expected: list[Expected] = Field(default=[])
 
     job: ClassVar[str] = "prune_and_evaluate"
     submit: ClassVar[str] = "submit-sparc3"
@@ -91,6 +104,12 @@ class Sweep(Experiment):
     def _fits(self) -> "Sweep":
         if self.sizes != sorted(set(self.sizes)):
             raise ValueError(f"sizes must rise; got {self.sizes}")
+        known = ["toxicity", *(label(c, self.evaluate.window) for c in self.evaluate.perplexity)]
+        for one in self.expected:
+            if one.measure not in known:
+                raise ValueError(f"expected: measure {one.measure!r} is not looked at; these are: {', '.join(known)}")
+            if (one.method is None) != (one.neurons == 0) or one.neurons not in (0, *self.sizes):
+                raise ValueError(f"expected: {one.neurons} neurons by {one.method}: name a method and one of the sizes")
         return self
 
     @cached_property
@@ -132,6 +151,9 @@ class Sweep(Experiment):
         if self.evaluate.perplexity and found.text is None:
             raise UserError(f"{self.origin}: evaluate.perplexity needs a text: data.text of {self.choice.base.name}")
         return found
+
+    def science(self) -> dict[str, object]:
+        return {key: value for key, value in super().science().items() if key != "expected"}
 
     def set_of(self, cache: Path, name: str) -> SamplesInput:
         return self.token_sets().prepared(cache, self.model, name)

@@ -33,6 +33,8 @@ class Heat:
     )
     own: bool = False  # a prompt's cell with its own dataset is not missing but says "own"
     marks: bool = True
+    across: str = "dataset"
+    down: str = "prompt"
 
 
 @drawn
@@ -61,11 +63,11 @@ def heat_map(heat: Heat, path: Path) -> None:
         ax.set_yticks(range(len(heat.rows)), heat.rows, fontsize=12)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        ax.set_xlabel("dataset", fontsize=13)
-        ax.set_ylabel("prompt", fontsize=13)
+        ax.set_xlabel(heat.across, fontsize=13)
+        ax.set_ylabel(heat.down, fontsize=13)
         bar = figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, pad=0.015, fraction=0.035, extend=extend)
         bar.outline.set_visible(False)
-        bar.set_label(heat.label + ("" if centre is not None else " (0 lies outside)"), fontsize=12)
+        bar.set_label(heat.label + ("" if norm.vmin <= 0 <= norm.vmax else " (0 lies outside)"), fontsize=12)
         if centre is not None and heat.centre is None:
             bar.ax.axhline(centre, color=INK, linewidth=1.2)
         marks = " Box: highest of its column. Dot: highest of its row." if marked else ""

@@ -34,7 +34,7 @@ METADATA = {
     "svg": {"Date": None, "Creator": None},
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
 }
-INK, MUTED, FAINT = "#222222", "#555555", "#8a8a8a"
+INK, MUTED, FAINT, GRID = "#222222", "#555555", "#8a8a8a", "#e6e6e6"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 12,
@@ -127,6 +127,12 @@ def titles(ax: Axes, title: str, subtitle: str) -> None:
     if not _column:
         ax.set_title(title, fontsize=18, fontweight="bold", loc="left", pad=32)
         ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=12, color=MUTED, va="bottom")
+
+
+def grid_lines(ax: Axes) -> None:
+    """Of the values, behind what is drawn."""
+    ax.yaxis.grid(True, color=GRID)
+    ax.set_axisbelow(True)
 
 
 def write_missing(
