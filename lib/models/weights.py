@@ -60,7 +60,8 @@ def load_weights(
 ) -> Loaded:
     began = time.monotonic()
     have = model_tensors(folder, shape.tied)
-    weights, pieces = _allocate(have, family, shape, dtype, devices, embed_on_host)
+    weights = _empty(shape, dtype, devices, embed_on_host)
+    pieces = _sources(have, weights, family, shape)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(copy_tensor, source, target) for source, target in pieces]:
             done.result()
@@ -70,71 +71,75 @@ def load_weights(
     return Loaded(weights, sum(s.bytes for s, _ in pieces), time.monotonic() - began)
 
 
-def _allocate(
-    have: dict[str, Stored],
-    family: Family,
-    shape: Shape,
-    dtype: torch.dtype,
-    devices: list[torch.device],
-    embed_on_host: bool,
-) -> tuple[Weights, list[tuple[Stored, torch.Tensor]]]:
-    """Empty weights, and which source goes into which part of them."""
-    pieces: list[tuple[str, Stored, torch.Tensor]] = []
+def parameters(weights: Weights, family: Family, shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
+    """What transformers' model calls its parameters, and where their values lie: parts of the merged tensors."""
+    names, linears = family.names, family.linears
+    q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
+    for i, layer in enumerate(weights.layers):
+        at = f"{names.stack}.{i}"
+        yield f"{at}.{names.norm1}.weight", layer.norm1
+        for kind, merged in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+            if merged is not None:
+                parts = zip((linears.q, linears.k, linears.v), merged.split([q, kv, kv]), strict=True)
+                yield from ((f"{at}.{name}.{kind}", part) for name, part in parts)
+        for name, norm in zip((names.q_norm, names.k_norm), layer.head_norms or (), strict=False):
+            yield f"{at}.{name}.weight", norm
+        yield f"{at}.{linears.o}.weight", layer.o
+        yield f"{at}.{names.norm2}.weight", layer.norm2
+        gate, up = layer.gate_up.split(shape.inner)
+        yield f"{at}.{linears.gate}.weight", gate
+        yield f"{at}.{linears.up}.weight", up
+        yield f"{at}.{linears.down}.weight", layer.down
+    yield f"{names.embedding}.weight", weights.embedding
+    yield f"{names.norm}.weight", weights.norm
+    yield f"{names.head}.weight", weights.head
 
-    def take(name: str, target: torch.Tensor) -> torch.Tensor:
+
+def _empty(shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool) -> Weights:
+    s, end, width = shape, devices[-1], shape.heads * shape.head
+
+    def make(*size: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    layers = [
+        Layer(
+            make(s.hidden, device=device),
+            make(s.qkv, s.hidden, device=device),
+            make(s.qkv, device=device) if s.bias else None,
+            make(s.hidden, width, device=device),
+            make(s.hidden, device=device),
+            make(2 * s.inner, s.hidden, device=device),
+            make(s.hidden, s.inner, device=device),
+            (make(s.head, device=device), make(s.head, device=device)) if s.head_norms else None,
+        )
+        for device in spread(s.layers, devices)
+    ]
+    embedding = make(s.vocabulary, s.hidden, device=torch.device("cpu") if embed_on_host else devices[0])
+    tied = s.tied and embedding.device == end
+    head = embedding if tied else make(s.vocabulary, s.hidden, device=end)
+    return Weights(embedding, layers, make(s.hidden, device=end), head)
+
+
+def _sources(
+    have: dict[str, Stored], weights: Weights, family: Family, shape: Shape
+) -> list[tuple[Stored, torch.Tensor]]:
+    """Which stored tensor goes where; all of them have a place, and all places one of them."""
+    table, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
+    pieces, used = [], {head} if shape.tied else set()
+    for parameter, target in parameters(weights, family, shape):
+        if parameter == head and weights.head is weights.embedding:
+            continue
+        name = table if parameter == head and shape.tied else parameter
         if name not in have:
             raise UserError(f"the weights hold no tensor {name}; run `make fetch` again")
         if have[name].shape != tuple(target.shape):
             raise UserError(f"tensor {name} has shape {have[name].shape}, config.json says {tuple(target.shape)}")
-        pieces.append((name, have[name], target))
-        return target
-
-    def merged(parts: dict[str, int], width: int | None, device: torch.device) -> torch.Tensor:
-        size = (sum(parts.values()), width) if width else (sum(parts.values()),)
-        whole, at = torch.empty(size, dtype=dtype, device=device), 0
-        for name, rows in parts.items():
-            take(name, whole[at : at + rows])
-            at += rows
-        return whole
-
-    def one(name: str, *size: int, device: torch.device) -> torch.Tensor:
-        return take(name, torch.empty(size, dtype=dtype, device=device))
-
-    s, names, linears, end = shape, family.names, family.linears, devices[-1]
-    q, kv = s.heads * s.head, s.kv_heads * s.head
-    layers = []
-    for i, device in enumerate(spread(s.layers, devices)):
-        at = f"{names.stack}.{i}"
-        qkv = {f"{at}.{linears.q}": q, f"{at}.{linears.k}": kv, f"{at}.{linears.v}": kv}
-        gate_up = {f"{at}.{linears.gate}.weight": s.inner, f"{at}.{linears.up}.weight": s.inner}
-        head_norms = [
-            one(f"{at}.{n}.weight", s.head, device=device) for n in (names.q_norm, names.k_norm) if s.head_norms
-        ]
-        layers.append(
-            Layer(
-                one(f"{at}.{names.norm1}.weight", s.hidden, device=device),
-                merged({f"{name}.weight": rows for name, rows in qkv.items()}, s.hidden, device),
-                merged({f"{name}.bias": rows for name, rows in qkv.items()}, None, device) if s.bias else None,
-                one(f"{at}.{linears.o}.weight", s.hidden, q, device=device),
-                one(f"{at}.{names.norm2}.weight", s.hidden, device=device),
-                merged(gate_up, s.hidden, device),
-                one(f"{at}.{linears.down}.weight", s.hidden, s.inner, device=device),
-                (head_norms[0], head_norms[1]) if head_norms else None,
-            )
-        )
-    host = torch.device("cpu") if embed_on_host else devices[0]
-    table, head_name = f"{names.embedding}.weight", f"{names.head}.weight"
-    embedding = one(table, s.vocabulary, s.hidden, device=host)
-    norm = one(f"{names.norm}.weight", s.hidden, device=end)
-    if s.tied and embedding.device == end:
-        head = embedding
-    else:
-        head = one(table if s.tied else head_name, s.vocabulary, s.hidden, device=end)
-    used = {name for name, _, _ in pieces} | ({head_name} if s.tied else set())
+        pieces.append((have[name], target))
+        used.add(name)
     left = [name for name in have if name not in used and not UNUSED.search(name)]
     if left:
         raise UserError(f"the weights hold {some(left)}, which this model does not use: config.json is another model's")
-    return Weights(embedding, layers, norm, head), [(source, target) for _, source, target in pieces]
+    return pieces
 
 
 def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
