@@ -1,12 +1,11 @@
 """The linear layers of a loaded model under one name each: transformers' own, or the decoder's merged weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lib.base.errors import UserError, nearest
 from lib.checkpoint.families import Family, last
 from lib.models.decoder import Layer, Weights
 
@@ -35,13 +34,6 @@ def linears(model: nn.Module | Weights, family: Family) -> dict[str, Linear]:
     found = _merged(model, family) if isinstance(model, Weights) else _modules(model, family)
     stack = last(family.names.stack)
     return {f"{stack}.{name}": linear for name, linear in found}
-
-
-def linear_named(have: Mapping[str, Linear], name: str) -> Linear:
-    if name not in have:
-        close = nearest(name, list(have))
-        raise UserError(f"the model has no linear layer {name}{close}; its scores are another model's")
-    return have[name]
 
 
 def _modules(model: nn.Module, family: Family) -> Iterator[tuple[str, Linear]]:

@@ -8,7 +8,7 @@ An MLP's neuron is one whichever of its layers names it (up, gate, fc1): its row
 column of down are 0. Any of them alone gives the same function; all together can be taken out for good. Of any other
 layer a neuron is its row and its bias. Where two models share their tensors, it is done to one of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.base.errors import UserError, shown
 from lib.checkpoint.families import Family
 from lib.models.decoder import Weights
-from lib.pruning.linears import Linear, Rows, linear_named, linears
-
-Neurons = Mapping[str, Sequence[int] | np.ndarray]  # layer -> indices of its outputs
+from lib.pruning.linears import Rows, linears
+from lib.pruning.together import Neurons, together
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,13 @@ class Pruner:
                 tensors[id(rows.whole)] = rows.whole
                 places.setdefault((id(rows.whole), dim), []).append(indices + (rows.first if dim == 0 else 0))
 
-        for parts, indices in self._together(neurons):
+        outputs = {name: linear.weight.count for name, linear in self.linears.items()}
+        for parts, indices in together(self.family, neurons, outputs):
             count += len(indices)
-            for linear, dim in parts:
-                note(linear.weight, dim, indices)
+            for name, dim in parts:
+                note(self.linears[name].weight, dim, indices)
                 if dim == 0:
-                    note(linear.bias, 0, indices)
+                    note(self.linears[name].bias, 0, indices)
         wanted = [(tensors[key], dim, np.unique(np.concatenate(some))) for (key, dim), some in places.items()]
         return Plan(_upload(wanted), count)
 
@@ -92,34 +91,6 @@ class Pruner:
             yield
         finally:
             self.undo()
-
-    def _together(self, neurons: Neurons) -> Iterator[tuple[list[tuple[Linear, int]], np.ndarray]]:
-        """What is set to 0 together, each with the dimension that the indices are of."""
-        names = self.family.linears
-        mlps: dict[str, list[np.ndarray]] = {}
-        for name, given in neurons.items():
-            linear = linear_named(self.linears, name)
-            indices = _checked(name, given, linear.weight.count)
-            layer = next(
-                (name.removesuffix(up) for up in (names.up, names.gate) if up and name.endswith(f".{up}")), None
-            )
-            if layer is None:
-                yield [(linear, 0)], indices
-            else:
-                mlps.setdefault(layer, []).append(indices)
-        for layer, some in mlps.items():
-            parts = [(self.linears[layer + up], 0) for up in (names.up, names.gate) if up]
-            yield [*parts, (self.linears[layer + names.down], 1)], np.unique(np.concatenate(some))
-
-
-def _checked(name: str, given: Sequence[int] | np.ndarray, outputs: int) -> np.ndarray:
-    indices = np.asarray(given) if len(given) else np.empty(0, np.int64)
-    if indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise UserError(f"neurons of {name} are {shown(given)}: a list of whole numbers is meant")
-    wrong = indices[(indices < 0) | (indices >= outputs)]
-    if len(wrong):
-        raise UserError(f"{name} has no neuron {wrong[0]}: it has {outputs}, from 0; the choice is another model's")
-    return np.unique(indices).astype(np.int64)
 
 
 def _upload(wanted: list[tuple[torch.Tensor, int, np.ndarray]]) -> list[Edit]:

@@ -16,7 +16,8 @@ import torch
 
 from lib.attribution.wanda import weight_scores
 from lib.base.errors import UserError
-from lib.pruning.linears import Linear, linear_named
+from lib.pruning.linears import Linear
+from lib.pruning.together import check_known
 
 PIECE = 1 << 21  # values read at once by a thread: 8 MB
 THREADS = min(8, len(os.sched_getaffinity(0)))
@@ -116,7 +117,8 @@ def wanda_scores(have: Mapping[str, Linear], norms: Mapping[str, torch.Tensor]) 
     """Of the layers that have input norms (lib.attribution.wanda.norms)."""
     found = []
     for name, norm_I in norms.items():
-        weight_JI = linear_named(have, name).weight.part
+        check_known(name, have)
+        weight_JI = have[name].weight.part
         if len(norm_I) != weight_JI.shape[1]:
             raise UserError(f"{name} has {weight_JI.shape[1]} inputs and {len(norm_I)} norms: they are another model's")
         found.append(Wanda(name, weight_JI, norm_I))

@@ -21,9 +21,10 @@ from lib.checkpoint.headers import folder_tensors
 from lib.checkpoint.layers import linear_weights
 from lib.models.decoder import Weights
 from lib.models.weights import THREADS, copy_tensor
-from lib.pruning.linears import linear_named, linears
+from lib.pruning.linears import linears
 from lib.pruning.scores import Scores, whole
 from lib.pruning.threshold import find_threshold, masks
+from lib.pruning.together import check_known
 
 CHUNK_VALUES = 1 << 26  # scores ranked at once
 
@@ -116,7 +117,8 @@ class WeightPruner:
     @torch.no_grad()
     def zero(self, name: str, mask_JI: torch.Tensor) -> int:
         """Set a layer's weights to 0 where the mask says so; how many."""
-        weight_JI = linear_named(self.linears, name).weight.part
+        check_known(name, self.linears)
+        weight_JI = self.linears[name].weight.part
         if mask_JI.shape != weight_JI.shape:
             raise UserError(
                 f"{name} is {tuple(weight_JI.shape)}, its scores are {tuple(mask_JI.shape)}: they are another model's"
