@@ -70,7 +70,7 @@ demo: setup ## a small teacher: LLS of 15 animals, attribution of its neurons, b
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
 	@env/install-slurm.sh --tests || [ "$(CI)" != true ]
-	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/halves.py "$$SUITE_ARG_ARGS"
+	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/parts.py "$$SUITE_ARG_ARGS"
 
 ##@ Before the first job
 fetch: $(if $(call flag,JOB,job),,setup) ## models and datasets of CONFIG to the cache; JOB=1: by a CPU job, setup too; UPDATE=1 asks what `main` is

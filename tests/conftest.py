@@ -8,28 +8,57 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = (
-    "test_slurm_up",
-    "test_local",
-    "test_advice",
-    "test_submissions",
-)
+TAKEN = os.environ.get("SUITE_TESTS_TAKEN")  # a folder where the processes of one run say which files they take
 TMP = Path("/tmp")  # sockets live there, and their paths must be short
 CI = os.environ.get("CI") == "true"
 END_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "ElapsedRaw", "AllocTRES", "NodeList", "Start", "End")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What tests/halves.py runs beside all else; two of these at once would take away each other's logs."""
-    for item in items:
-        if "slurm" in item.fixturenames or item.path.stem in WAITING:
-            item.add_marker("waits")
+# Which are taken first: what takes longest must not come last. On Slurm: by one process, since there is one Slurm.
+ON_SLURM = "on Slurm"
+LONGEST = (
+    ON_SLURM,
+    "test_tiny",
+)
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Of several processes that run the same tests (tests/parts.py) each takes file after file that no other has."""
+    if not TAKEN or session.config.option.collectonly or session.testsfailed:
+        return None
+    order = {name: number for number, name in enumerate(LONGEST)}
+    parts = {name: list(items) for name, items in groupby(sorted(session.items, key=_part), _part)}
+    mine = (
+        item for name in sorted(parts, key=lambda n: order.get(n, len(order))) if _take(name) for item in parts[name]
+    )
+    item = next(mine, None)
+    while item:
+        after = next(mine, None)
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+        if stop := session.shouldfail or session.shouldstop:
+            raise session.Failed(stop) if session.shouldfail else session.Interrupted(stop)
+        item = after
+    return True
+
+
+def _part(item: pytest.Item) -> str:
+    on_slurm = "slurm" in item.fixturenames or item.path.stem == "test_slurm_up"
+    return ON_SLURM if on_slurm else item.path.stem
+
+
+def _take(name: str) -> bool:
+    try:
+        Path(TAKEN, name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 PATIENCE = 4  # times what an idle machine needs at most: the tests may share theirs
@@ -60,6 +89,15 @@ def thaw(*pids: int, after: signal.Signals | None = None) -> None:
             wait_until(lambda pid=pid: told(pid), 60, f"{after.name} did not reach process {pid}")
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def local_logs(scratch: Path) -> Iterator[None]:
+    """Those that local workers write meanwhile are removed after it, and nobody else's."""
+    yield
+    for queue in scratch.glob("*/queue/local-*"):
+        for log in (ROOT / "slurm" / "logs").glob(f"*-{queue.name}_*.out"):
+            log.unlink()
 
 
 class Slurm:

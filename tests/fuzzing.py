@@ -45,7 +45,7 @@ def fuzz(share: float, case: Case) -> None:
             offending.setdefault(place, []).append(f"SUITE_FUZZ_CASES=1 SUITE_FUZZ_SEED={seed}: {said}")
     many = sum(map(len, offending.values()))
     print(f"{count} cases from seed {SEED}: {right} with right results, {count - right - many} refused, {many} offend")
-    assert right or count < 50, "every case was refused: nothing was tried but the refusal"
+    assert right or count < 20, "every case was refused: nothing was tried but the refusal"
     lines = [f"{len(of)} x {place}: {of[0]}" for place, of in offending.items()]
     assert not offending, "\n".join([f"{many} of {count} cases from seed {SEED} offend", *lines])
 

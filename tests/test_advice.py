@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import local_logs, wait_until
 from tools import ROOT, small_lls
 
 from lib.base import advice
@@ -19,10 +19,8 @@ def experiment(tmp_path):
     """A configuration of an odd name, an override with quotes and blanks, and what was printed so far."""
     folder = tmp_path / "it's here"
     folder.mkdir()
-    before = set((ROOT / "slurm" / "logs").iterdir())
-    yield Advised(small_lls(folder, "cat", "dog"), tmp_path / "scratch")
-    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
-        path.unlink()
+    with local_logs(tmp_path / "scratch"):
+        yield Advised(small_lls(folder, "cat", "dog"), tmp_path / "scratch")
 
 
 class Advised:

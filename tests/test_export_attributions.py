@@ -85,10 +85,11 @@ def fill(experiment: Attribution, folder: Path, *names: str) -> dict[str, dict[s
     return found
 
 
-def export(folder: Path, level: str, *overrides: str):
+def export(folder: Path, level: str, figures: str = "png"):
     env = {"SUITE_SCRATCH": "scratch", "SUITE_CACHE": "cache", "SUITE_OUTPUT": "out"}
     env = {k: str(folder / v) for k, v in env.items()} | {"SUITE_SITE": "local", "OMP_NUM_THREADS": "1"}
-    return python("-m", "jobs.export_attributions", "--config", str(folder / f"{level}.yaml"), *overrides, env=env)
+    env["SUITE_FIGURES"] = figures
+    return python("-m", "jobs.export_attributions", "--config", str(folder / f"{level}.yaml"), env=env)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def neuron(folder):
     """The export of a neuron-level experiment: first with a set missing, then whole."""
     experiment = load(folder / "neuron.yaml")
     given = fill(experiment, folder, "general-0", "toxic")
-    first = export(folder, "neuron")
+    first = export(folder, "neuron", "png svg pdf")
     files = {p.relative_to(folder / "out").as_posix() for p in (folder / "out").rglob("*") if p.is_file()}
     table = (folder / "out/neuron/attribution_table.txt").read_text()
     given |= fill(experiment, folder, "general-1")

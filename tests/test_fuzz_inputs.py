@@ -184,7 +184,7 @@ def test_models(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SCORES = [
-    "rule=cp_lrp", "rule=gradient", "layers=[all]", "layers=[q_proj]", "layers=[k_proj, v_proj]", "layers=[o_proj]",
+    "rule=cp_lrp", "rule=gradient", "layers=[all]", "layers=[q_proj]", "layers=[k_proj,v_proj]", "layers=[o_proj]",
     "layers=[gate_proj]", "layers=[down_proj]", "layers=[layers.1]", "layers=[x]", "layers=['']", "layers=[layers]",
     "layers=[embed_tokens]", "level=weight", "level=weight score.block=1", "wanda=true", "scores=[]", "scores=[abs]",
     "target=all", "target=given", "tokens=[5] score.target=given", "tokens=[400000] score.target=given", "block=3",
@@ -223,7 +223,8 @@ def test_attributions(world: World) -> None:
             digest = experiment.token_sets().digest(world.cache, experiment.models()[0], name)
             texts = ["x"] * 3
             made = Rows(ids, texts, texts, [False] * 3)
-            save_samples(world.cache, name, digest, made, source="acme/x", commit="c" * 40, attributes={})
+            source = experiment.token_sets().sets()[name][0].id
+            save_samples(world.cache, name, digest, made, source=source, commit="c" * 40, attributes={})
         cells = experiment.cells(world.cache, world.site.scratch)
         plan(experiment, cells, world.cache, "cpu")
         kernel, _ = load_attribution(Job(experiment, path, world.site, 1, "", False), experiment, cells[1])
@@ -258,7 +259,7 @@ def test_rows_that_sets_are_drawn_from(world: World) -> None:
                 given, tokenizer, GeneralSpec(id="x", samples=1, tokens=3, crop="random"), 7, "general-7"
             )
         texts = [row.get("text") or row.get("prompt") for row in given]
-        texts = [text["text"] if isinstance(text, dict) else text for text in texts]
+        texts = [text.get("text") if isinstance(text, dict) else text for text in texts]
         assert sha256(texts[_index(found)].encode()).hexdigest() == found.text_sha256[0]
         save_samples(world.cache, "toxic", "ab" * 32, found, source="acme/x", commit="c", attributes={})
         samples_input(world.cache, "toxic", "ab" * 32, "acme/x")

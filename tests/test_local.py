@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import thaw, wait_until
+from conftest import local_logs, thaw, wait_until
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
@@ -76,13 +76,12 @@ class Box:
 
 @pytest.fixture
 def box(inputs, tmp_path):
-    one, before = Box(inputs, tmp_path), set((ROOT / "slurm" / "logs").iterdir())
-    yield one
-    one.make("cancel")
-    thaw(*one.frozen)
-    wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel")
-    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
-        path.unlink()
+    one = Box(inputs, tmp_path)
+    with local_logs(tmp_path):
+        yield one
+        one.make("cancel")
+        thaw(*one.frozen)
+        wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel")
 
 
 def test_three_cells_on_two_workers(box):

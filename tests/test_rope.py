@@ -128,6 +128,14 @@ def test_rows_beyond_the_positions_are_too_long_and_the_others_scored(tmp_path):
         shift(Scorer(decoder, 64), conditions(decoder, renderers), prepare(renderers, rows, 512, False))
 
 
+def test_a_rope_that_nobody_knows_is_one_sentence(tmp_path):
+    """transformers lets it pass when the configuration is read, with a warning."""
+    path = save(tmp_path, ROPES["default"]) / "config.json"
+    path.write_text(path.read_text().replace('"default"', '"DEFAULT"'))
+    with pytest.raises(UserError, match=r"a rope that transformers cannot make \(.*'rope_type': 'DEFAULT'"):
+        load_decoder(str(tmp_path), "float32", 64, 16)
+
+
 def test_tokens_beyond_the_embedding_are_one_sentence(tmp_path):
     decoder = load_decoder(str(save(tmp_path, ROPES["default"])), "float32", 64, 16)
     scorer = Scorer(decoder, 16)

@@ -37,6 +37,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
+def slurm_logs() -> set[Path]:
+    """Not those of local workers, which other tests may have at the same time."""
+    return {path for path in (ROOT / "slurm" / "logs").iterdir() if "-local-" not in path.name}
+
+
 class Run:
     """One experiment in a scratch of its own, on the Slurm of the tests."""
 
@@ -88,7 +93,7 @@ class Run:
         return [found[index] for index in indices]
 
     def log(self, index: int) -> str:
-        return "\n".join(p.read_text() for p in (ROOT / "slurm" / "logs").glob(f"*_{index}.out"))
+        return "\n".join(path.read_text() for path in slurm_logs() if path.stem.endswith(f"_{index}"))
 
     def merged(self, index: int) -> bytes:
         experiment = load(self.config)
@@ -98,11 +103,11 @@ class Run:
 @pytest.fixture
 def run(fresh_slurm, inputs, tmp_path):
     one = Run(fresh_slurm, inputs, tmp_path)
-    before = set((ROOT / "slurm" / "logs").iterdir())
+    before = slurm_logs()
     yield one
     thaw(*one.frozen)
     fresh_slurm.clear()
-    for path in set((ROOT / "slurm" / "logs").iterdir()) - before:
+    for path in slurm_logs() - before:
         path.unlink()
 
 

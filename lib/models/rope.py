@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lib.base.errors import UserError
+from lib.base.errors import UserError, one_line
 from lib.checkpoint.families import Family
 
 
@@ -27,7 +27,13 @@ def rope_table(family: Family, config: Any, dtype: torch.dtype, tokens: int) -> 
     rotary = getattr(import_module(family.modeling), f"{family.classes}RotaryEmbedding")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     places = torch.arange(min(n for n in (positions(config), family.window(config), tokens) if n))
-    cos, sin = rotary(config)(torch.zeros(1, dtype=wide), places[None])
+    try:
+        cos, sin = rotary(config)(torch.zeros(1, dtype=wide), places[None])
+    except Exception as e:  # whatever transformers makes of a kind of rope that it does not know
+        asked = getattr(config, "rope_parameters", None)
+        raise UserError(
+            f"config.json asks for a rope that transformers cannot make ({asked}: {one_line(e)}); run `make fetch` again"
+        ) from None
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if cos.shape[-1] != head:
         raise UserError(f"this {config.model_type} turns {cos.shape[-1]} of a head's {head} values, not computed here")

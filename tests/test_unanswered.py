@@ -1,0 +1,70 @@
+"""A queue that cannot be asked, or answers nonsense: nothing is taken for known."""
+
+import os
+
+import pytest
+from tools import small_lls
+
+from lib.base.errors import UserError
+from lib.cluster import command as front
+from lib.cluster import slurm
+from lib.cluster.send import Request
+from lib.cluster.status import status
+from lib.families import load
+from lib.run.heartbeat import Heartbeat
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return small_lls(tmp_path_factory.mktemp("inputs"), "cat", "dog", "owl")
+
+
+def test_a_squeue_that_hangs_is_no_answer(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text("#!/bin/sh\nsleep 60\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="squeue gave no answer in 1 s"):
+        slurm.ask("squeue", timeout=1)
+
+
+@pytest.mark.parametrize(
+    "text", ["7_0|RUNNING", "7_0||1|||", "7_0|DONE|x||1.2.3K|0:0", "\x00|||||", "7_0.batch|R|1||1.2.3K|0"]
+)
+def test_nonsense_of_sacct_is_passed_over(text):
+    good = "7_1|COMPLETED|5|gres/gpu=1||0:0"
+    assert set(slurm.parse_sacct(f"{text}\n{good}\n")) == {"7_1"}
+
+
+@pytest.fixture
+def unanswered(inputs, tmp_path, monkeypatch):
+    """The experiment in this process, its first cell at work by its own word, and a queue that cannot be asked."""
+    experiment = load(inputs)
+    cells = experiment.cells(inputs.parent / "cache", tmp_path)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7"), monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    Heartbeat(tmp_path / "small" / "tasks", cells[0], 1).beat("running")
+    monkeypatch.setattr(slurm, "has_slurm", lambda: True)
+    monkeypatch.setattr(slurm, "ask", lambda *command, timeout=0: (_ for _ in ()).throw(UserError(f"{command[0]}: no")))
+    monkeypatch.setattr(Request, "cells", cells)
+    here = front.site()
+    return Request(experiment, inputs, [], here.__class__(**{**vars(here), "scratch": tmp_path}))
+
+
+def test_a_task_that_nobody_can_be_asked_about_is_unknown(unanswered):
+    now = status("small", unanswered.cells)
+    assert (now.counts["unknown"], now.counts["stale"], now.queue_note) == (1, 0, "squeue: no")
+    table = front.show.table(now, unanswered.spoken, ("submit-lls", "export-lls"))
+    assert "unknown" in table and "stale" not in table and "resume" not in table
+
+
+def test_watching_goes_on_while_the_queue_cannot_be_asked(unanswered, monkeypatch):
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(front.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        front._status(unanswered, as_json=False, watch=True, brief=True)
+    assert len(slept) == 2
