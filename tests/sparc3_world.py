@@ -65,8 +65,8 @@ def roots(folder: Path, **more: str) -> dict[str, str]:
     return {**places, **fixed, "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def fetched(folder: Path) -> Path:
-    fetch(load(folder / "sweep.yaml"), folder / "cache")
+def fetched(folder: Path, *overrides: str, config: str = "sweep") -> Path:
+    fetch(load(folder / f"{config}.yaml", list(overrides)), folder / "cache")
     return folder
 
 

@@ -89,7 +89,7 @@ def plot_harm(f: Findings, methods: Sequence[Method], path: Path) -> None:
         head(
             figure,
             "What should stay as it is",
-            "Bars: 95 % over prompts. Grey: range of the random draws. Line: dense. RUR: share of tokens that are not repeated",
+            "Bars: 95 % over prompts. Grey: range of the random draws. Line: dense. RUR: tokens that are not repeated",
         )
         _legend(figure, methods)
         save(figure, path)

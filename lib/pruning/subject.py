@@ -1,8 +1,8 @@
 """A loaded model that is pruned and looked at, again and again: the scorer's decoder for perplexity, where it computes
-the family, and transformers' model for completions; and the judges."""
+the family, transformers' model on the same weights for completions; and the judges."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lib.inputs.verified import checked_model
 from lib.models.classifier import load_classifier
 from lib.models.load import device_name, load_decoder, load_model, visible_devices
 from lib.models.scorer import Scorer
+from lib.models.shared import model_of
 from lib.pruning.neurons import Pruner
 from lib.pruning.sweep import EvaluateSpec, Sweep
 
@@ -30,7 +31,7 @@ class Subject:
     cache: Path
     model: Any
     scorer: Scorer | None
-    pruners: list[Pruner]
+    pruner: Pruner
     tokenizer: Any
     judges: list[Toxicity]
     evaluate: EvaluateSpec
@@ -38,9 +39,7 @@ class Subject:
 
     @contextmanager
     def without(self, neurons: Mapping[str, Sequence[int]]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for pruner in self.pruners if neurons else []:
-                stack.enter_context(pruner.applied(neurons))
+        with self.pruner.applied(neurons):
             yield
 
     def log_probs(self, windows: Sequence[Window]) -> list[np.ndarray]:
@@ -63,15 +62,14 @@ class Subject:
 def load_subject(cache: Path, experiment: Sweep, folder: str) -> Subject:
     e, devices = experiment.evaluate, visible_devices()
     family: Family = family_in(Path(folder), "cannot be pruned here; these can")
-    scorer, pruners = None, []
-    if family.shape and e.perplexity:
+    if family.shape:
         decoder = load_decoder(folder, experiment.model.dtype, e.batch_tokens, HEAD_ROWS)
-        scorer = Scorer(decoder, HEAD_ROWS)
-        pruners.append(Pruner(decoder.weights, family))
-    model = load_model(folder, experiment.model.dtype, "sdpa", devices)
-    pruners.append(Pruner(model, family))
+        scorer, model, pruner = Scorer(decoder, HEAD_ROWS), model_of(decoder, folder), Pruner(decoder.weights, family)
+    else:
+        scorer, model = None, load_model(folder, experiment.model.dtype, "sdpa", devices)
+        pruner = Pruner(model, family)
     judges = []
     for spec in e.judges:
         path = checked_model(cache, spec.id, spec.revision).path
         judges.append(Toxicity(load_classifier(path, spec.dtype, devices[0]), load_tokenizer(path)))
-    return Subject(cache, model, scorer, pruners, load_tokenizer(folder), judges, e, device_name(devices[0]))
+    return Subject(cache, model, scorer, pruner, load_tokenizer(folder), judges, e, device_name(devices[0]))
