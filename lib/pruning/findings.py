@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lib.evaluation.perplexity import label
 from lib.pruning.methods import DRAWN, Method, Ranking
 from lib.pruning.sweep import DENSE, Sweep
 from lib.store import Cell, read_done
@@ -111,7 +110,7 @@ def find(experiment: Sweep, cells: Sequence[Cell], cache: Path) -> Findings:
 
 def _seen(experiment: Sweep, ranking: Ranking | None, neurons: int, row: Mapping[str, Any]) -> Seen:
     e, sets = experiment.evaluate, experiment.judged()
-    names = [label(convention, e.window) for convention in e.perplexity]
+    names = e.labels
     return Seen(
         ranking,
         neurons,

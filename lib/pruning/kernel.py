@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lib.evaluation.perplexity import Window, label, perplexity, plan, prefix_token
-from lib.inputs.samples import Samples, read_samples
-from lib.inputs.tokenizer import load_tokenizer
+from lib.inputs.samples import Samples, SamplesInput, read_samples
 from lib.inputs.verified import checked_model
+from lib.pruning.looks import Texts, stacked
 from lib.pruning.sweep import DENSE, Sweep
 from lib.run.command import Job
 from lib.run.task import run_rows
@@ -50,22 +49,12 @@ class Shown:
     """What every pruned model is shown: windows of text, and prompts."""
 
     def __init__(self, experiment: Sweep, cache: Path, model: str) -> None:
-        e = experiment.evaluate
-        self.windows: dict[str, list[Window]] = {}
-        self.words: dict[str, int | None] = {}
-        for convention in e.perplexity:
-            name = label(convention, e.window)
-            if convention == "word":
-                pages = read_samples(cache, experiment.set_of(cache, "documents"))
-                self.windows[name] = plan("word", pages.every, e.window, prefix_token(load_tokenizer(model)))
-                self.words[name] = int(np.asarray(pages.columns["words"]).sum())
-            else:
-                text = read_samples(cache, experiment.set_of(cache, "text"))
-                self.windows[name], self.words[name] = plan(convention, text.every, e.window), None
-        self.prompts = {
-            name: prompts_of(experiment, name, read_samples(cache, experiment.set_of(cache, name)))
-            for name in experiment.judged()
-        }
+        def set_of(name: str) -> SamplesInput:
+            return experiment.set_of(cache, name)
+
+        self.texts = Texts(experiment.evaluate, cache, set_of, model)
+        judged = experiment.judged()
+        self.prompts = {name: prompts_of(experiment, name, read_samples(cache, set_of(name))) for name in judged}
 
 
 def prompts_of(experiment: Sweep, name: str, samples: Samples) -> list[list[int]]:
@@ -103,22 +92,12 @@ class SweepKernel:
         for size, chosen in prepared:
             with self.subject.without(chosen):
                 rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self._tasks()})
-        columns: dict[str, Any] = {}
-        for name, column in self.experiment.schema(self.subject.cache).items():
-            values = [row[name] for row in rows]
-            columns[name] = np.concatenate(values) if column.per else values if column.text else np.stack(values)
+        columns = stacked(self.experiment.schema(self.subject.cache), rows)
         return columns, {key: round(value, 3) for key, value in self.seconds.items()}
 
     def _perplexity(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
         with self._timed("seconds_perplexity"):
-            for name, windows in self.shown.windows.items():
-                values = self.subject.log_probs(windows)
-                found[f"perplexity/{name}"] = perplexity(windows, values, self.shown.words[name])
-                found[f"windows/{name}"] = len(windows)
-                found[f"nll/{name}"] = np.array([-v.sum(dtype=np.float64) for v in values])
-                found[f"predictions/{name}"] = np.array([len(v) for v in values], np.int32)
-        return found
+            return self.shown.texts.look(self.subject.log_probs)
 
     def _completions(self) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -11,11 +11,11 @@ from pydantic import Field, model_validator
 from lib.base.errors import UserError
 from lib.config.frozen import Frozen, check_folder_names, digest_of
 from lib.config.loading import load
-from lib.evaluation.perplexity import Convention, label
 from lib.inputs.records import ModelInput, model_input
 from lib.inputs.samples import SamplesInput
-from lib.inputs.specs import ModelSpec, PromptsSpec, TextSpec, TokenSets
+from lib.inputs.specs import ModelSpec, PromptsSpec, TokenSets
 from lib.pruning.experiment import Selection
+from lib.pruning.looks import TextsSpec
 from lib.pruning.methods import Method
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
@@ -43,13 +43,7 @@ class CompletionsSpec(Frozen):
         return self
 
 
-class EvaluateSpec(Frozen):
-    perplexity: list[Convention] = Field(
-        default=["window"],
-        description="on the attribution's `text`: window is Wanda's, stride the seed's, word lm-eval's",
-    )
-    window: int = Field(2048, ge=2, description="tokens of a window")
-    text: TextSpec | None = Field(None, description="another text for perplexity than the attribution's")
+class EvaluateSpec(TextsSpec):
     neutral: dict[str, PromptsSpec] = Field(default={}, description="prompts that should not be harmed")
     same_prompts: bool = Field(
         False, description="judge on the very prompts that were attributed, as the paper does; else on held-out ones"
@@ -62,13 +56,11 @@ class EvaluateSpec(Frozen):
         ],
         description="classifiers; the first one's word is the report's, the second says where they differ",
     )
-    tasks: list[str] = Field(default=[], description="zero-shot tasks by lm-eval")
-    batch_tokens: int = Field(16384, ge=16, description="tokens of a batch for perplexity")
 
     @model_validator(mode="after")
     def _fits(self) -> "EvaluateSpec":
-        if len(set(self.perplexity)) != len(self.perplexity) or len(set(self.judge_names)) != len(self.judges):
-            raise ValueError("perplexity or judges holds one twice")
+        if len(set(self.judge_names)) != len(self.judges):
+            raise ValueError("judges holds one twice")
         check_folder_names("neutral", self.neutral)
         return self
 
@@ -104,7 +96,7 @@ class Sweep(Experiment):
     def _fits(self) -> "Sweep":
         if self.sizes != sorted(set(self.sizes)):
             raise ValueError(f"sizes must rise; got {self.sizes}")
-        known = ["toxicity", *(label(c, self.evaluate.window) for c in self.evaluate.perplexity)]
+        known = ["toxicity", *self.evaluate.labels]
         for one in self.expected:
             if one.measure not in known:
                 raise ValueError(f"expected: measure {one.measure!r} is not looked at; these are: {', '.join(known)}")
@@ -186,20 +178,13 @@ class Sweep(Experiment):
         return 1
 
     def schema(self, cache: Path) -> dict[str, Column]:
-        e, columns = self.evaluate, {"neurons": Column("int32")}
-        for convention in (label(c, e.window) for c in e.perplexity):
-            columns[f"perplexity/{convention}"] = Column("float64")
-            columns[f"windows/{convention}"] = Column("int32")
-            columns[f"nll/{convention}"] = Column("float64", per=f"windows/{convention}")  # summed over a window
-            columns[f"predictions/{convention}"] = Column("int32", per=f"windows/{convention}")
+        e, columns = self.evaluate, {"neurons": Column("int32"), **self.evaluate.columns()}
         for name in self.judged():
             shape = (self.prompts(cache, name), e.completions.samples)
             columns |= {f"toxicity/{name}/{judge}": Column("float32", shape=shape) for judge in e.judge_names}
             columns[f"unique/{name}"] = Column("float32", shape=shape)  # share of a completion's tokens, RUR
             columns[f"tokens/{name}"] = Column("int32", shape=shape)
             columns[f"texts/{name}"] = Column("text")  # JSON: a list a prompt
-        for task in e.tasks:
-            columns[f"task/{task}"] = Column("float64", shape=(2,))  # accuracy and its standard error
         return columns
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
@@ -244,8 +229,7 @@ class Sweep(Experiment):
         """Of one setting: perplexity, completions, judging."""
         found, e = self._model(cache), self.evaluate
         tokens = self.set_of(cache, "text").tokens if e.perplexity else 0
-        passes = {"window": 1.0, "stride": 4.0, "word": 1.0}
-        forward = 2 * (found.body_parameters + found.head_parameters) * tokens * sum(passes[c] for c in e.perplexity)
+        forward = 2 * (found.body_parameters + found.head_parameters) * tokens * e.passes()
         texts = sum(self.prompts(cache, name) for name in self.judged()) * e.completions.samples
         batches = sum(-(-self.prompts(cache, n) * e.completions.samples // e.completions.batch) for n in self.judged())
         weights = 2 * found.body_parameters / 3e12  # bytes that each step reads, at 3 TB/s

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.evaluation.perplexity import label
 from lib.pruning.findings import MEASURES, TOXIC, Findings, Seen, change, effects, sign_test
 from lib.pruning.methods import WORDS, Method
 from lib.report.tables import Column, Table, Value
@@ -18,7 +17,7 @@ def named(seen: Seen) -> str:
 
 def settings_table(f: Findings) -> Table:
     """Everything that was seen, a row a setting."""
-    perplexities = [label(c, f.experiment.evaluate.window) for c in f.experiment.evaluate.perplexity]
+    perplexities = f.experiment.evaluate.labels
     columns = [Column("ranking"), Column("neurons", ",d"), *(Column(p, ".3f") for p in perplexities)]
     for name in f.experiment.judged():
         columns += [Column(f"{name} {judge}", ".4f") for judge in f.experiment.evaluate.judge_names]

@@ -67,7 +67,11 @@ def heat_map(heat: Heat, path: Path) -> None:
         ax.set_ylabel(heat.down, fontsize=13)
         bar = figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, pad=0.015, fraction=0.035, extend=extend)
         bar.outline.set_visible(False)
-        bar.set_label(heat.label + ("" if norm.vmin <= 0 <= norm.vmax else " (0 lies outside)"), fontsize=12)
+        bar.set_label(
+            heat.label
+            + (" (0 lies outside)" if len(shown) and shown.min() * shown.max() > 0 and centre is None else ""),
+            fontsize=12,
+        )
         if centre is not None and heat.centre is None:
             bar.ax.axhline(centre, color=INK, linewidth=1.2)
         marks = " Box: highest of its column. Dot: highest of its row." if marked else ""
