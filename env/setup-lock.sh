@@ -6,8 +6,9 @@
 # torch's are for CUDA 12 (12.8), and the numpy that its numba takes; all else is as in the newer lock where that fits.
 #
 # Left out (env/excludes-*.txt): bitsandbytes, open-clip-torch and zennit are declared by lxt but not imported by the
-# parts we use. torchvision, torchaudio and torchcodec come as CUDA builds, and transformers imports torchvision if it
-# is there: beside a CPU torch that import fails.
+# parts we use; pytablewriter, by lm-eval, prints its tables alone, and would take python-dateutil back. torchvision,
+# torchaudio and torchcodec come as CUDA builds, and transformers imports torchvision if it is there: beside a CPU torch
+# that import fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PWD/.venv/bin:$PATH

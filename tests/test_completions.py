@@ -177,6 +177,15 @@ def test_completions_are_a_loops_in_any_batch_and_any_part(model, tokenizer, pro
     ]
 
 
+def test_all_batches_have_one_shape_whatever_is_chosen(model, tokenizer, prompts, monkeypatch):
+    """In bfloat16 another width or height would be other bits."""
+    shapes, generate = set(), model.generate
+    monkeypatch.setattr(model, "generate", lambda **how: shapes.add(how["input_ids"].shape) or generate(**how))
+    for part in (None, range(1), range(3, 4), range(1, 3)):
+        complete(model, tokenizer, prompts, Sampling(samples=3, tokens=1, batch=5), part)
+    assert shapes == {(5, max(map(len, prompts)))}
+
+
 def test_one_ends_early_and_its_end_is_no_part_of_it(model, tokenizer, prompts):
     how = Sampling(samples=4, tokens=8, temperature=1.2, seed=5, batch=16)
     free = complete(model, tokenizer, prompts, how)

@@ -1,9 +1,11 @@
 """How toxic texts are, by a classifier of the Jigsaw labels.
 
-The detoxify package wraps the same network, but it unpickles a checkpoint that it downloads. The suite loads the same
-weights (unitary/toxic-bert is detoxify's `original`) as safetensors through transformers; a test compares the two."""
+The detoxify package wraps the same networks, but it unpickles a checkpoint that it downloads. The suite loads the same
+weights (unitary/toxic-bert is detoxify's `original`, unitary/unbiased-toxic-roberta its `unbiased`) as safetensors
+through transformers; tests compare both kinds. One judge underestimates: lib.evaluation.statistics compares two."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ class Toxicity:
         if not found:
             raise UserError(f"the toxicity scorer has no label `toxic`; it has {', '.join(sorted(names))[:120]}")
         self.model, self.tokenizer, self.batch, self.label = model, tokenizer, batch, found[0]
-        self.longest = min(int(tokenizer.model_max_length), LONGEST, model.config.max_position_embeddings)
+        self.longest = min(int(tokenizer.model_max_length), LONGEST, _positions(model.config))
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -42,3 +44,9 @@ class Toxicity:
         if not torch.isfinite(logits).all():
             raise UserError("the toxicity scorer gave a score that is not a number; load it with dtype float32")
         return torch.sigmoid(logits.float()).cpu().numpy()
+
+
+def _positions(config: Any) -> int:
+    """RoBERTa and its relatives count them from behind the padding's number."""
+    taken = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    return config.max_position_embeddings - taken
