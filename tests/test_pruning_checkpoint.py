@@ -59,7 +59,8 @@ def mlp(family: str) -> str:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
-def test_zeroed_it_holds_the_bits_of_the_model_pruned_in_memory(family, folders, tmp_path):
+def test_zeroed_it_holds_the_bits_of_the_model_pruned_in_memory(family, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PIECE", 1000)
     chosen = {f"layers.0.{mlp(family)}": [3, 0, 3], f"layers.1.{mlp(family)}": [17]}
     chosen |= {f"layers.1.{FAMILIES[family].linears.v}": [1, 2], f"layers.0.{FAMILIES[family].linears.down}": [5]}
     model, record = load(folders[family]), recorded(folders[family])

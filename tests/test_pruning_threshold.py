@@ -155,7 +155,7 @@ def test_memory_is_that_of_pieces_and_two_layers_masks(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(threshold, "PIECE", 1 << 18)
     monkeypatch.setattr(threshold, "CHUNKS", 256)
-    monkeypatch.setattr(threshold, "MOST_BINS", 8)
+    monkeypatch.setattr(threshold, "MOST", 1 << 19)
     rng, layers = np.random.default_rng(0), {}
     for i in range(8):
         layers[f"layers.{i}.fc1"] = rng.random((1000, 2000), np.float32)
@@ -171,5 +171,5 @@ def test_memory_is_that_of_pieces_and_two_layers_masks(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert zeros == count and found.value == value / 128
     pieces = scores_module.THREADS * 4 * (1 << 18) * 4
-    assert peak < pieces + 2 * 2_000_000 + threshold.MOST_BINS * threshold.BIN * 8 + (8 << 20), peak
+    assert peak < pieces + 2 * 2_000_000 + threshold.MOST * 8 + (8 << 20), peak
     assert PIECE == 1 << 21

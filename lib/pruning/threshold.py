@@ -4,7 +4,7 @@ A sample says where the threshold will lie. One read then counts what lies below
 float32 by its bits. Should the threshold lie elsewhere, two more reads find it: the upper 16 bits of all, then the
 lower ones. So the sample decides how long it takes, never the result. Ties at the threshold go by (layer, index).
 
-A core compares 2.4 GB/s so; it would count all bits at 0.6."""
+A core compares 2 GB/s so; it would count all bits at 0.6."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +22,9 @@ from lib.pruning.scores import PIECE, THREADS, Scores
 
 BLOCK = 1 << 16  # values compared at once: they stay in a core's cache
 CHUNK, CHUNKS = 1 << 10, 1 << 12  # the sample: so many runs of so many values, evenly over all
-MARGIN = (
-    0.015  # of all values on either side of the sample's threshold: twice its error if a run's values were all alike
-)
-BIN, MOST_BINS = 1 << 16, 64  # floats that share their upper 16 bits; bins whose floats are counted one by one
+SIGMAS = 5  # of the sample's own error, on either side of its threshold
+MOST = 1 << 22  # neighbouring floats that are counted one by one
+BIN = 1 << 16  # floats that share their upper 16 bits
 KEY_INF = 0x7F800000
 T = TypeVar("T")
 
@@ -132,11 +131,16 @@ def _guess(scores: Sequence[Scores], share: float) -> tuple[int, int]:
         return scores[which].read(start, min(start + CHUNK, sizes[which]))
 
     with ThreadPoolExecutor(THREADS) as pool:
-        sample = np.sort(np.concatenate(list(pool.map(take, range(chunks)))))
-    ranks = np.clip([share - MARGIN, share, share + MARGIN], 0, 1) * (len(sample) - 1)
-    low, middle, high = (int(key) >> 16 for key in _keys(sample[ranks.astype(np.int64)]))
-    low, high = max(low, middle - MOST_BINS // 2), min(high, middle + MOST_BINS // 2 - 1)
-    return low * BIN, (high - low + 1) * BIN
+        found = list(pool.map(take, range(chunks)))
+    sample = np.concatenate(found)
+    guess = np.partition(sample, rank := int(share * (len(sample) - 1)))[rank]
+    # Values of one row resemble each other: how far a run's share below the guess strays says how far the guess does.
+    strays = np.std([np.count_nonzero(run <= guess) / len(run) for run in found])
+    margin = int(len(sample) * SIGMAS * strays / chunks**0.5) + SIGMAS
+    ranks = [max(rank - margin, 0), rank, min(rank + margin, len(sample) - 1)]
+    low, middle, high = (int(key) for key in _keys(np.partition(sample, ranks)[ranks]))
+    low, high = max(low, middle - MOST // 2), min(high, middle + MOST // 2 - 1)
+    return low, high - low + 1
 
 
 def _everywhere(look: Callable[[tuple[Scores, int]], T], scores: Sequence[Scores]) -> Iterator[T]:
