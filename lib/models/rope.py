@@ -32,7 +32,7 @@ def rope_table(family: Family, config: Any, dtype: torch.dtype, tokens: int) -> 
     except Exception as e:  # whatever transformers makes of a kind of rope that it does not know
         asked = getattr(config, "rope_parameters", None)
         raise UserError(
-            f"config.json asks for a rope that transformers cannot make ({asked}: {one_line(e)}); run `make fetch` again"
+            f"config.json asks for a rope that transformers cannot make ({asked}: {one_line(e)}); run `make fetch`"
         ) from None
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if cos.shape[-1] != head:
