@@ -124,6 +124,13 @@ def test_resume_heeds_its_array(held):
     assert code == 0 and "--array=0-1%" in said and held.tasks() == ["2"]
 
 
+def test_the_queue_is_asked_once_to_resume(held):
+    asked = held.scratch / "asked"
+    held.front("squeue", f'echo x >> {asked}\nexec $real "$@"')
+    assert "cells 0-2 of small" in held.call("resume")[1] and asked.read_text() == "x\n"
+    assert "nothing to resume" in held.call("resume")[1] and held.tasks() == ["0", "1", "2"]
+
+
 def test_a_queue_through_a_cache_shows_a_job_later(held):
     held.call("submit", "--array=0-1")
     held.front("squeue", "true")

@@ -72,9 +72,9 @@ def cancelled_at(folder: Path) -> float:
     return 0.0
 
 
-def live_tasks(cells: Sequence[Cell]) -> Live:
+def live_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     """The cells of one experiment that are in queued or running tasks. A UserError when Slurm does not say."""
-    return local_tasks(cells) | slurm_tasks(cells)
+    return local_tasks(cells) | slurm_tasks(cells, ask)
 
 
 def local_tasks(cells: Sequence[Cell]) -> Live:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 from lib.base.atomic import listed
@@ -15,7 +16,7 @@ from lib.cluster import slurm
 from lib.cluster.live import Ask, cancelled_at, is_alive, local_tasks, slurm_tasks
 from lib.run.extent import extent
 from lib.run.heartbeat import Beat, heartbeats
-from lib.run.parents import made_again, why_blocked
+from lib.run.parents import Beats, made_again, why_blocked
 from lib.store import Cell, Marker, Piece
 from lib.store.markers import counted
 
@@ -86,9 +87,16 @@ def status(
     with ThreadPoolExecutor(2) as pool:
         ids = {b.job.partition("_")[0] for bs in beats.values() for b in bs if b.job}
         sacct = pool.submit(slurm.accounts, ids, 5.0) if slurm.has_slurm() and ids and not ask else None
-        cancelled = cancelled_at(folder)
+        cancelled, of_parents = cancelled_at(folder), cache(heartbeats)
         states = [
-            _cell_state(cell, live.get(cell.name), beats.get(cell.name, []), cancelled, (seconds or {}).get(cell.name))
+            _cell_state(
+                cell,
+                live.get(cell.name),
+                beats.get(cell.name, []),
+                cancelled,
+                (seconds or {}).get(cell.name),
+                of_parents,
+            )
             for cell in cells
         ]
         for state in states:
@@ -103,7 +111,12 @@ def status(
 
 
 def _cell_state(
-    cell: Cell, task: slurm.Queued | None, beats: list[Beat], cancelled: float, seconds: float | None
+    cell: Cell,
+    task: slurm.Queued | None,
+    beats: list[Beat],
+    cancelled: float,
+    seconds: float | None,
+    of_parents: Beats,
 ) -> CellState:
     found = extent(cell)
     done, bad = [piece for piece, _ in found.pieces], found.bad
@@ -121,7 +134,7 @@ def _cell_state(
         if not last.job:
             state.elapsed_s = round((time.time() if is_alive(last) else last.updated) - last.started)
     whole = found.whole or bool(left is None and not cell.parents and last and last.state == "done")
-    state.state, state.note = ("done", "") if whole else _state(cell, task, last, cancelled)
+    state.state, state.note = ("done", "") if whole else _state(cell, task, last, cancelled, of_parents)
     if task and not whole:
         state.job, state.node = task.id, task.node or state.node
     if state.state == "running" and left is not None:
@@ -134,7 +147,9 @@ def _cell_state(
     return state
 
 
-def _state(cell: Cell, task: slurm.Queued | None, last: Beat | None, cancelled: float) -> tuple[str, str]:
+def _state(
+    cell: Cell, task: slurm.Queued | None, last: Beat | None, cancelled: float, of_parents: Beats
+) -> tuple[str, str]:
     """(state, note) of a cell that is not done."""
     if task and task.held:
         return "held", f"{task.reason}; it waits for ever: scontrol release {task.id}"
@@ -144,7 +159,7 @@ def _state(cell: Cell, task: slurm.Queued | None, last: Beat | None, cancelled: 
         return "running", task.state.lower() if task.state != "RUNNING" else ""
     if task and not (last and last.job == task.id and last.state in ("failed", "blocked")):
         return "pending", f"in turn, in the task of {task.cells[0]}"
-    if why := why_blocked(cell):
+    if why := why_blocked(cell, of_parents):
         return "blocked", why
     if last is None or last.state == "blocked":
         return "todo", ""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from lib.base.advice import advised
@@ -79,13 +80,14 @@ def resume(r: Request, array: str, dry: bool) -> None:
     wanted, throttle = chosen(r, array)
     cells = r.cells
     with nullcontext(-1) if dry else submitting(r.folder) as held:
-        now = status(r.experiment.label, cells, r.experiment.run.gpus)
+        queue = cache(slurm.queue)  # asked once for both
+        now = status(r.experiment.label, cells, r.experiment.run.gpus, ask=queue)
         indices = [i for i in missing_cells(now) if i in wanted]
         for state in (c for c in now.cells if c.index in wanted and c.state in ("held", "blocked")):
             print(f"cell {state.index} ({state.name}) is {state.state}: {state.note}")
         if dry and indices:
             show(r, indices, throttle)
-        elif not indices or not _send(r, indices, throttle, live_tasks(cells), held):
+        elif not indices or not _send(r, indices, throttle, live_tasks(cells, queue), held):
             which = f" of {array}" if array else ""
             print(f"nothing to resume: every cell{which} is done, running, waiting or named above")
 

@@ -28,7 +28,10 @@ def load_kernel(this: Job, experiment: Sweep, cell: Cell) -> tuple["SweepKernel"
     from lib.pruning.subject import Subject, load_subject
 
     path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
-    subject: Subject = this.keep("subject", path, lambda: load_subject(this.site.cache, experiment, path))
+    cache, e = this.site.cache, experiment.evaluate
+    subject: Subject = this.keep(
+        "subject", path, lambda: load_subject(cache, experiment.model, e.batch_tokens, path, e.judges)
+    )
     shown = this.keep("shown", experiment.label, lambda: Shown(experiment, this.site.cache, path))
     return SweepKernel(experiment, cell, ranked(experiment, this.site.cache, cell), subject, shown), {
         "device": subject.device
@@ -88,10 +91,10 @@ class SweepKernel:
 
     def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        rows = []
+        rows, tasks = [], self.experiment.evaluate.tasks
         for size, chosen in prepared:
             with self.subject.without(chosen):
-                rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self._tasks()})
+                rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self.subject.tasks(tasks)})
         columns = stacked(self.experiment.schema(self.subject.cache), rows)
         return columns, {key: round(value, 3) for key, value in self.seconds.items()}
 
@@ -104,7 +107,7 @@ class SweepKernel:
         e = self.experiment.evaluate
         for name, prompts in self.shown.prompts.items():
             with self._timed("seconds_completions"):
-                answers = self.subject.complete(prompts)
+                answers = self.subject.complete(prompts, e.completions)
             texts = [[one.text for one in some] for some in answers]
             ids = [[one.ids for one in some] for some in answers]
             found[f"tokens/{name}"] = np.array([[len(one) for one in some] for some in ids], np.int32)
@@ -116,10 +119,6 @@ class SweepKernel:
                 for judge, scores in zip(e.judge_names, self.subject.judge(flat), strict=True):
                     found[f"toxicity/{name}/{judge}"] = scores.reshape(len(prompts), -1)
         return found
-
-    def _tasks(self) -> dict[str, Any]:
-        tasks = self.experiment.evaluate.tasks
-        return {f"task/{name}": np.array(score) for name, score in self.subject.tasks(tasks).items()} if tasks else {}
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

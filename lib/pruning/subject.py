@@ -14,6 +14,7 @@ from lib.evaluation.completions import Completion, Sampling, complete
 from lib.evaluation.log_probs import by_decoder, by_model
 from lib.evaluation.perplexity import Window
 from lib.evaluation.toxicity import Toxicity
+from lib.inputs.specs import ModelSpec
 from lib.inputs.tokenizer import load_tokenizer
 from lib.inputs.verified import checked_model
 from lib.models.classifier import load_classifier
@@ -21,7 +22,7 @@ from lib.models.load import device_name, load_decoder, load_model, visible_devic
 from lib.models.scorer import Scorer
 from lib.models.shared import model_of
 from lib.pruning.neurons import Pruner
-from lib.pruning.sweep import EvaluateSpec, Sweep
+from lib.pruning.sweep import CompletionsSpec
 
 HEAD_ROWS = 1024  # states whose logits exist at once
 
@@ -31,10 +32,11 @@ class Subject:
     cache: Path
     model: Any
     scorer: Scorer | None
+    weights: Any  # what is pruned: the decoder's, which the model shares, or the model
+    family: Family
     pruner: Pruner
     tokenizer: Any
     judges: list[Toxicity]
-    evaluate: EvaluateSpec
     device: str
 
     @contextmanager
@@ -47,8 +49,7 @@ class Subject:
             return by_model(self.model, windows)
         return by_decoder(self.scorer, windows)
 
-    def complete(self, prompts: Sequence[Sequence[int]]) -> list[list[Completion]]:
-        how = self.evaluate.completions
+    def complete(self, prompts: Sequence[Sequence[int]], how: CompletionsSpec) -> list[list[Completion]]:
         sampling = Sampling(how.samples, how.tokens, how.temperature or None, how.seed, how.batch)
         return complete(self.model, self.tokenizer, prompts, sampling, with_prompt=how.with_prompt)
 
@@ -59,17 +60,21 @@ class Subject:
         raise NotImplementedError
 
 
-def load_subject(cache: Path, experiment: Sweep, folder: str) -> Subject:
-    e, devices = experiment.evaluate, visible_devices()
+def load_subject(
+    cache: Path, model: ModelSpec, batch_tokens: int, folder: str, judges: Sequence[ModelSpec] = ()
+) -> Subject:
+    """On every GPU that is visible; the judges on the first."""
+    devices = visible_devices()
     family: Family = family_in(Path(folder), "cannot be pruned here; these can")
     if family.shape:
-        decoder = load_decoder(folder, experiment.model.dtype, e.batch_tokens, HEAD_ROWS)
-        scorer, model, pruner = Scorer(decoder, HEAD_ROWS), model_of(decoder, folder), Pruner(decoder.weights, family)
+        decoder = load_decoder(folder, model.dtype, batch_tokens, HEAD_ROWS)
+        scorer, loaded, weights = Scorer(decoder, HEAD_ROWS), model_of(decoder, folder), decoder.weights
     else:
-        scorer, model = None, load_model(folder, experiment.model.dtype, "sdpa", devices)
-        pruner = Pruner(model, family)
-    judges = []
-    for spec in e.judges:
+        scorer, loaded = None, load_model(folder, model.dtype, "sdpa", devices)
+        weights = loaded
+    them = []
+    for spec in judges:
         path = checked_model(cache, spec.id, spec.revision).path
-        judges.append(Toxicity(load_classifier(path, spec.dtype, devices[0]), load_tokenizer(path)))
-    return Subject(cache, model, scorer, pruner, load_tokenizer(folder), judges, e, device_name(devices[0]))
+        them.append(Toxicity(load_classifier(path, spec.dtype, devices[0]), load_tokenizer(path)))
+    tokenizer, device = load_tokenizer(folder), device_name(devices[0])
+    return Subject(cache, loaded, scorer, weights, family, Pruner(weights, family), tokenizer, them, device)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 
-from lib.store import Cell, Folder, Piece, gaps, scan, scan_folders
+from lib.store import Cell, Folder, Marker, Piece, gaps, scan, scan_folders
 from lib.store.columns import Schema
 from lib.store.markers import Bad
 from lib.store.shards import MOST_ROWS
@@ -27,23 +27,47 @@ class Extent:
         return sum(rows for _, rows in self.pieces)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What one scan of a cell's folder has found."""
+
+    shards: list[Marker]
+    folders: list[Folder]
+    bad: list[Bad]
+
+    def within(self, rows: int) -> "Found":
+        return replace(self, shards=[shard for shard in self.shards if shard.stop <= rows])
+
+
 def settled(cell: Cell) -> Cell:
     """A cell that is whole by the rows that its own markers speak of stays so, whatever its parents became."""
-    if not cell.parents:
-        return cell
-    found = _extent(replace(cell, rows=None), False, None)
-    said = {rows for piece, _ in found.pieces if (rows := piece.made.rows)}
-    known = [replace(cell, rows=rows) for rows in said]
-    return next((one for one in known if _extent(one, False, None).whole), cell)
+    return _settled(cell, _scan(replace(cell, rows=None))) if cell.parents else cell
 
 
 def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Extent:
-    return _extent(settled(cell), deep, schema)
+    if not cell.parents:
+        return _extent(cell, _scan(cell, deep, schema))
+    found = _scan(replace(cell, rows=None))
+    cell = _settled(cell, found)
+    if deep or (cell.rows is not None and found.within(cell.rows) != found):  # more is bad by that number of rows
+        found = _scan(cell, deep, schema)
+    return _extent(cell, found)
 
 
-def _extent(cell: Cell, deep: bool, schema: Schema | None) -> Extent:
+def _scan(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Found:
     shards, bad = scan(cell.path, cell.digest, deep, schema, MOST_ROWS if cell.rows is None else cell.rows)
     folders, worse = scan_folders(cell.path, cell.digest, deep)
+    return Found(shards, folders, [*bad, *worse])
+
+
+def _settled(cell: Cell, found: Found) -> Cell:
+    pieces = _extent(replace(cell, rows=None), found).pieces
+    known = [replace(cell, rows=rows) for rows in {piece.made.rows for piece, _ in pieces} if rows]
+    return next((one for one in known if _extent(one, found.within(one.total)).whole), cell)
+
+
+def _extent(cell: Cell, found: Found) -> Extent:
+    shards, folders = found.shards, found.folders
     left, steps = None if cell.rows is None else gaps(shards, cell.rows), states(cell, folders)
     pieces: list[tuple[Piece, int]] = [(shard, shard.rows) for shard in shards]
     if steps:
@@ -55,7 +79,7 @@ def _extent(cell: Cell, deep: bool, schema: Schema | None) -> Extent:
     others = [folder for folder in folders if folder not in steps]
     pieces += [(folder, 0) for folder in others]
     missed: list[Piece] = [p for p in [*shards, *others, *steps[-1:]] if p.retired]
-    return Extent(pieces, [*bad, *worse], left, missed)
+    return Extent(pieces, found.bad, left, missed)
 
 
 def state_name(step: int) -> str:

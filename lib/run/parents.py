@@ -3,27 +3,30 @@ stage has run, and a child that starts looks whether it can."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from lib.run.extent import extent
-from lib.run.heartbeat import heartbeats
+from lib.run.heartbeat import Beat, heartbeats
 from lib.store import Cell, Piece
 from lib.store.markers import Bad, seen
 
 P = TypeVar("P", bound=Piece)
+Beats = Callable[[Path], Mapping[str, list[Beat]]]
 
 
-def why_blocked(cell: Cell) -> str:
-    """Why a cell cannot run yet; '' where all that it reads from is done."""
-    return "; ".join(why for parent in cell.parents if (why := _why_not_done(parent)))
+def why_blocked(cell: Cell, beats: Beats = heartbeats) -> str:
+    """Why a cell cannot run yet; '' where all that it reads from is done. `beats`: heartbeats that several cells
+    share."""
+    return "; ".join(why for parent in cell.parents if (why := _why_not_done(parent, beats)))
 
 
-def _why_not_done(parent: Cell) -> str:
+def _why_not_done(parent: Cell, beats: Beats) -> str:
     found = extent(parent)
     if found.whole:
         return ""
-    last = next(reversed(heartbeats(parent.folder).get(parent.name, [])), None)
+    last = next(reversed(beats(parent.folder).get(parent.name, [])), None)
     ended = f"; it {last.state}: {last.error}" if last and last.state in ("failed", "blocked") else ""
     how_far = f"{found.done} of {'?' if parent.rows is None else parent.rows}"
     return f"{parent.spoken}, which it reads from, is not done ({how_far}{ended})"

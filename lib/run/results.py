@@ -6,14 +6,20 @@ from pathlib import Path
 from lib.base.errors import UserError
 from lib.run.command import Job
 from lib.store import Cell, gaps, merge, scan
+from lib.store.columns import Schema
 from lib.store.merge import merged_is_current
 
 
 def merged_files(this: Job) -> dict[Cell, Path]:
-    """The merged file of each cell that is done; made again only where it is not there: it may hold tens of GB."""
+    """Of each cell that is done."""
     schema, config = this.experiment.schema(this.site.cache), this.experiment.science_json()
     done = [cell for cell in this.cells() if not gaps(scan(cell.path, cell.digest)[0], cell.total)]
-    return {c: c.path / "merged.h5" if merged_is_current(c, schema) else merge(c, schema, config) for c in done}
+    return {cell: merged_file(cell, schema, config) for cell in done}
+
+
+def merged_file(cell: Cell, schema: Schema, config: str) -> Path:
+    """Of a cell that is done; made again only where it is not there: it may hold tens of GB."""
+    return cell.path / "merged.h5" if merged_is_current(cell, schema) else merge(cell, schema, config)
 
 
 def all_done(cells: Sequence[Cell], done: Sequence[Cell]) -> None:
