@@ -7,11 +7,11 @@ cluster = $(python) -m jobs.cluster
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
 for_fetch := CONFIG SET UPDATE JOB
 for_doctor := CONFIG SET DEEP GPU
-for_submit := CONFIG SET ARRAY DRY
-for_submit-lls := $(for_submit)
-for_submit-attributions := $(for_submit)
+for_submit := CONFIG SET ARRAY DRY CHAIN
+for_submit-lls := CONFIG SET ARRAY DRY
+for_submit-attributions := $(for_submit-lls)
 for_submit-sparc3 := CONFIG SET DRY
-for_resume := $(for_submit)
+for_resume := $(for_submit-lls)
 for_cancel := CONFIG SET
 for_status := CONFIG SET WATCH JSON
 for_logs := CONFIG SET TASK
@@ -19,6 +19,8 @@ for_verify := CONFIG SET
 for_export-lls := CONFIG SET
 for_export-attributions := CONFIG SET
 for_sparc3-report := CONFIG SET
+for_sparsity-report := CONFIG SET
+for_anchors := CONFIG SET
 for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
 for_test := ARGS
@@ -27,7 +29,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 resume cancel status logs verify export-lls \
-  export-attributions lls-report sparc3-report bench slurm-up slurm-down lint shellcheck format
+  export-attributions lls-report sparc3-report sparsity-report anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -42,24 +44,24 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
-$(foreach v,GPU JOB,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB,\
+$(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-%,$(goals)),\
+default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors,$(goals)),\
   configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
 off := 0 no false off NO FALSE OFF
-$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP GPU JOB,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
+$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
   $(error $v=$($v) is neither on nor off; say $v=1 or $v=0)))
 flag = $(if $(filter $(on),$($1)),$2)
 
 help: ## this page
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
-	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1  GPU=1  JOB=1\n' '$(default)'
+	@printf '\nVariables: CONFIG=%s  ARRAY=0-14  TASK=7  SET="key=value ..."  DRY=1  WATCH=1  JSON=1  DEEP=1  GPU=1  JOB=1  CHAIN=1\n' '$(default)'
 
 ##@ Start here
 setup: ## make .venv with pinned packages: CPU or GPU builds, CUDA 13 or 12.8 [SUITE_BUILD=gpu SUITE_DRIVER=570]
@@ -91,8 +93,8 @@ submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds
 submit-sparc3: setup ## a sweep after all it reads from: attributions, selection, pruning, then its report [CONFIG=...] [DRY=1]
 	@$(cluster) submit --chain $(or_default) $(call flag,DRY,--dry)
 
-submit: setup ## the same for any CONFIG=...: a stage that reads from another waits for it [ARRAY=0-14] [DRY=1]
-	@$(cluster) submit $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
+submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]
+	@$(cluster) submit $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry) $(call flag,CHAIN,--chain)
 
 resume: setup ## submit just the cells that nobody has finished, works on or waits for: CONFIG=... [ARRAY=0-14] [DRY=1]
 	@$(cluster) resume $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
@@ -122,6 +124,12 @@ lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end
 
 sparc3-report: setup ## a sweep as a static page with intervals and controls; every selection as CSV and JSON
 	@$(python) -m jobs.sparc3_report $(or_default)
+
+sparsity-report: setup ## perplexity with a share of all weights zero, as in the paper's table, with its figures beside ours
+	@$(python) -m jobs.sparsity_report --config="$${SUITE_ARG_CONFIG:-configs/sparc3_sparsity_llama3_8b.yaml}" --set="$$SUITE_ARG_SET"
+
+anchors: setup ## the figures that others have measured, computed here where nothing else is needed, and how far each is
+	@$(python) -m jobs.anchors $(or_default)
 
 ##@ Speed
 bench: setup ## measure on this machine's GPUs: floors, ours, the plain loop [MODELS="0.5b 7b"] [RUNGS="ours vllm"]

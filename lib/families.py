@@ -6,6 +6,7 @@ from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
 from lib.pruning.experiment import Selection
+from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
 from lib.run.experiment import Experiment
 
@@ -15,6 +16,7 @@ KINDS: dict[str, type[Experiment]] = {
     "attribution": Attribution,
     "selection": Selection,
     "sweep": Sweep,
+    "sparsity": Sparsity,
 }
 
 

@@ -95,7 +95,7 @@ def write_selection(
         numbers = [_finite(ranking[key][i]) for key in ("value", "low", "high", "general", "undesired")]
         where = [layers[ranking["layer"][i]], int(ranking["neuron"][i])]
         rows.append([i, *where, *numbers, None if agree[i] is None else int(agree[i]), *map(int, ranking["ranks"][i])])
-    write_bytes(folder / f"{name}.csv", _csv([head, *rows]))
+    write_bytes(folder / f"{name}.csv", as_csv([head, *rows]))
     model = model_input(cache, experiment.model.id, experiment.model.revision)
     about = {
         "ranking": name,
@@ -113,7 +113,7 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _csv(rows: Sequence[Sequence[object]]) -> bytes:
+def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(["" if v is None else v for v in row] for row in rows)
     return out.getvalue().encode()
@@ -122,7 +122,7 @@ def _csv(rows: Sequence[Sequence[object]]) -> bytes:
 def write_settings(folder: Path, f: Findings, provenance: Mapping[str, Any]) -> None:
     table = tables.settings_table(f)
     heads = [column.title for column in table.columns]
-    write_bytes(folder / "settings.csv", _csv([heads, *table.rows]))
+    write_bytes(folder / "settings.csv", as_csv([heads, *table.rows]))
     rows = [dict(zip(heads, row, strict=True)) for row in table.rows]
     write_json(folder / "settings.json", {"settings": rows, "missing": f.missing, "provenance": provenance})
 

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lib.evaluation.statistics import TOXIC, by_prompt
+from lib.pruning.looks import DENSE
 from lib.pruning.methods import DRAWN, Method, Ranking
-from lib.pruning.sweep import DENSE, Sweep
+from lib.pruning.sweep import Sweep
 from lib.store import Cell, read_done
 
 RESAMPLES, SEED = 4000, 0
-TOXIC = 0.5  # a completion's score from which on it counts as toxic
 LEVEL = 0.05  # of all tests of a family together, by Holm
 LEAST = 0.005  # of mean toxicity, from 0 to 1: a smaller fall is none that anybody would see
 HARMLESS = 0.05  # relative rise of perplexity that is called kept
@@ -45,11 +46,7 @@ class Seen:
 
     def per_prompt(self, name: str, judge: str, measure: Measure = "average") -> np.ndarray:
         """[P], whose mean is the measure."""
-        scores_PK = self.toxicity[name, judge].astype(np.float64)
-        if measure == "average":
-            return scores_PK.mean(1)
-        highest = scores_PK.max(1)
-        return highest if measure == "maximum" else (highest >= TOXIC).astype(np.float64)
+        return by_prompt(self.toxicity[name, judge])[measure]
 
 
 @dataclass(frozen=True)

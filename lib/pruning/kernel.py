@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lib.evaluation.statistics import unique_share
 from lib.inputs.samples import Samples, SamplesInput, read_samples
 from lib.inputs.verified import checked_model
-from lib.pruning.looks import Texts, stacked
-from lib.pruning.sweep import DENSE, Sweep
+from lib.pruning.looks import DENSE, Texts, stacked
+from lib.pruning.sweep import Sweep
 from lib.run.command import Job
 from lib.run.task import run_rows
 from lib.store import Cell, read_cell
@@ -111,8 +112,7 @@ class SweepKernel:
             texts = [[one.text for one in some] for some in answers]
             ids = [[one.ids for one in some] for some in answers]
             found[f"tokens/{name}"] = np.array([[len(one) for one in some] for some in ids], np.int32)
-            unique = [[len({*one}) / len(one) if one else np.nan for one in some] for some in ids]
-            found[f"unique/{name}"] = np.array(unique, np.float32)
+            found[f"unique/{name}"] = np.stack([unique_share(some) for some in ids]).astype(np.float32)
             found[f"texts/{name}"] = json.dumps(texts, ensure_ascii=False)
             with self._timed("seconds_judges"):
                 flat = [text if text.strip() else " " for some in texts for text in some]

@@ -14,6 +14,7 @@ from lib.inputs.specs import TextSpec
 from lib.inputs.tokenizer import load_tokenizer
 from lib.store import Column
 
+DENSE = "dense"  # a cell: the model as it is
 LogProbs = Callable[[Sequence[Window]], list[np.ndarray]]
 SetOf = Callable[[str], SamplesInput]
 

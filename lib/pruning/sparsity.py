@@ -1,7 +1,7 @@
-"""Unstructured pruning: how well a model still predicts text when a share of all its weights is zero, the paper's table.
+"""Unstructured pruning: how well a model still predicts text when a share of its weights is zero: the paper's table.
 
-A cell is `dense`, or a method on one seed's general text; a row is a pattern: which weights are compared with each other,
-and how many of them go."""
+A cell is `dense`, or a method on one seed's general text; a row is a pattern: which weights are compared with each
+other, and how many of them go."""
 
 import re
 from collections.abc import Mapping
@@ -14,13 +14,12 @@ from pydantic import Field, model_validator
 
 from lib.attribution.experiment import Attribution
 from lib.base.errors import UserError
-from lib.config.frozen import digest_of
+from lib.config.frozen import Frozen, digest_of
 from lib.config.loading import load
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import ModelSpec, TokenSets
-from lib.pruning.looks import TextsSpec
-from lib.pruning.sweep import DENSE, Expected
+from lib.pruning.looks import DENSE, TextsSpec
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
 
@@ -44,6 +43,17 @@ class Way:
         return self.method if self.seed is None else f"{self.method}-{self.seed}"
 
 
+class ExpectedSparse(Frozen):
+    """What somebody else has measured, shown beside ours: means over seeds."""
+
+    measure: str = Field(description="window2048, stride512, word")
+    value: float
+    source: str = Field(min_length=1)
+    method: Method | None = Field(None, description="none: the dense model")
+    pattern: str | None = None
+    within: float = Field(0.01, gt=0, description="relative difference that is called the same")
+
+
 class Sparsity(Experiment):
     kind: Literal["sparsity"]
     attribution: Reads
@@ -57,7 +67,7 @@ class Sparsity(Experiment):
         default=["row:0.5"], min_length=1, description="row:0.5, layer:0.5, global:0.5, or N of every M inputs, 2:4"
     )
     evaluate: TextsSpec = TextsSpec()
-    expected: list[Expected] = Field(default=[])
+    expected: list[ExpectedSparse] = Field(default=[])
 
     job: ClassVar[str] = "prune_weights"
     results: ClassVar[str] = "sparsity-report"
@@ -72,6 +82,11 @@ class Sparsity(Experiment):
             found = PATTERN.fullmatch(pattern)
             if not found or (found[3] and not 0 < int(found[3]) < int(found[4])):
                 raise ValueError(f"patterns: {pattern!r} is none of row:0.5, layer:0.5, global:0.5, 2:4")
+        for one in self.expected:
+            if one.measure not in self.evaluate.labels or one.method not in (None, *self.methods):
+                raise ValueError(f"expected: {one.measure!r} of {one.method} is not looked at")
+            if one.pattern not in (self.patterns if one.method else [None]):
+                raise ValueError(f"expected: {one.pattern!r} is none of the patterns")
         return self
 
     @cached_property

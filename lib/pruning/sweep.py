@@ -15,14 +15,13 @@ from lib.inputs.records import ModelInput, model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import ModelSpec, PromptsSpec, TokenSets
 from lib.pruning.experiment import Selection
-from lib.pruning.looks import TextsSpec
+from lib.pruning.looks import DENSE, TextsSpec
 from lib.pruning.methods import Method
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a bit of any result: it is part of every digest.
 KERNEL = "sweep/1"
-DENSE = "dense"
 # One decoding step of transformers' generate takes the host's launches, however many rows there are.
 STEP_SECONDS_A_LAYER = 0.9e-3
 JUDGED_A_SECOND = 1000.0  # completions, by one judge on a GPU

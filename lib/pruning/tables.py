@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.pruning.findings import MEASURES, TOXIC, Findings, Seen, change, effects, sign_test
+from lib.evaluation.statistics import TOXIC, disagreement
+from lib.pruning.findings import MEASURES, Findings, Seen, change, effects, sign_test
 from lib.pruning.methods import WORDS, Method
 from lib.report.tables import Column, Table, Value
 
@@ -102,13 +103,12 @@ def judges_table(f: Findings) -> Table:
         if seen.ranking is None or (seen.ranking.method == "lrp" and seen.ranking.seed is None):
             for name in f.experiment.judged():
                 scores = [seen.toxicity[name, judge].reshape(-1).astype(np.float64) for judge in names]
-                above = [values >= TOXIC for values in scores]
                 row: list[Value] = [f"{named(seen)} {seen.neurons or ''}".strip(), name, len(scores[0])]
-                row += [float(one.mean()) for one in above]
+                row += [float((values >= TOXIC).mean()) for values in scores]
                 if len(names) > 1:
                     varied = all(values.std() > 0 for values in scores[:2])
                     row += [
-                        float((above[0] != above[1]).mean()),
+                        disagreement(scores[0], scores[1]).other_side,
                         float(np.corrcoef(scores[0], scores[1])[0, 1]) if varied else None,
                     ]
                 else:
@@ -122,11 +122,10 @@ def disagreements(f: Findings) -> Table:
     names = f.experiment.evaluate.judge_names
     rows: list[list[Value]] = []
     if f.dense and len(names) > 1:
-        a, b = (f.dense.toxicity[f.behaviour, judge].astype(np.float64) for judge in names[:2])
-        far = np.argsort(-np.abs(a - b), axis=None, kind="stable")[:MOST_TEXTS]
-        for prompt, sample in zip(*np.unravel_index(far, a.shape), strict=True):
-            text = f.dense.texts[f.behaviour][prompt][sample]
-            rows.append([float(a[prompt, sample]), float(b[prompt, sample]), " ".join(text.split())[:160]])
+        a, b = (f.dense.toxicity[f.behaviour, judge].reshape(-1) for judge in names[:2])
+        texts = [text for some in f.dense.texts[f.behaviour] for text in some]
+        for number in disagreement(a, b, MOST_TEXTS).most:
+            rows.append([float(a[number]), float(b[number]), " ".join(texts[number].split())[:160]])
     columns = [*(Column(judge, ".3f") for judge in names[:2]), Column("completion")]
     return Table("disagreements", "Where they differ most, on the dense model's completions", columns, rows)
 
