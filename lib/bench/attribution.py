@@ -219,6 +219,43 @@ def small_memory(model: str, batch_tokens: int) -> Result:
     return found
 
 
+def attention(model: str, batch_tokens: int) -> Result:
+    """Our kernel against FlexAttention's, forward and both gradients, on one sample; how many values differ when the
+    gradient is made again."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from lib.attribution.attention import backward, forward
+
+    _, hidden, _, heads, kv, _ = LLAMAS[model]
+    width, tokens = hidden // heads, batch_tokens
+    q, dout = (torch.randn(1, tokens, heads, width, device="cuda").bfloat16() for _ in "qd")
+    k, v = (torch.randn(1, tokens, kv, width, device="cuda").bfloat16() for _ in "kv")
+    scale = width**-0.5
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        out, lse = forward(q, k, v, scale)
+        return backward(q, k, v, out, lse, dout, scale)
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device="cuda")
+    compiled = torch.compile(flex_attention)
+    leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+
+    def flex() -> tuple[torch.Tensor, ...]:
+        out = compiled(*leaves, block_mask=mask, scale=scale, enable_gqa=True)
+        return torch.autograd.grad(out, leaves, dout.transpose(1, 2))
+
+    def again(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+        first = run()
+        return sum(int((a != b).sum()) for _ in range(20) for a, b in zip(first, run(), strict=True))
+
+    return {
+        "ours_ms": round(timed(ours, 20) * 1e3, 3),
+        "flex_ms": round(timed(flex, 20) * 1e3, 3),
+        "ours_differ_in_20": again(ours),
+        "flex_differ_in_20": again(flex),
+    }
+
+
 def several(model: str, batch_tokens: int) -> Result:
     """Layers over all GPUs: seconds a sample, how busy each was, and a small model's scores against one GPU's."""
     gpus = torch.cuda.device_count()
@@ -271,5 +308,6 @@ RUNGS: dict[str, Callable[[str, int], Result]] = {
     "memory": small_memory,
     "exact": exact,
     "several": several,
+    "attention": attention,
     "job": job,
 }
