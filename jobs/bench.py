@@ -15,10 +15,8 @@ from lib.bench import attribution, pruning, scoring, sweep
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
-SUITES = {
-    **dict.fromkeys(SHAPES, scoring.RUNGS),
-    **dict.fromkeys(LLAMAS, attribution.RUNGS | pruning.RUNGS | sweep.RUNGS),
-}
+OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, OF_LLAMAS)}
 
 
 def main() -> int:

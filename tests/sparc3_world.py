@@ -31,7 +31,7 @@ name: sweeping
 selection: {{config: selection.yaml}}
 sizes: [4, 16]
 evaluate:
-  perplexity: [window, stride]
+  perplexity: [window]
   window: 128
   neutral: {{plain: {{id: {0}/prompts, threshold: 0.0, at_most: 0.3, samples: 16, max_tokens: 32}}}}
   completions: {{samples: 3, tokens: 12, batch: 64}}

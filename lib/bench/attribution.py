@@ -241,7 +241,7 @@ def attention(model: str, batch_tokens: int) -> Result:
     leaves = [x.transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
 
     def flex() -> tuple[torch.Tensor, ...]:
-        out = compiled(*leaves, block_mask=mask, scale=scale, enable_gqa=True)
+        out = compiled(leaves[0], leaves[1], leaves[2], block_mask=mask, scale=scale, enable_gqa=True)
         return torch.autograd.grad(out, leaves, dout.transpose(1, 2))
 
     def again(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:

@@ -27,8 +27,9 @@ from lib.pruning.neurons import Pruner
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEVICE = "cuda"
 HEAD_ROWS, WINDOW, WINDOWS = 1024, 2048, 64
-PROMPTS, SAMPLES, PROMPT_TOKENS, NEW = 20, 25, 24, 50
+PROMPTS, SAMPLES, PROMPT_TOKENS, NEW, BATCH, NEURONS = 20, 25, 24, 50, 250, 1000
 
 
 class Words:
@@ -41,13 +42,14 @@ class Words:
 
 
 def decoder_of(model: str, batch_tokens: int) -> Decoder:
-    config, device, dtype = config_of(model), torch.device("cuda"), torch.bfloat16
+    config, device, dtype = config_of(model), torch.device(DEVICE), torch.bfloat16
     shape = gated_shape(config)
     tables = [torch.empty(shape.vocabulary, shape.hidden, device=device, dtype=dtype).normal_(0, 0.02) for _ in "eh"]
     weights = replace(random_weights(model, device, dtype), embedding=tables[0], head=tables[1])
     return Decoder(shape, weights, rope_table(FAMILIES["llama"], config, dtype, 1 << 15), batch_tokens)
 
 
+@torch.inference_mode()
 def products(decoder: Decoder, batch_tokens: int) -> float:
     """Seconds a token of the layers' merged products and of the head's, every position predicted."""
     space, few = decoder._space(decoder.devices[0], batch_tokens), decoder.weights.layers[:4]
@@ -62,16 +64,17 @@ def products(decoder: Decoder, batch_tokens: int) -> float:
             space.inner @ w.down.t()
 
     body = timed(layers, 10) / len(few) * decoder.shape.layers / batch_tokens
-    logits = torch.empty(HEAD_ROWS, decoder.shape.vocabulary, device="cuda", dtype=torch.bfloat16)
-    head = timed(lambda: torch.mm(space.x[:HEAD_ROWS], decoder.weights.head.t(), out=logits), 10)
-    return body + head / HEAD_ROWS
+    rows = min(HEAD_ROWS, batch_tokens)
+    logits = torch.empty(rows, decoder.shape.vocabulary, device=DEVICE, dtype=torch.bfloat16)
+    head = timed(lambda: torch.mm(space.x[:rows], decoder.weights.head.t(), out=logits), 10)
+    return body + head / rows
 
 
 def perplexity(model: str, batch_tokens: int) -> Result:
     """Windows of 2,048 tokens, every one predicted: by the decoder, by transformers' body and a chunked head, and the
     products alone."""
     decoder = decoder_of(model, batch_tokens)
-    ids = np.random.default_rng(0).integers(3, 120_000, WINDOWS * WINDOW).astype(np.int32)
+    ids = np.random.default_rng(0).integers(3, config_of(model).vocab_size, WINDOWS * WINDOW).astype(np.int32)
     windows = plan("window", [ids], WINDOW)
     scorer, tokens = Scorer(decoder, HEAD_ROWS), WINDOWS * WINDOW
     with tempfile.TemporaryDirectory() as folder:
@@ -97,17 +100,17 @@ def completions(model: str, batch_tokens: int) -> Result:
         config_of(model).save_pretrained(folder)
         other = model_of(decoder, Path(folder).as_posix())
     other.generation_config.eos_token_id = Words.eos_token_id
-    prompts = np.random.default_rng(1).integers(3, 120_000, (PROMPTS, PROMPT_TOKENS)).tolist()
-    how = Sampling(SAMPLES, NEW, 0.7, 0, 250)
+    prompts = np.random.default_rng(1).integers(3, config_of(model).vocab_size, (PROMPTS, PROMPT_TOKENS)).tolist()
+    how = Sampling(SAMPLES, NEW, 0.7, 0, BATCH)
     words = cast("PreTrainedTokenizerBase", Words())
     drawn, plain = (
         _seconds(lambda h=h: complete(other, words, prompts, h)) for h in (how, replace(how, temperature=None))
     )
     pruner = Pruner(decoder.weights, FAMILIES["llama"])
-    flat = np.random.default_rng(2).permutation(decoder.shape.layers * decoder.shape.inner)[:1000]
+    flat = np.random.default_rng(2).permutation(decoder.shape.layers * decoder.shape.inner)[:NEURONS]
     inner = decoder.shape.inner
     pruned = {f"layers.{i}.mlp.up_proj": flat[flat // inner == i] % inner for i in range(decoder.shape.layers)}
-    few = torch.tensor(prompts[:4], device="cuda")
+    few = torch.tensor(prompts[:4], device=DEVICE)
     with torch.inference_mode():
         before = other(few).logits
         with pruner.applied(pruned):
@@ -118,18 +121,17 @@ def completions(model: str, batch_tokens: int) -> Result:
         "completions_per_s": round(rows / drawn, 1),
         "without_noise_per_s": round(rows / plain, 1),
         "of_engine": round(plain / drawn, 3),
-        "seconds_a_step": round(drawn / (rows / 250 * NEW), 4),
+        "seconds_a_step": round(drawn / (rows / BATCH * NEW), 4),
         "pruned_logits_differ": not torch.equal(before, inside),
         "undone_logits_equal": torch.equal(before, after),
     }
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """Of the second time; what it returns lies on the host, so the device was waited for."""
     run()
-    torch.cuda.synchronize()
     began = time.perf_counter()
     run()
-    torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
