@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import attribution, pruning, scoring
+from lib.bench import attribution, scoring
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
-SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, attribution.RUNGS | pruning.RUNGS)}
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, attribution.RUNGS)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
-    rungs = list(dict.fromkeys([*scoring.RUNGS, *attribution.RUNGS, *pruning.RUNGS]))
+    rungs = list(dict.fromkeys([*scoring.RUNGS, *attribution.RUNGS]))
     parser.add_argument(
         "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
     )

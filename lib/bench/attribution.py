@@ -10,6 +10,7 @@ import torch
 from lib.attribution.attribute import Attributor, Scores
 from lib.attribution.memory import GIB, Memory, plan_memory
 from lib.attribution.patch import linear_layers, patched
+from lib.bench import pruning
 from lib.bench.attribution_exact import Options, exact
 from lib.bench.llamas import LLAMAS, PROMPT_TOKENS, PROMPTS, SAMPLES, TOKENS, config_of, random_model, samples
 from lib.bench.shapes import Result, free, timed
@@ -272,4 +273,5 @@ RUNGS: dict[str, Callable[[str, int], Result]] = {
     "exact": exact,
     "several": several,
     "job": job,
+    **pruning.RUNGS,
 }
