@@ -11,7 +11,7 @@ from lib.checkpoint.families import FAMILIES
 from lib.models.load import load_decoder, load_model
 from lib.pruning.linears import linears
 from lib.pruning.scores import Held, wanda_scores
-from lib.pruning.weights import Blocks, Lowest, WeightPruner, count_of, mask_of, masks_by
+from lib.pruning.weights import Blocks, Lowest, WeightPruner, count_of, masks_by
 
 LLAMA = FAMILIES["llama"]
 SHAPES = {"layers.0.fc1": (12, 24), "layers.0.fc2": (7, 36), "layers.1.fc1": (5, 12)}
@@ -137,10 +137,10 @@ def test_an_error_on_the_way_brings_everything_back(folder):
 def test_what_cannot_be_meant_is_told(folder, tmp_path):
     model = load_model(str(folder), "float32", "sdpa", CPU)
     bad = Held("layers.0.fc1", np.array([[1.0, np.nan, 2.0, 3.0]], np.float32))
-    have = linears(model, LLAMA)
+    wide, have = Held("layers.0.fc1", np.zeros((2, 6), np.float32)), linears(model, LLAMA)
     for call, says in (
-        (lambda: mask_of("layers.0.fc1", torch.zeros(2, 6), Blocks(2, 4)), "has 6 inputs: 2 of every 4 cannot"),
-        (lambda: mask_of("layers.0.fc1", torch.zeros(2, 8), Blocks(5, 4)), "5 of every 4 cannot"),
+        (lambda: list(masks_by([wide], Blocks(2, 4), CPU[0])), "has 6 inputs: 2 of every 4 cannot"),
+        (lambda: list(masks_by([bad], Blocks(5, 4), CPU[0])), "4 inputs: 5 of every 4 cannot"),
         (lambda: list(masks_by([bad], Lowest("row", 0.5), CPU[0])), r"layers\.0\.fc1 hold NaN"),
         (lambda: list(masks_by([bad], Blocks(2, 4), CPU[0])), r"layers\.0\.fc1 hold NaN"),
         (lambda: list(masks_by([bad], Lowest("layer", 0.5), CPU[0])), r"layers\.0\.fc1 hold NaN"),

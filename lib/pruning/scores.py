@@ -90,8 +90,8 @@ class Wanda:
     def read(self, start: int, stop: int) -> np.ndarray:
         width = self.weight_JI.shape[1]
         first, last = start // width, -(-stop // width)
-        part = weight_scores(self.weight_JI[first:last], self.norm_I).reshape(-1)
-        return part[start - first * width : stop - first * width].cpu().numpy()
+        part = weight_scores(self.weight_JI[first:last].detach(), self.norm_I).reshape(-1)
+        return part[start - first * width : stop - first * width].cpu().numpy().astype(np.float32, copy=False)
 
     def whole(self) -> torch.Tensor:
         return weight_scores(self.weight_JI, self.norm_I)

@@ -51,7 +51,7 @@ def masks_by(
     """Layer by layer what goes, bool [J, I] on the device."""
     if isinstance(rule, Blocks) or rule.scope == "row":
         for one in scores:
-            yield one.name, mask_of(one.name, whole(one, device), rule)
+            yield one.name, _mask_of(one.name, whole(one, device), rule)
     else:
         for group in [[one] for one in scores] if rule.scope == "layer" else [scores]:
             count = count_of(rule.share, sum(prod(one.shape) for one in group))
@@ -59,18 +59,16 @@ def masks_by(
                 yield name, torch.from_numpy(mask).to(device)
 
 
-def mask_of(name: str, scores_JI: torch.Tensor, rule: Lowest | Blocks) -> torch.Tensor:
+def _mask_of(name: str, scores_JI: torch.Tensor, rule: Lowest | Blocks) -> torch.Tensor:
     """Of a layer whose rows, or blocks, are ranked each by itself."""
+    outputs, inputs = scores_JI.shape
+    if isinstance(rule, Blocks) and (not 0 <= rule.zeros <= rule.of or inputs % max(rule.of, 1)):
+        raise UserError(f"{name} has {inputs} inputs: {rule.zeros} of every {rule.of} cannot be pruned")
     if bool(scores_JI.isnan().any()):
         raise UserError(f"scores of {name} hold NaN, which has no place in an order; compute them again")
-    outputs, inputs = scores_JI.shape
     if isinstance(rule, Blocks):
-        if not 0 <= rule.zeros <= rule.of or inputs % max(rule.of, 1):
-            raise UserError(f"{name} has {inputs} inputs: {rule.zeros} of every {rule.of} cannot be pruned")
-        rank, count = _ranks_in_blocks, rule.zeros
-        blocks = scores_JI.reshape(-1, rule.of)
-        step = max(1, CHUNK_VALUES // rule.of)
-        return torch.cat([rank(part) < count for part in blocks.split(step)]).view(outputs, inputs)
+        parts = scores_JI.reshape(-1, rule.of).split(max(1, CHUNK_VALUES // rule.of))
+        return torch.cat([_ranks_in_blocks(part) < rule.zeros for part in parts]).view(outputs, inputs)
     count, step = count_of(rule.share, inputs), max(1, CHUNK_VALUES // inputs)
     return torch.cat([_lowest_of_rows(part, count) for part in scores_JI.split(step)])
 
