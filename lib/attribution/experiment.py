@@ -15,7 +15,7 @@ from lib.checkpoint.layers import choose, linear_weights, shared_inputs
 from lib.config.frozen import Frozen, digest_of
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput
-from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
+from lib.inputs.specs import NO_CELLS, DatasetSpec, ModelSpec, TokenSets
 from lib.run.experiment import Estimate, Experiment, computing_seconds, stored_bytes
 from lib.store import Cell, Column
 
@@ -91,7 +91,7 @@ class Attribution(Experiment):
         return self.data
 
     def names(self) -> list[str]:
-        return [name for name in self.data.sets() if name != "text"]
+        return [name for name in self.data.sets() if name not in NO_CELLS]
 
     def input_of(self, cache: Path, cell: str) -> SamplesInput:
         return self.data.prepared(cache, self.model, cell)

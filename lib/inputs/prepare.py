@@ -17,11 +17,12 @@ from lib.base.typed import Mistyped, parse
 from lib.config.frozen import digest_of
 from lib.inputs.general import draw_general, draw_text
 from lib.inputs.kept import kept_or_made
+from lib.inputs.pages import draw_documents
 from lib.inputs.prompts import Answerer, Prompt, answered, draw_prompts, usable
 from lib.inputs.records import model_files, model_input, model_sizes, read_record
 from lib.inputs.samples import Rows, SamplesInput, check_samples, samples_folder, samples_input, save_samples
 from lib.inputs.source import Source, find_source
-from lib.inputs.specs import GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
+from lib.inputs.specs import DocumentsSpec, GeneralSpec, ModelSpec, PromptsSpec, SourceSpec, TokenSets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +124,8 @@ def _make(task: Task, answerer: Answerer | None, by_hand: str) -> SamplesInput:
         rows = draw_general(task.source.rows((seed, spec.buffer)), tokenizer, spec, seed, task.name)
     elif isinstance(spec, PromptsSpec):
         rows = _prompts(task, spec, tokenizer, answerer, by_hand)
+    elif isinstance(spec, DocumentsSpec):
+        rows = draw_documents(task.source.rows(), tokenizer, spec)
     else:
         rows = draw_text(task.source.rows(), tokenizer, spec)
     rows.facts |= {"revision": spec.revision, "packages": {package: version(package) for package in PACKAGES}}

@@ -1,6 +1,7 @@
 """Inputs by reference, as configurations name them: models, chat rows, and sets of token sequences.
 
-The sets, made once by `make fetch`: general text, prompts of a behaviour, a text for perplexity."""
+The sets, made once by `make fetch`: general text, prompts of a behaviour, a text for perplexity, whole
+and by its pages."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from lib.inputs.samples import SamplesInput, samples_input
 
 # Raise it with any change of code that can change a token of any set: it is part of every set's digest.
 RECIPE = "samples/2"
+NO_CELLS = ("text", "documents")  # sets that perplexity is measured on, and nothing else
 
 
 class ModelSpec(Frozen):
@@ -73,10 +75,26 @@ class TextSpec(SourceSpec):
     split: str = "test"
 
 
+class DocumentsSpec(SourceSpec):
+    """The same by its pages, from title to title: what perplexity a word is measured on."""
+
+    split: str = "test"
+
+
 class TokenSets(Frozen):
     general: GeneralSpec
     prompts: dict[str, PromptsSpec] = Field(min_length=1, description="behaviour -> its prompts; a cell each")
     text: TextSpec | None = None
+    documents: DocumentsSpec | None = Field(
+        None, description="what is not said is as in `text`", exclude_if=lambda spec: spec is None
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_text(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or not all(isinstance(raw.get(key), dict) for key in NO_CELLS):
+            return raw
+        return raw | {"documents": raw["text"] | raw["documents"]}
 
     @model_validator(mode="after")
     def _names(self) -> "TokenSets":
@@ -84,17 +102,17 @@ class TokenSets(Frozen):
             raise ValueError("general.seeds holds a seed twice")
         check_folder_names("prompts", self.prompts)
         for name in self.prompts:
-            if name == "text" or name.startswith("general-"):
+            if name in NO_CELLS or name.startswith("general-"):
                 raise ValueError(f"prompts: {name!r} is the name of another set")
         return self
 
     def sets(self) -> dict[str, tuple[SourceSpec, int | None]]:
-        """Name -> (what it is made from, seed), in the order of the cells; `text` is no cell and comes last."""
+        """Name -> (what it is made from, seed), in the order of the cells; those of NO_CELLS come last."""
         found: dict[str, tuple[SourceSpec, int | None]] = {
             f"general-{seed}": (self.general, seed) for seed in self.general.seeds
         }
         found |= {name: (spec, None) for name, spec in self.prompts.items()}
-        return found | ({"text": (self.text, None)} if self.text else {})
+        return found | {name: (spec, None) for name in NO_CELLS if (spec := getattr(self, name))}
 
     def scorers(self) -> list[ModelSpec]:
         """The classifiers that choose prompts by the model's responses."""
@@ -109,6 +127,8 @@ class TokenSets(Frozen):
             del parts["at_most"]
         found: dict[str, object] = {"recipe": RECIPE, "set": parts, "seed": seed}
         found["model"] = model_input(cache, model.id, model.revision).fingerprint
+        if isinstance(spec, DocumentsSpec):
+            found["parts"] = "pages"  # of the same source as `text`, perhaps
         if isinstance(spec, PromptsSpec) and spec.select == "response":
             found["dtype"] = model.dtype  # it decides close calls between two tokens of a response
         return found
