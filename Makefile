@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 cluster = $(python) -m jobs.cluster
+unexport PYTHONDONTWRITEBYTECODE # images set it: each process would compile torch anew, 10 s of CPU
 
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
 for_fetch := CONFIG SET UPDATE JOB

@@ -2,7 +2,8 @@
 random weights of the real shapes, which run at the speed of real ones and say nothing about quality.
 
     python -m jobs.bench --models 0.5b 7b --rungs floor naive ours bits [--batch-tokens 8192] [--out FILE.json]
-    python -m jobs.bench --models llama3-8b --rungs floor plain seed ours bits memory --batch-tokens 2048"""
+    python -m jobs.bench --models llama3-8b --rungs floor plain seed ours bits memory --batch-tokens 2048
+    python -m jobs.bench --models disk --rungs store  # what a disk takes (TMPDIR); needs no GPU"""
 
 import argparse
 import json
@@ -11,32 +12,34 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import attribution, pruning, scoring, sweep
+from lib.bench import attribution, pruning, scoring, store, sweep
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
 OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS
-SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, OF_LLAMAS)}
+SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
-    rungs = list(dict.fromkeys([*scoring.RUNGS, *OF_LLAMAS]))
+    rungs = list(dict.fromkeys([*scoring.RUNGS, *OF_LLAMAS, *store.RUNGS]))
     parser.add_argument(
         "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
     )
     parser.add_argument("--batch-tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    on_gpu = set(args.models) != {"disk"}
+    if on_gpu and not torch.cuda.is_available():
         sys.exit("error: the bench measures a GPU and none is visible; run it with `sbatch slurm/bench.sbatch`")
-    about, results = machine(), []
+    about, results = machine() if on_gpu else {}, []
     print(json.dumps(about))
     for model in args.models:
         for batch_tokens in args.batch_tokens:
             for rung in [rung for rung in args.rungs if rung in SUITES[model]]:
-                free()
+                if on_gpu:
+                    free()
                 try:
                     result = SUITES[model][rung](model, batch_tokens)
                 except torch.cuda.OutOfMemoryError as e:

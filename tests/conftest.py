@@ -21,11 +21,19 @@ END_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_O
 SACCT_FIELDS = ("JobID", "State", "ExitCode", "ElapsedRaw", "AllocTRES", "NodeList", "Start", "End")
 
 
-# Which are taken first: what takes longest must not come last. On Slurm: by one process, since there is one Slurm.
+# What takes longest must not come last. On Slurm: by one process, since there is one Slurm, and logs under its job ids.
 ON_SLURM = "on Slurm"
 LONGEST = (
     ON_SLURM,
+    "test_kernels_compile",
+    "test_fetch",
+    "test_prepare_hub",
+    "test_local",
     "test_tiny",
+    "test_fetch_trust",
+    "test_advice",
+    "test_front_door",
+    "test_attribution_runs",
 )
 
 

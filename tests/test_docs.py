@@ -31,6 +31,13 @@ def test_every_make_command_is_one(line):
     assert done.returncode == 0, done.stderr
 
 
+def test_make_lets_python_keep_what_it_compiled(tmp_path):
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": str(tmp_path), "SUITE_SITE": "local"}
+    env["SUITE_SCRATCH"] = str(tmp_path / "scratch")
+    subprocess.run(["make", "-s", "status"], cwd=ROOT, env=env, capture_output=True, check=True)
+    assert list(tmp_path.rglob("status.*.pyc"))
+
+
 def test_files_that_are_named_are_there():
     names = set(re.findall(r"`((?:configs|slurm|env|lib|jobs|tests)/[\w./-]+)`", TEXT))
     assert len(names) > 10

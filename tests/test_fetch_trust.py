@@ -14,7 +14,7 @@ from fake_hub import serve, sibling
 from safetensors.numpy import save
 from test_fetch import JSONL, MODEL, PARQUET, Box, jsonl, pairs, parquet
 from test_store import flip
-from tools import tiny_model
+from tools import forked, tiny_model
 
 from lib.base.errors import UserError
 from lib.cluster.doctor import models_line
@@ -90,11 +90,11 @@ def test_only_files_of_the_cache_are_removed(tmp_path: Path) -> None:
 
 def test_a_rotted_file_stops_the_job_and_fetch_brings_it_anew(box: Box, files: dict[str, bytes]) -> None:
     box.fetch()
-    folder, env = Path(box.record("models")["path"]), {"SLURM_TMPDIR": str(box.folder)}
-    job = ("-m", "jobs.compute_lls", "--index", "0")
+    folder, env = Path(box.record("models")["path"]), box.env | {"SLURM_TMPDIR": str(box.folder)}
+    job = ("jobs.compute_lls", "--config", str(box.config), "--index")
     name, experiment = "model.safetensors", load(box.config)
     rot(folder / name)
-    done = box.run(*job, **env)
+    done = forked(*job, "0", env=env)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert f"{folder / name} is not the file that was fetched" in done.stderr and "`make fetch CONFIG=" in done.stderr
     assert models_line(experiment, box.cache).level == "ok"  # sizes and headers are right
@@ -108,7 +108,7 @@ def test_a_rotted_file_stops_the_job_and_fetch_brings_it_anew(box: Box, files: d
     deep = box.run("-m", "jobs.cluster", "doctor", "--deep").stdout
     assert re.search(r"^ok +models .*sha256 of .* GiB right, .* GB/s", deep, re.M), deep
     for index, says in (("0", r"^model files: sha256 of .* GB/s"), ("1", r"^model files: sha256 right \d+ min ago")):
-        done = box.run(*job[:-1], index, **env)
+        done = forked(*job, index, env=env)
         assert done.returncode == 0 and re.search(says, done.stdout, re.M), done.stdout + done.stderr
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from numpy_job import ROWS, SCHEMA, cell_in, columns
 from test_store import in_small_mount
 from tools import ROOT
 
+from lib.run import rows
 from lib.store import merge, scan
 from lib.store.columns import to_hdf5
 
@@ -141,6 +143,29 @@ def test_a_broken_shard_is_said_set_aside_and_done_again(tmp_path, uninterrupted
     assert code == 0
     assert "shard 00000040-00000050 does not hold: " in out and "it is done again" in out and "1 shards to do" in out
     assert merge(cell_in(tmp_path), SCHEMA, "").read_bytes() == uninterrupted
+
+
+def test_a_shard_is_written_while_the_next_one_is_computed(tmp_path, monkeypatch):
+    """Each commit but the last ends only once the next shard's kernel has begun: without an overlap it never would."""
+    begun, overlapped = threading.Semaphore(0), []
+    commit = rows.commit
+
+    class Kernel:
+        def prepare(self, start: int, stop: int) -> tuple[int, int]:
+            return start, stop
+
+        def compute(self, prepared: tuple[int, int]) -> tuple[dict, dict]:
+            if prepared[0]:
+                begun.release()
+            return columns(*prepared), {}
+
+    def late(path: Path, digest: str, start: int, stop: int, *more: object, **about: object) -> object:
+        overlapped.append(stop == ROWS or begun.acquire(timeout=5))
+        return commit(path, digest, start, stop, *more, **about)
+
+    monkeypatch.setattr(rows, "commit", late)
+    code = rows.run_cell(cell_in(tmp_path), SCHEMA, lambda: (Kernel(), {}), shard_rows=100, log_seconds=0.0, gpus=0)
+    assert code == 0 and overlapped == [True] * 4 and shard_count(tmp_path) == 4
 
 
 def test_nothing_left_to_do_starts_no_kernel(tmp_path):

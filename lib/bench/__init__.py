@@ -1,2 +1,2 @@
 """What the bench measures, on a GPU, with random weights of the real shapes: floors, ours, the plain loop, peers.
-Public: scoring.RUNGS, shapes.machine. Each rung takes (model, batch_tokens) and returns figures."""
+Public: RUNGS of scoring, attribution, store; shapes.machine. A rung takes (model, batch_tokens) and returns figures."""
