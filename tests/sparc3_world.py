@@ -39,6 +39,13 @@ evaluate:
   batch_tokens: 1024
 run: {{cells: 64, gpus: 0, log_seconds: 60}}
 """
+SPARSITY = """kind: sparsity
+name: sparse
+attribution: {{config: attribution.yaml}}
+patterns: ["row:0.5", "global:0.3", "2:4"]
+evaluate: {{window: 128, batch_tokens: 1024}}
+run: {{cells: 64, gpus: 0, log_seconds: 60}}
+"""
 
 
 def make_world(folder: Path, how: Speaking = Speaking()) -> Path:

@@ -138,6 +138,13 @@ class Sparsity(Experiment):
     def names(self) -> list[str]:
         return [DENSE, *self.ways]
 
+    def patterns_of(self, cell: str) -> list[str]:
+        """The rows of a cell. Blocks that are pruned one after another cannot be ranked all together."""
+        if cell == DENSE:
+            return [""]
+        sequential = self.ways[cell].method == "sequential"
+        return [pattern for pattern in self.patterns if not (sequential and pattern.startswith("global"))]
+
     def shard_rows(self, cache: Path, cell: str) -> int:
         return 1
 
@@ -161,12 +168,12 @@ class Sparsity(Experiment):
                 "model": {"fingerprint": model.fingerprint, "dtype": self.base.model.dtype},
                 "layers": self.layers,
                 "method": way.method if way else None,
-                "patterns": self.patterns if way else [],
+                "patterns": self.patterns_of(name),
                 "sets": {n: self.set_of(cache, n).sha256 for n in [*wanted, *([calibrated] if calibrated else [])]},
                 "evaluate": self.evaluate.model_dump(mode="json", exclude={"text"}),
                 "parents": [parent.digest for parent in parents],
             }
-            digest, rows = digest_of(parts), len(self.patterns) if way else 1
+            digest, rows = digest_of(parts), len(self.patterns_of(name))
             found.append(
                 Cell(index, name, rows, digest, scratch / self.label / "cells" / f"{name}-{digest[:8]}", parents)
             )

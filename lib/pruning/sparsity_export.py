@@ -35,7 +35,7 @@ def export(this: Job) -> int:
     write_bytes(folder / "sparsity.txt", (words + "\n").encode())
     plot(experiment, found, folder / "sparsity.png")
     print(f"{words}\n{folder / 'sparsity.txt'}\n{folder / 'sparsity.png'}")
-    wanted = [(name, p) for name in experiment.names() for p in (experiment.patterns if name != DENSE else [""])]
+    wanted = [(name, pattern) for name in experiment.names() for pattern in experiment.patterns_of(name)]
     if missing := [f"{name} {pattern}".strip() for name, pattern in wanted if (name, pattern) not in found]:
         raise UserError(f"{len(missing)} of {len(wanted)} are not done ({', '.join(missing[:12])}); run `make resume`")
     return 0
@@ -46,7 +46,7 @@ def measured(this: Job) -> Found:
     schema, found = experiment.schema(this.site.cache), Found()
     for cell in this.cells():
         for row, values in read_done(cell, schema):
-            pattern = experiment.patterns[row] if cell.name != DENSE else ""
+            pattern = experiment.patterns_of(cell.name)[row]
             share = float(values["zeros"][0] / values["weights"][0])
             looks = {name: float(values[f"perplexity/{name}"][0]) for name in experiment.evaluate.labels}
             looks |= {task: float(values[f"task/{task}"][0][0]) for task in experiment.evaluate.tasks}

@@ -23,7 +23,7 @@ from lib.store import Cell, Column
 # Raise it with any change of code that can change a bit of any result: it is part of every digest.
 KERNEL = "sweep/1"
 # One decoding step of transformers' generate takes the host's launches, however many rows there are.
-STEP_SECONDS_A_LAYER = 0.9e-3
+STEP_SECONDS_A_LAYER = 0.97e-3  # 31 ms of 32 layers, 250 rows, an H100, measured
 JUDGED_A_SECOND = 1000.0  # completions, by one judge on a GPU
 
 

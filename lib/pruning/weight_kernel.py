@@ -39,17 +39,16 @@ def load_kernel(this: Job, experiment: Sparsity, cell: Cell) -> tuple["WeightKer
 
 class WeightKernel:
     def __init__(self, experiment: Sparsity, cache: Path, cell: Cell, subject: Any, texts: Texts, folder: Path) -> None:
+        from lib.checkpoint.layers import choose
         from lib.pruning.weights import WeightPruner
 
         self.experiment, self.cache, self.cell, self.subject, self.texts = experiment, cache, cell, subject, texts
         self.way: Way | None = experiment.ways.get(cell.name)
         self.pruner = WeightPruner(subject.weights, subject.family, folder)
-        from lib.checkpoint.layers import choose
-
         self.names = choose(subject.family, self.pruner.linears, experiment.layers)
 
     def prepare(self, start: int, stop: int) -> list[str]:
-        return self.experiment.patterns[start:stop] if self.way else [""] * (stop - start)
+        return self.experiment.patterns_of(self.cell.name)[start:stop]
 
     def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         rows = []
