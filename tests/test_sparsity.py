@@ -66,6 +66,10 @@ def plain(world):
     return AutoModelForCausalLM.from_pretrained(world / "speaker").eval()
 
 
+def rank(values):
+    return values.argsort(1, stable=True).argsort(1)
+
+
 def masked(scores, pattern):
     """What goes, by a full stable sort."""
     if pattern.startswith("row"):
@@ -145,7 +149,7 @@ def test_perplexity_is_that_of_a_model_pruned_by_a_plain_sort(world, method):
 
 
 def test_the_table_and_anchors_say_how_far_each_figure_is(world):
-    experiment, found = stored(world)
+    _, found = stored(world)
     dense = found["dense"]["perplexity/window128"][0]
     expected = (
         f"expected=[{{measure: window128, value: {dense * 1.001:.4f}, source: us}}, "
