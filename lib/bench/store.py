@@ -1,4 +1,10 @@
-"""Rung of the store: raw columns through our writer, beside what their bytes take otherwise on the same disk."""
+"""Rung of the store: raw columns through our writer, beside what their bytes take otherwise on the same disk.
+
+CPU seconds a GB into memory (tmpfs, two cores that others used too): plain 0.6; safetensors, a file a layer, with one
+sha256 1.5; plain with sha256 and read back 2.2; ours 3.2, to bfloat16 3.0 a GB given. Ours hashes a byte three times:
+its piece from memory, the piece read back, the whole file. Threads share the first two. So a folder of safetensors
+files would save CPU on few cores, and one of the two guarantees; how both compare on a fast disk with many cores is not
+measured yet."""
 
 import hashlib
 import os
