@@ -30,9 +30,7 @@ def load_kernel(this: Job, experiment: Sweep, cell: Cell) -> tuple["SweepKernel"
 
     path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
     cache, e = this.site.cache, experiment.evaluate
-    subject: Subject = this.keep(
-        "subject", path, lambda: load_subject(cache, experiment.model, e.batch_tokens, path, e.judges)
-    )
+    subject: Subject = this.keep("subject", path, lambda: load_subject(cache, experiment.model, e, path, e.judges))
     shown = this.keep("shown", experiment.label, lambda: Shown(experiment, this.site.cache, path))
     return SweepKernel(experiment, cell, ranked(experiment, this.site.cache, cell), subject, shown), {
         "device": subject.device
@@ -92,10 +90,10 @@ class SweepKernel:
 
     def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
-        rows, tasks = [], self.experiment.evaluate.tasks
+        rows = []
         for size, chosen in prepared:
             with self.subject.without(chosen):
-                rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self.subject.tasks(tasks)})
+                rows.append({"neurons": size, **self._perplexity(), **self._completions(), **self.subject.tasks()})
         columns = stacked(self.experiment.schema(self.subject.cache), rows)
         return columns, {key: round(value, 3) for key, value in self.seconds.items()}
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, model_validator
 
+from lib.base.atomic import sha256_file
 from lib.config.frozen import Frozen
 from lib.evaluation.perplexity import Convention, Window, label, perplexity, plan, prefix_token
 from lib.inputs.samples import SamplesInput, read_samples
@@ -27,6 +28,9 @@ class TextsSpec(Frozen):
     window: int = Field(2048, ge=4, description="tokens of a window")
     text: TextSpec | None = Field(None, description="another text for perplexity than the attribution's")
     tasks: list[str] = Field(default=[], description="zero-shot tasks by lm-eval")
+    tasks_folder: str | None = Field(
+        None, description="of tasks of your own: YAML files in lm-eval's form, and their rows"
+    )
     batch_tokens: int = Field(16384, ge=16, description="tokens of a batch for perplexity")
 
     @model_validator(mode="after")
@@ -47,6 +51,14 @@ class TextsSpec(Frozen):
             found[f"nll/{name}"] = Column("float64", per=f"windows/{name}")  # summed over a window
             found[f"predictions/{name}"] = Column("int32", per=f"windows/{name}")
         return found | {f"task/{task}": Column("float64", shape=(2,)) for task in self.tasks}  # and its standard error
+
+    def identity(self) -> dict[str, object]:
+        """All that decides what is seen, but for the texts themselves."""
+        found = self.model_dump(mode="json", exclude={"text", "judges", "neutral", "tasks_folder"})
+        if self.tasks_folder:
+            files = sorted(path for path in Path(self.tasks_folder).rglob("*") if path.is_file())
+            found["own_tasks"] = {str(path.relative_to(self.tasks_folder)): sha256_file(path) for path in files}
+        return found
 
     def passes(self) -> float:
         """How often each token of the text is computed."""

@@ -170,7 +170,7 @@ class Sparsity(Experiment):
                 "method": way.method if way else None,
                 "patterns": self.patterns_of(name),
                 "sets": {n: self.set_of(cache, n).sha256 for n in [*wanted, *([calibrated] if calibrated else [])]},
-                "evaluate": self.evaluate.model_dump(mode="json", exclude={"text"}),
+                "evaluate": self.evaluate.identity(),
                 "parents": [parent.digest for parent in parents],
             }
             digest, rows = digest_of(parts), len(self.patterns_of(name))

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lib.base.errors import UserError
 from lib.checkpoint.families import Family, family_in
 from lib.evaluation.completions import Completion, Sampling, complete
 from lib.evaluation.log_probs import by_decoder, by_model
 from lib.evaluation.perplexity import Window
+from lib.evaluation.tasks import Tasks
 from lib.evaluation.toxicity import Toxicity
 from lib.inputs.specs import ModelSpec
 from lib.inputs.tokenizer import load_tokenizer
@@ -21,6 +23,7 @@ from lib.models.classifier import load_classifier
 from lib.models.load import device_name, load_decoder, load_model, visible_devices
 from lib.models.scorer import Scorer
 from lib.models.shared import model_of
+from lib.pruning.looks import TextsSpec
 from lib.pruning.neurons import Pruner
 from lib.pruning.sweep import CompletionsSpec
 
@@ -37,6 +40,8 @@ class Subject:
     pruner: Pruner
     tokenizer: Any
     judges: list[Toxicity]
+    asked: Tasks | None
+    task_names: Sequence[str]
     device: str
 
     @contextmanager
@@ -56,18 +61,26 @@ class Subject:
     def judge(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [judge(texts) for judge in self.judges]
 
-    def tasks(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-        raise NotImplementedError
+    def tasks(self) -> dict[str, np.ndarray]:
+        """Of each task its accuracy, or, where it has none, its first figure, and the standard error."""
+        found = self.asked(self.model, self.tokenizer) if self.asked else {}
+        columns = {}
+        for name in self.task_names:
+            if name not in found:
+                raise UserError(f"task {name} is a group of several ({', '.join(found)}): name these in evaluate.tasks")
+            figures = found[name]
+            columns[f"task/{name}"] = np.array(figures.get("acc") or next(iter(figures.values())))
+        return columns
 
 
 def load_subject(
-    cache: Path, model: ModelSpec, batch_tokens: int, folder: str, judges: Sequence[ModelSpec] = ()
+    cache: Path, model: ModelSpec, spec: TextsSpec, folder: str, judges: Sequence[ModelSpec] = ()
 ) -> Subject:
     """On every GPU that is visible; the judges on the first."""
     devices = visible_devices()
     family: Family = family_in(Path(folder), "cannot be pruned here; these can")
     if family.shape:
-        decoder = load_decoder(folder, model.dtype, batch_tokens, HEAD_ROWS)
+        decoder = load_decoder(folder, model.dtype, spec.batch_tokens, HEAD_ROWS)
         scorer, loaded, weights = Scorer(decoder, HEAD_ROWS), model_of(decoder, folder), decoder.weights
     else:
         scorer, loaded = None, load_model(folder, model.dtype, "sdpa", devices)
@@ -76,5 +89,17 @@ def load_subject(
     for spec in judges:
         path = checked_model(cache, spec.id, spec.revision).path
         them.append(Toxicity(load_classifier(path, spec.dtype, devices[0]), load_tokenizer(path)))
-    tokenizer, device = load_tokenizer(folder), device_name(devices[0])
-    return Subject(cache, loaded, scorer, weights, family, Pruner(weights, family), tokenizer, them, device)
+    asked = Tasks(spec.tasks, Path(spec.tasks_folder) if spec.tasks_folder else None) if spec.tasks else None
+    return Subject(
+        cache,
+        loaded,
+        scorer,
+        weights,
+        family,
+        Pruner(weights, family),
+        load_tokenizer(folder),
+        them,
+        asked,
+        spec.tasks,
+        device_name(devices[0]),
+    )

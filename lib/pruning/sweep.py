@@ -208,7 +208,7 @@ class Sweep(Experiment):
             "model": {"fingerprint": self._model(cache).fingerprint, "dtype": self.model.dtype},
             "judges": [[model_input(cache, j.id, j.revision).fingerprint, j.dtype] for j in e.judges],
             "sets": {name: self.set_of(cache, name).sha256 for name in wanted},
-            "evaluate": e.model_dump(mode="json", exclude={"judges", "text", "neutral"}),
+            "evaluate": e.identity(),
         }
 
     def _model(self, cache: Path) -> ModelInput:

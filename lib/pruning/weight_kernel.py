@@ -27,7 +27,7 @@ def load_kernel(this: Job, experiment: Sparsity, cell: Cell) -> tuple["WeightKer
     cache = this.site.cache
     path = checked_model(cache, experiment.base.model.id, experiment.base.model.revision).path
     subject: Subject = this.keep(
-        "subject", path, lambda: load_subject(cache, experiment.base.model, experiment.evaluate.batch_tokens, path)
+        "subject", path, lambda: load_subject(cache, experiment.base.model, experiment.evaluate, path)
     )
     texts = this.keep(
         "texts",
@@ -56,7 +56,7 @@ class WeightKernel:
         for pattern in prepared:
             with self._pruned(pattern) as zeros:
                 looked = self.texts.look(self.subject.log_probs)
-                tasks = self.subject.tasks(self.experiment.evaluate.tasks)
+                tasks = self.subject.tasks()
             rows.append({"zeros": zeros, "weights": total, **looked, **tasks})
         return stacked(self.experiment.schema(self.cache), rows), {}
 
