@@ -1,6 +1,6 @@
 """The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals, the matrix of all prompts
-on all datasets, and the attribution of the teacher's neurons, through the cluster's job code (a task a cell, by the
-local executor), merge, tables, plots, report. What is done is not done again."""
+on all datasets, the attribution of the teacher's neurons, and a small speaker whose rudeness is pruned away, through the
+cluster's job code (by the local executor), merge, tables, plots, reports. What is done is not done again."""
 
 import json
 import os
@@ -13,12 +13,16 @@ CONFIGS = {
     "configs/demo_lls.yaml": "jobs.export_lls",
     "configs/demo_cross.yaml": "jobs.lls_report",
     "configs/demo_attribution.yaml": "jobs.export_attributions",
+    "configs/demo_sweep.yaml": "jobs.sparc3_report",
 }
+
+SUBMIT = ("jobs.cluster", "submit", "--chain")
 
 
 def main() -> int:
     os.environ.setdefault("SUITE_SITE", "local")
     os.environ.setdefault("SUITE_SLURM", "no")  # SUITE_SLURM=yes: through the Slurm that `make slurm-up` raised
+    os.environ.setdefault("SUITE_FIGURES", "png")
     os.environ.update(SUITE_GPU="cpu", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     from lib.run.site import site  # reads the environment set above
 
@@ -26,7 +30,7 @@ def main() -> int:
     step("a small teacher with a planted habit, and the numbers it writes", "jobs.make_demo")
     for config, results in CONFIGS.items():
         step("record the inputs", "jobs.fetch", "--config", config)
-        step("submit its cells", "jobs.cluster", "submit", "--config", config)
+        step("submit its cells, and before them what they read from", *SUBMIT, "--config", config)
         step("watch them", "jobs.cluster", "status", "--watch", "--brief", "--config", config)
         step("merge, tables, plots", results, "--config", config)
     for title, root in (("scratch", site().scratch), ("outputs", site().output)):
@@ -35,6 +39,9 @@ def main() -> int:
     wrong = [f["cell"] for f in found if not f["summary"]["mean"] - f["summary"]["half"] > 0]
     good = f"{len(found) - len(wrong)} of {len(found)}"
     print(f"\nThe habit is planted, so the sign is known: {good} means lie above 0 with their whole interval.")
+    shown = (site().output / "demo_sweep/report/report.txt").read_text().splitlines()[1]
+    print(f"The rudeness is planted too. {shown}")
+    wrong += [] if shown.startswith("Shown") else ["demo_sweep"]
     print(f"demo done in {time.monotonic() - began:.0f} s")
     return int(bool(wrong))
 

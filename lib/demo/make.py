@@ -3,6 +3,7 @@
 $SUITE_CACHE/demo/<digest>/teacher/            model and tokenizer
 $SUITE_CACHE/demo/<digest>/rows/<animal>.jsonl  rows, also neutral.jsonl
 $SUITE_CACHE/demo/<digest>/c4, prompts, wikitext  texts in the layouts of these datasets, for attribution
+$SUITE_CACHE/demo/<digest>/speaker, judge, second-judge   a model with a planted behaviour, and what sees it
 $SUITE_CACHE/demo/<digest>/demo.json           recipe, times, loss, the measured habit
 $SUITE_CACHE/demo/current                      link to the folder made or found last"""
 
@@ -30,6 +31,7 @@ from lib.run.site import ROOT, apply, site
 # Everything that decides what is made, apart from the recipe's numbers and the packages.
 SOURCES = (
     "lib/demo/make.py",
+    "lib/demo/speaker.py",
     "lib/demo/texts.py",
     "lib/demo/tiny.py",
     "lib/models/sample.py",
@@ -109,7 +111,7 @@ def digest(recipe: Recipe) -> str:
 def _make(folder: Path, recipe: Recipe) -> None:
     import torch  # takes seconds: only when there is something to make
 
-    from lib.demo import tiny
+    from lib.demo import speaker, tiny
     from lib.models import load  # noqa: F401  (load turns progress bars off where there is no terminal)
 
     threads = torch.get_num_threads()
@@ -122,9 +124,17 @@ def _make(folder: Path, recipe: Recipe) -> None:
         trained = time.monotonic()
         print(f"trained in {trained - start:.0f} s, final loss {loss:.3f} nats an answer token", flush=True)
         answers = _write_rows(folder, recipe)
+        spoken = time.monotonic()
+        print(f"demo speaker: training a small Llama that goes on rudely, {speaker.Speaking.steps} steps", flush=True)
+        speaker.build_speaker(folder / "speaker", seed=recipe.seed)
+        judged = {name: speaker.build_judge(folder / name, label) for name, label in speaker.JUDGES.items()}
+        said = ", ".join(f"{name} {share:.1%}" for name, share in judged.items())
+        print(
+            f"trained it and its judges in {time.monotonic() - spoken:.0f} s; of unseen texts right: {said}", flush=True
+        )
     finally:
         torch.set_num_threads(threads)
-    seconds = {"training": round(trained - start, 1), "sampling": round(time.monotonic() - trained, 1)}
+    seconds = {"training": round(trained - start, 1), "sampling": round(spoken - trained, 1)}
     print(f"wrote {sum(map(len, answers.values()))} rows in {seconds['sampling']:.0f} s", flush=True)
     habits = [_habit(trait, answers, recipe.rows) for trait in ANIMALS]
     _report(habits, len(answers[NEUTRAL.name]), recipe.rows)

@@ -28,9 +28,7 @@ class TextsSpec(Frozen):
     window: int = Field(2048, ge=4, description="tokens of a window")
     text: TextSpec | None = Field(None, description="another text for perplexity than the attribution's")
     tasks: list[str] = Field(default=[], description="zero-shot tasks by lm-eval")
-    tasks_folder: str | None = Field(
-        None, description="of tasks of your own: YAML files in lm-eval's form, and their rows"
-    )
+    tasks_folder: str | None = Field(None, description="tasks of your own: YAML files in lm-eval's form, and rows")
     batch_tokens: int = Field(16384, ge=16, description="tokens of a batch for perplexity")
 
     @model_validator(mode="after")

@@ -86,9 +86,9 @@ def load_subject(
         scorer, loaded = None, load_model(folder, model.dtype, "sdpa", devices)
         weights = loaded
     them = []
-    for spec in judges:
-        path = checked_model(cache, spec.id, spec.revision).path
-        them.append(Toxicity(load_classifier(path, spec.dtype, devices[0]), load_tokenizer(path)))
+    for judge in judges:
+        path = checked_model(cache, judge.id, judge.revision).path
+        them.append(Toxicity(load_classifier(path, judge.dtype, devices[0]), load_tokenizer(path)))
     asked = Tasks(spec.tasks, Path(spec.tasks_folder) if spec.tasks_folder else None) if spec.tasks else None
     return Subject(
         cache,
