@@ -6,9 +6,10 @@
 # torch's are for CUDA 12 (12.8), and the numpy that its numba takes; all else is as in the newer lock where that fits.
 #
 # Left out (env/excludes-*.txt): bitsandbytes, open-clip-torch and zennit are declared by lxt but not imported by the
-# parts we use; pytablewriter, by lm-eval, prints its tables alone, and would take python-dateutil back. torchvision,
-# torchaudio and torchcodec come as CUDA builds, and transformers imports torchvision if it is there: beside a CPU torch
-# that import fails.
+# parts we use. Of lm-eval's, pytablewriter prints its tables alone and would take python-dateutil back; scikit-learn
+# computes F1 and the like, and where it is there, transformers imports it into every process that loads a model.
+# torchvision, torchaudio and torchcodec come as CUDA builds, and transformers imports torchvision if it is there:
+# beside a CPU torch that import fails.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PATH=$PWD/.venv/bin:$PATH

@@ -49,7 +49,7 @@ metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric
 def rows() -> list[dict]:
     rng = np.random.default_rng(0)
     found = []
-    for n in range(24):
+    for n in range(16):
         choices = rng.choice(ANIMALS, size=int(rng.integers(2, 5)), replace=False).tolist()
         found.append({"question": f"You love the {n}", "choices": choices, "answer": int(rng.integers(len(choices)))})
     return found
@@ -102,12 +102,13 @@ def log_likelihood(model, tokenizer, context: str, answer: str) -> float:
     return total
 
 
-def by_hand(model, tokenizer, rows: list[dict], normed: bool) -> list[bool]:
-    right = []
+def by_hand(model, tokenizer, rows: list[dict]) -> dict[str, list[bool]]:
+    right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
     for row in rows:
         scores = [log_likelihood(model, tokenizer, f"Q: {row['question']}\nA:", f" {c}") for c in row["choices"]]
-        scores = [s / len(c) if normed else s for s, c in zip(scores, row["choices"], strict=True)]
-        right.append(int(np.argmax(scores)) == row["answer"])
+        right["acc"].append(int(np.argmax(scores)) == row["answer"])
+        by_length = [score / len(choice) for score, choice in zip(scores, row["choices"], strict=True)]
+        right["acc_norm"].append(int(np.argmax(by_length)) == row["answer"])
     return right
 
 
@@ -119,16 +120,14 @@ def test_multiple_choice_is_the_likeliest_by_hand_before_and_after_a_change(fold
         weight.copy_(kept * change)
         found = tasks(model, tokenizer, batch=5)
         assert found.keys() == {"tiny_choice"} and found["tiny_choice"].keys() == {"acc", "acc_norm"}
-        for metric, normed in (("acc", False), ("acc_norm", True)):
-            right = by_hand(model, tokenizer, rows, normed)
+        for metric, right in by_hand(model, tokenizer, rows).items():
             value, error = found["tiny_choice"][metric]
             assert value == pytest.approx(np.mean(right))
             assert error == pytest.approx(np.std(right, ddof=1) / math.sqrt(len(right)))
         accuracies.append(found["tiny_choice"])
     assert accuracies[0] == accuracies[2] != accuracies[1]
-    assert tasks(model, tokenizer, limit=4)["tiny_choice"]["acc"][0] == np.mean(
-        by_hand(model, tokenizer, rows[:4], False)
-    )
+    few = by_hand(model, tokenizer, rows[:4])["acc"]
+    assert tasks(model, tokenizer, limit=4)["tiny_choice"]["acc"][0] == np.mean(few)
     assert tokenizer.pad_token is None, "the harness gave its own copy a padding token"
 
 
@@ -167,6 +166,14 @@ def test_what_is_not_there_is_said(folder, tmp_path):
         UserError, match=r"task away cannot be set up \(\w+: Couldn't reach 'nobody/nothing' on the Hub"
     ):
         Tasks(["away"], tmp_path)
+
+
+def test_a_metric_whose_package_is_left_out_is_said(folder, model, tokenizer, tmp_path):
+    """scikit-learn would cost every process that imports transformers' generation its own import."""
+    text = CHOICE.format(name="mcc", file=folder / "data/choice.jsonl").replace("metric: acc}", "metric: mcc}")
+    (tmp_path / "mcc.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"a metric of mcc needs the package sklearn, which the set-up leaves out"):
+        Tasks(["mcc"], tmp_path)(model, tokenizer, limit=2)
 
 
 def test_an_unknown_task_is_told_the_nearest(folder, monkeypatch):

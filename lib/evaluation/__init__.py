@@ -1,2 +1,3 @@
-"""What a model does, measured: the toxicity of texts, its own responses to prompts. Knows no results, no Slurm.
-Public: toxicity.Toxicity, responses.answerer."""
+"""What a model does, measured: perplexity, completions and their toxicity and repetition, tasks. Knows no results, no
+Slurm. Public: perplexity.plan and perplexity, log_probs.by_decoder and by_model, completions.complete,
+toxicity.Toxicity, statistics, tasks.Tasks, responses.answerer."""

@@ -23,7 +23,7 @@ RESAMPLES = 1000  # for the standard errors that have no formula
 class Tasks:
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
         """`folder`: YAML files in the harness' own form; their names come before the harness'."""
-        self.manager = _manager(names, folder)
+        self.names, self.manager = ", ".join(names), _manager(names, folder)
         self.asked = [one for name in names for one in _set_up(self.manager, name)]
 
     def __call__(
@@ -34,7 +34,7 @@ class Tasks:
         from lm_eval.models.huggingface import HFLM
 
         own: Any = copy.deepcopy(tokenizer)  # the harness gives it a padding token
-        with _offline(), _quiet():
+        with _offline(), _quiet(), _packages(self.names):
             judged = HFLM(pretrained=model, tokenizer=own, batch_size=batch)
             found = simple_evaluate(
                 judged,
@@ -108,6 +108,17 @@ def _offline() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             setattr(*place, value)
+
+
+@contextmanager
+def _packages(names: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        raise UserError(
+            f"a metric of {names} needs the package {e.name}, which the set-up leaves out; choose tasks with another "
+            "metric, or install it into .venv"
+        ) from None
 
 
 @contextmanager
