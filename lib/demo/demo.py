@@ -1,5 +1,5 @@
 """The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals, the matrix of all prompts
-on all datasets, the attribution of the teacher's neurons, and a small speaker whose rudeness is pruned away, through the
+on all datasets, the attribution of the teacher's neurons, a small speaker whose rudeness is pruned away: through the
 cluster's job code (by the local executor), merge, tables, plots, reports. What is done is not done again."""
 
 import json
