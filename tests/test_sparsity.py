@@ -67,24 +67,18 @@ def plain(world):
 
 
 def rank(values):
-    return values.argsort(1, stable=True).argsort(1)
+    return values.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def masked(scores, pattern):
     """What goes, by a full stable sort."""
     if pattern.startswith("row"):
-        order = {name: values.argsort(1, stable=True).argsort(1) for name, values in scores.items()}
-        return {
-            name: rank < values.shape[1] // 2
-            for (name, values), rank in zip(scores.items(), order.values(), strict=True)
-        }
+        return {name: rank(values) < values.shape[1] // 2 for name, values in scores.items()}
     if pattern == "2:4":
-        return {
-            n: (v.reshape(-1, 4).argsort(1, stable=True).argsort(1) < 2).reshape(v.shape) for n, v in scores.items()
-        }
+        return {name: (rank(values.reshape(-1, 4)) < 2).reshape(values.shape) for name, values in scores.items()}
     flat = torch.cat([values.reshape(-1) for values in scores.values()])
     gone = torch.zeros(len(flat), dtype=torch.bool)
-    gone[flat.argsort(stable=True)[: int(0.3 * len(flat))]] = True
+    gone[flat.argsort(dim=0, stable=True)[: int(0.3 * len(flat))]] = True
     parts = gone.split([values.numel() for values in scores.values()])
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 

@@ -124,6 +124,9 @@ class Sparsity(Experiment):
             raise UserError(f"{self.origin}: evaluate.perplexity needs a text: data.text of {self.base.name}")
         return found
 
+    def science(self) -> dict[str, object]:
+        return {key: value for key, value in super().science().items() if key != "expected"}
+
     def set_of(self, cache: Path, name: str) -> SamplesInput:
         return self.token_sets().prepared(cache, self.base.model, name)
 
