@@ -21,6 +21,7 @@ for_export-lls := CONFIG SET
 for_export-attributions := CONFIG SET
 for_sparc3-report := CONFIG SET
 for_sparsity-report := CONFIG SET
+for_save-pruned := CONFIG SET RANKING NEURONS REMOVE
 for_anchors := CONFIG SET
 for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
@@ -30,7 +31,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 resume cancel status logs verify export-lls \
-  export-attributions lls-report sparc3-report sparsity-report anchors bench slurm-up slurm-down lint shellcheck format
+  export-attributions lls-report sparc3-report sparsity-report save-pruned anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -46,16 +47,16 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors,$(goals)),\
+default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
   configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
 off := 0 no false off NO FALSE OFF
-$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
+$(foreach v,$(filter DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN REMOVE,$(valid)),$(if $(filter-out $(on) $(off),$($v))$(word 2,$($v)),\
   $(error $v=$($v) is neither on nor off; say $v=1 or $v=0)))
 flag = $(if $(filter $(on),$($1)),$2)
 
@@ -128,6 +129,10 @@ sparc3-report: setup ## a sweep as a static page with intervals and controls; ev
 
 sparsity-report: setup ## perplexity with a share of all weights zero, as in the paper's table, with its figures beside ours
 	@$(python) -m jobs.sparsity_report --config="$${SUITE_ARG_CONFIG:-configs/sparc3_sparsity_llama3_8b.yaml}" --set="$$SUITE_ARG_SET"
+
+save-pruned: setup ## a sweep's model without a ranking's first neurons, as a folder: RANKING=lrp NEURONS=100 [REMOVE=1]
+	@$(python) -m jobs.save_pruned $(or_default) --ranking="$${SUITE_ARG_RANKING:-lrp}" \
+	  --neurons="$${SUITE_ARG_NEURONS:-100}" $(call flag,REMOVE,--remove)
 
 anchors: setup ## the figures that others have measured, computed here where nothing else is needed, and how far each is
 	@$(python) -m jobs.anchors $(or_default)

@@ -108,7 +108,10 @@ def test_an_effect_is_shown_where_there_is_one():
 @pytest.mark.parametrize(
     ("ways", "why"),
     [
-        ({"lrp": (np.clip(BASE + noise(7, 0, 0.05) - 0.02, 0, 1),), **CONTROLS}, "more than chance"),
+        (
+            {"lrp": (np.clip(BASE + np.random.default_rng(7).normal(0, 0.05, PROMPTS), 0, 1),), **CONTROLS},
+            "more than chance",
+        ),
         ({"lrp": (LOWER,), "matched": [(LOWER + 0.001,), (LOWER - 0.001,)]}, "does not fall further than by pruning"),
         ({"lrp": (LOWER, 12.0), **CONTROLS}, "the model is harmed"),
         ({"lrp": (LOWER, 10.0, noise(9, 0.2)), **CONTROLS}, "the model is harmed"),

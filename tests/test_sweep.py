@@ -160,3 +160,23 @@ def test_what_cannot_be_swept_is_refused_in_one_sentence(planted, overrides, wor
         len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1
         and "Traceback" not in done.stderr
     )
+
+
+def test_a_saved_model_is_the_pruned_one(planted):
+    from transformers import AutoModelForCausalLM
+
+    env, experiment = roots(planted), load(planted / "sweep.yaml", FEW)
+    arguments = "--config", str(planted / "sweep.yaml"), *FEW
+    done = in_fork(module_work("jobs.save_pruned", *arguments, "--ranking", "lrp", "--neurons", "16", env=env))
+    assert done.returncode == 0, done.stderr
+    ids = torch.arange(3, 90)[None]
+    choice = experiment.choice
+    cell = next(c for c in choice.cells(planted / "cache", planted / "scratch") if c.name == "lrp")
+    rows = read_cell(cell, choice.schema(planted / "cache"), ["layer", "neuron"])
+    with torch.no_grad():
+        saved = AutoModelForCausalLM.from_pretrained(done.stdout.strip().splitlines()[-1]).double().eval()(ids).logits
+        mine = plain(planted, list(zip(rows["layer"], rows["neuron"], strict=True))[:16])(ids).logits
+    torch.testing.assert_close(saved, mine)
+    for wrong, words in ((("--ranking", "lrpp"), "did you mean lrp"), (("--neurons", "99"), "has 1 to 32")):
+        done = in_fork(module_work("jobs.save_pruned", *arguments, *wrong, env=env))
+        assert done.returncode == 2 and words in done.stderr, done.stderr

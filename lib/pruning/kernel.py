@@ -47,6 +47,15 @@ def ranked(experiment: Sweep, cache: Path, cell: Cell) -> list[tuple[str, int]]:
     return [(names[a], int(b)) for a, b in zip(found["layer"], found["neuron"], strict=True)]
 
 
+def first(ranking: list[tuple[str, int]], neurons: int, scope: str) -> dict[str, list[int]]:
+    """Layer -> its neurons among the first so many, of the model or of each layer."""
+    layers = {layer for layer, _ in ranking}
+    chosen: dict[str, list[int]] = {}
+    for layer, neuron in ranking[: neurons * (1 if scope == "global" else len(layers))]:
+        chosen.setdefault(layer, []).append(neuron)
+    return chosen
+
+
 class Shown:
     """What every pruned model is shown: windows of text, and prompts."""
 
@@ -73,20 +82,13 @@ class SweepKernel:
         self, experiment: Sweep, cell: Cell, ranking: list[tuple[str, int]], subject: Any, shown: Shown
     ) -> None:
         self.experiment, self.subject, self.shown = experiment, subject, shown
-        per_layer = 1 if experiment.choice.scope == "global" else len({layer for layer, _ in ranking})
-        sizes = [0] if cell.name == DENSE else experiment.sizes
-        self.sizes, self.ranking = sizes, [ranking[: size * per_layer] for size in sizes]
+        self.sizes, self.ranking = [0] if cell.name == DENSE else experiment.sizes, ranking
         self.seconds = {"seconds_perplexity": 0.0, "seconds_completions": 0.0, "seconds_judges": 0.0}
 
     def prepare(self, start: int, stop: int) -> list[tuple[int, dict[str, list[int]]]]:
         """Layer -> neurons, of each row."""
-        found = []
-        for size, ranking in zip(self.sizes[start:stop], self.ranking[start:stop], strict=True):
-            chosen: dict[str, list[int]] = {}
-            for layer, neuron in ranking:
-                chosen.setdefault(layer, []).append(neuron)
-            found.append((size, chosen))
-        return found
+        scope = self.experiment.choice.scope
+        return [(size, first(self.ranking, size, scope)) for size in self.sizes[start:stop]]
 
     def compute(self, prepared: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         self.seconds = dict.fromkeys(self.seconds, 0.0)
