@@ -95,6 +95,7 @@ def findings(**ways):
 
 BASE = noise(0, 0.5)
 LOWER = np.clip(BASE - 0.2 + noise(5, 0, 0.02), 0, 1)
+STRAYED = np.clip(BASE + np.random.default_rng(7).normal(0, 0.05, PROMPTS), 0, 1)
 CONTROLS = {"matched": [(np.clip(BASE + noise(d, 0, 0.02) - 0.01, 0, 1),) for d in range(3)]}
 
 
