@@ -1,5 +1,7 @@
 """Sweeps, on a model with a planted behaviour: it is found and removed; what is stored is what plain models give."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lib.demo.texts import WORDS
 from lib.families import load
 from lib.inputs.samples import read_samples
 from lib.pruning.findings import find, verdict
+from lib.run.site import site
 from lib.store import read_cell
 
 FEW = ["selection.set=['methods=[lrp, activation, matched, random]', 'seeds=false', 'draws=2']"]
@@ -112,6 +115,9 @@ def test_the_dense_model_is_whole_again_after_every_setting(planted, tmp_path):
         (tmp_path / "scratch" / label).symlink_to(planted / "scratch" / label)
 
     def work():
+        os.environ.update(env)
+        site.cache_clear()
+        torch.set_num_threads(1)  # more of them do not survive a fork
         from lib.pruning.kernel import load_kernel
         from lib.run.command import job
 
@@ -129,7 +135,7 @@ def test_the_dense_model_is_whole_again_after_every_setting(planted, tmp_path):
                 list(values) == list(columns[name]) if isinstance(values, list) else (values == columns[name]).all()
             ), name
 
-    done = in_fork(lambda: (__import__("os").environ.update(env), work()))
+    done = in_fork(work)
     assert done.returncode == 0, done.stderr
 
 

@@ -15,14 +15,11 @@ word    lm-evaluation-harness, task `wikitext`, word_perplexity, with add_bos_to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from lib.base.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Convention = Literal["window", "stride", "word"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
@@ -82,7 +79,14 @@ def perplexity(windows: Sequence[Window], log_probs: Sequence[np.ndarray], words
         return float(np.exp((means * weights).sum() / (weights.sum() if words is None else words)))
 
 
-def prefix_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+class Tokenizer(Protocol):
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+
+def prefix_token(tokenizer: Tokenizer) -> int:
     """What lm-evaluation-harness begins a page with."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:

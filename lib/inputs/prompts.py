@@ -81,7 +81,7 @@ def answered(prompts: Iterable[Prompt], spec: PromptsSpec, counts: Counter[str],
 
 def draw_prompts(prompts: Iterable[Prompt], spec: PromptsSpec, name: str, counts: Counter[str]) -> Rows:
     """The first so many; with held_out, every second one is kept for evaluation."""
-    kept = list(islice(prompts, spec.samples))
+    kept = list(islice(_once(prompts, counts) if spec.held_out else prompts, spec.samples))
     if len(kept) < spec.samples:
         passed = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
         fix = ", threshold or candidates" if spec.select == "response" else " or threshold"
@@ -104,6 +104,17 @@ def draw_prompts(prompts: Iterable[Prompt], spec: PromptsSpec, name: str, counts
         rows.columns["response"] = [p.response for p in kept]
         rows.columns["response_toxicity"] = np.array([p.response_toxicity for p in kept], dtype=np.float32)
     return rows
+
+
+def _once(prompts: Iterable[Prompt], counts: Counter[str]) -> Iterator[Prompt]:
+    """Without those whose tokens came before: what is judged must not be what was attributed."""
+    seen: set[tuple[int, ...]] = set()
+    for prompt in prompts:
+        if tuple(prompt.ids) in seen:
+            counts["twice"] += 1
+        else:
+            seen.add(tuple(prompt.ids))
+            yield prompt
 
 
 def _fields(row: Row, where: str) -> tuple[str, float]:

@@ -123,6 +123,8 @@ class TokenSets(Frozen):
         """All that decides a set: how it is drawn, and by which tokenizer (and, by response, which model)."""
         spec, seed = self.sets()[name]
         parts = spec.model_dump(mode="json", exclude={"seeds"})
+        if parts.get("held_out"):
+            parts["apart"] = "by tokens"  # no prompt is there twice
         if parts.get("at_most") == 1.0:  # sets that were made before there was such a limit are the same
             del parts["at_most"]
         found: dict[str, object] = {"recipe": RECIPE, "set": parts, "seed": seed}

@@ -12,8 +12,9 @@ import numpy as np
 from lib.evaluation.statistics import unique_share
 from lib.inputs.samples import Samples, SamplesInput, read_samples
 from lib.inputs.verified import checked_model
-from lib.pruning.looks import DENSE, Texts, stacked
+from lib.pruning.looks import DENSE
 from lib.pruning.sweep import Sweep
+from lib.pruning.texts import Texts, stacked
 from lib.run.command import Job
 from lib.run.task import run_rows
 from lib.store import Cell, read_cell

@@ -8,8 +8,8 @@ from typing import Any
 from lib.attribution.experiment import Attribution
 from lib.inputs.samples import read_samples
 from lib.inputs.verified import checked_model
-from lib.pruning.looks import Texts, stacked
 from lib.pruning.sparsity import PATTERN, Sparsity, Way
+from lib.pruning.texts import Texts, stacked
 from lib.run.command import Job
 from lib.run.results import merged_file
 from lib.run.task import run_rows
