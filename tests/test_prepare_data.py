@@ -119,7 +119,9 @@ def test_what_made_a_set_is_recorded(place, first):
 def test_prompts_are_those_that_a_plain_filter_finds(place, first):
     experiment, cache = first
     record, found = made(experiment, cache, "toxic")
-    rude = [(n, r) for n, r in enumerate(place.prompts()) if (r["prompt"]["toxicity"] or 0) >= 0.9][:ASKED]
+    rude = [(n, r) for n, r in enumerate(place.prompts()) if (r["prompt"]["toxicity"] or 0) >= 0.9]
+    texts = [r["prompt"]["text"] for _, r in rude]
+    rude = [one for place_, one in enumerate(rude) if texts[place_] not in texts[:place_]][:ASKED]  # each once
     assert found.columns["index"].tolist() == [n for n, _ in rude]
     assert [ids.tolist() for ids in found.every] == [place.ids(r["prompt"]["text"]) for _, r in rude]
     assert found.columns["source"] == [r["filename"] for _, r in rude]
@@ -128,8 +130,9 @@ def test_prompts_are_those_that_a_plain_filter_finds(place, first):
     )
     seen = place.prompts()[: rude[-1][0] + 1]
     unscored = sum(r["prompt"]["toxicity"] is None for r in seen)
-    counts = {"rows": len(seen), "unscored": unscored, "below": len(seen) - unscored - ASKED}
-    assert unscored > 0 and {k: record.facts[k] for k in counts} == counts
+    twice = sum((r["prompt"]["toxicity"] or 0) >= 0.9 for r in seen) - ASKED
+    counts = {"rows": len(seen), "unscored": unscored, "twice": twice, "below": len(seen) - unscored - ASKED - twice}
+    assert unscored > 0 and twice > 0 and {k: record.facts[k] for k in counts} == counts
     assert found.held.tolist() == [False, True] * (ASKED // 2)
     assert [i.tolist() for i in found.ids] == [i.tolist() for i in found.every[::2]]
     assert [i.tolist() for i in found.held_out] == [i.tolist() for i in found.every[1::2]]

@@ -41,20 +41,22 @@ def status(slurm, world):
 def test_one_command_runs_all_stages_and_the_report_tells_what_failed(fresh_slurm, world):
     slurm = fresh_slurm
     said = call(slurm, world, "submit", "--chain", "--dry")
-    assert "--dependency=afterany:<speaking>:<speaking-" in said, said
-    assert "--dependency=afterany:<choosing-" in said and "slurm/sparc3_report.sbatch" in said
+    for before in ("speaking>", "speaking-", "choosing-", "sweeping-"):
+        assert f"--dependency=afterany:<{before}" in said, said
+    assert "slurm/sparc3_report.sbatch" in said
     assert not slurm.run("squeue", "-h") and not (world / "scratch/choosing").exists()
 
     sweep = load(world / "sweep.yaml", [SELECTION])
     gradient = next(stage.experiment for stage in sweep.stages() if "gradient" in " ".join(stage.overrides))
     broken = next(c for c in gradient.cells(world / "cache", world / "scratch") if c.name == "general-1").path
-    broken.parent.mkdir(parents=True)
-    broken.write_text("in the way")  # of one attribution's folder
-
+    slurm.run("scontrol", "update", "PartitionName=main", "State=DOWN")
     said = call(slurm, world, "submit", "--chain")
+    broken.parent.mkdir(parents=True, exist_ok=True)
+    broken.write_text("in the way")  # of one attribution's folder
+    slurm.run("scontrol", "update", "PartitionName=main", "State=UP")
     jobs = re.findall(r"Slurm job (\d+)", said)
-    assert len(jobs) == 5, said  # two attributions, selection, sweep, report
-    assert slurm.show(jobs[-1])["Dependency"].startswith(f"afterany:{jobs[-2]}")
+    assert len(jobs) == 10, said  # two attributions; of selection and sweep one for each that they wait for; report
+    assert f"afterany:{jobs[-2]}" in slurm.show(jobs[-1])["Dependency"]
     for job in jobs:
         slurm.wait_for(job, timeout=240)
     states = {
@@ -70,7 +72,7 @@ def test_one_command_runs_all_stages_and_the_report_tells_what_failed(fresh_slur
     broken.unlink()
     said = call(slurm, world, "submit", "--chain")
     jobs = re.findall(r"Slurm job (\d+)", said)
-    assert len(jobs) == 4 and "are done: left out" in said, said
+    assert len(jobs) == 4 and "are done: left out" in said, said  # what of each stage is missing, and the report
     for job in jobs:
         slurm.wait_for(job, timeout=240)
     assert {state for state, _ in status(slurm, world).values()} == {"done"}
