@@ -2,6 +2,7 @@
 
 A cell is a method, of all general text or of one seed's, or a random draw; a row is a rank."""
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -184,7 +185,11 @@ class Selection(Experiment):
         return found
 
     def needs(self, cache: Path, cell: Cell) -> Needs:
-        return Needs(0)
+        """A set's columns are in memory twice when shards are put together, and piece by piece in float64."""
+        widest = (
+            max((parent.total for parent in cell.parents), default=0) * sum(p.outputs for p in self.layout(cache)) * 4
+        )
+        return Needs(0, 2 + math.ceil(2.5 * widest / 2**30))
 
     def start_seconds(self, cache: Path) -> float:
         return 3.0
