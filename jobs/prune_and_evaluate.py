@@ -1,9 +1,8 @@
 """What the model does without the first neurons of each ranking, one array index a ranking."""
 
-from lib.pruning.kernel import compute
-
 from lib.base.errors import exit_with
 from lib.families import load
+from lib.pruning.kernel import compute
 from lib.run.command import job
 
 

@@ -1,9 +1,8 @@
 """What pruning did to a model, as a static page with tables and pictures, and every selection as CSV and JSON."""
 
-from lib.pruning.export import export
-
 from lib.base.errors import exit_with
 from lib.families import load
+from lib.pruning.export import export
 from lib.run.command import job
 
 

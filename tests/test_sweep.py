@@ -9,6 +9,7 @@ from sparc3_world import fetched, make_world, roots
 from tools import in_fork, module_work
 
 from lib.base.errors import UserError
+from lib.demo.speaker import Speaking
 from lib.demo.texts import WORDS
 from lib.families import load
 from lib.inputs.samples import read_samples
@@ -186,3 +187,41 @@ def test_a_saved_model_is_the_pruned_one(planted):
     for wrong, words in ((("--ranking", "lrpp"), "did you mean lrp"), (("--neurons", "99"), "has 1 to 32")):
         done = in_fork(module_work("jobs.save_pruned", *arguments, *wrong, env=env))
         assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_a_setting_that_was_lost_is_made_again_and_the_report_is_the_same_byte_for_byte(planted):
+    env, arguments = roots(planted), ("--config", str(planted / "sweep.yaml"), *FEW)
+
+    def reported():
+        done = in_fork(module_work("jobs.sparc3_report", *arguments, env=env))
+        folder = planted / "output" / load(planted / "sweep.yaml", FEW).label
+        return done, {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    done, before = reported()
+    assert done.returncode == 0 and "Shown: without 16 neurons" in done.stdout, done.stderr
+    assert {p.name for p in before} >= {
+        "index.html",
+        "toxicity.png",
+        "lrp.csv",
+        "lrp.json",
+        "settings.csv",
+        "lrp-16.jsonl",
+    }
+    cells = load(planted / "sweep.yaml", FEW).cells(planted / "cache", planted / "scratch")
+    lrp = next(cell for cell in cells if cell.name == "lrp")
+    for path in lrp.path.glob("00000001-*"):
+        path.unlink()
+    done, missing = reported()
+    assert done.returncode == 2 and "1 of 15 settings are not done, and shown as missing (lrp 16)" in done.stderr
+    assert b"missing" in missing[next(p for p in missing if p.name == "report.txt")].lower()
+    index = "--index", str(lrp.index)
+    assert in_fork(module_work("jobs.prune_and_evaluate", *arguments, *index, env=env)).returncode == 0
+    assert reported()[1] == before
+
+
+def test_a_model_without_the_behaviour_gets_the_sentence_that_nothing_is_shown(tmp_path):
+    folder = fetched(make_world(tmp_path, Speaking(steps=60, planted=False)))
+    run_chain(folder, *FEW)
+    _, found = seen(folder)
+    said = verdict(found)
+    assert said.startswith("An effect is not shown: at no size does mean toxicity fall"), said
