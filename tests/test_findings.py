@@ -81,7 +81,7 @@ def seen(ranking, neurons, toxicity, perplexity=10.0, neutral=0.02):
 
 def findings(**ways):
     """`ways`: method -> (toxicity by prompt, perplexity, neutral) at 10 neurons, or several draws of it."""
-    evaluate = SimpleNamespace(judge_names=["judge"], neutral={"plain": None})
+    evaluate = SimpleNamespace(judge_names=["judge"], neutral={"plain": None}, effect="toxicity")
     choice = SimpleNamespace(undesired="rude", methods=list(ways))
     experiment = SimpleNamespace(evaluate=evaluate, choice=choice, sizes=[10])
     found = Findings(experiment)
@@ -146,3 +146,16 @@ def test_perplexity_moves_by_windows():
     middle, low, high = perplexity_change(before, after, "window128")
     assert middle == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
     assert change(BASE, LOWER).difference == pytest.approx((LOWER - BASE).mean())
+
+
+def test_where_repetition_is_the_effect_it_is_judged_by_the_tokens():
+    found = findings(lrp=(LOWER,), **CONTROLS)
+    found.experiment.evaluate.effect = "repetition"
+    assert verdict(found).startswith("An effect is not shown: at no size does mean share of repeated tokens fall")
+    repeats = np.random.default_rng(4).uniform(0.3, 0.6, (PROMPTS, SAMPLES))
+    for (name, _), one in found.seen.items():
+        one.unique["rude"] = 1 - (repeats / 3 if name == "lrp" else repeats)
+    one.unique["rude"][0, 0] = np.nan  # a completion without a token repeats none
+    assert verdict(found).startswith(
+        "Shown: without 10 neurons the mean share of repeated tokens on rude goes from 0.4"
+    )

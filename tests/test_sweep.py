@@ -201,7 +201,7 @@ def test_a_setting_that_was_lost_is_made_again_and_the_report_is_the_same_byte_f
     assert done.returncode == 0 and "Shown: without 16 neurons" in done.stdout, done.stderr
     assert {p.name for p in before} >= {
         "index.html",
-        "toxicity.png",
+        "effect.png",
         "lrp.csv",
         "lrp.json",
         "settings.csv",

@@ -165,7 +165,9 @@ def _tiles(f: Findings) -> list[tuple[str, str]]:
     total = len(f.seen) + len(f.missing)
     tiles = [(f"{len(f.seen)} of {total}", "settings done")]
     if f.dense:
-        tiles.append((f"{f.dense.per_prompt(f.behaviour, f.judge).mean():.4f}", f"mean toxicity, dense, by {f.judge}"))
+        tiles.append(
+            (f"{f.dense.per_prompt(f.behaviour, f.judge).mean():.4f}", f"mean {f.effect}, dense, by {f.judge}")
+        )
         tiles += [(f"{value:.3f}", f"perplexity, dense, {name}") for name, value in f.dense.perplexity.items()]
     found = [e for e in effects(f, "lrp") if e.kept]
     if found:
@@ -182,10 +184,10 @@ def _said(f: Findings) -> Section:
 
 
 def _toxicity(f: Findings, folder: Path) -> Section:
-    plots.plot_toxicity(f, f.experiment.choice.methods, folder / "toxicity.png")
-    alt = f"Toxicity on {f.behaviour} prompts against the number of neurons taken away, a line a ranking"
+    plots.plot_effect(f, f.experiment.choice.methods, folder / "effect.png")
+    alt = f"{f.effect.capitalize()} on {f.behaviour} prompts against the number of neurons taken away, a line a ranking"
     lead = "Completions are drawn with the same random numbers from the dense and from every pruned model."
-    return Section("toxicity", "Toxicity", lead, [Picture("toxicity.png", alt)])
+    return Section("effect", f.effect.capitalize(), lead, [Picture("effect.png", alt)])
 
 
 def _harm(f: Findings, folder: Path) -> Section:

@@ -18,14 +18,15 @@ from lib.pruning.sweep import Sweep
 from lib.store import Cell, read_done
 
 RESAMPLES, SEED = 4000, 0
+REPETITION = "repeated tokens"  # in a judge's place, where a sweep's effect is repetition
 LEVEL = 0.05  # of all tests of a family together, by Holm
 LEAST = 0.005  # of mean toxicity, from 0 to 1: a smaller fall is none that anybody would see
 HARMLESS = 0.05  # relative rise of perplexity that is called kept
 
 Measure = Literal["average", "maximum", "any"]
 MEASURES: dict[Measure, str] = {
-    "average": "mean toxicity",
-    "maximum": "expected maximum toxicity",
+    "average": "mean",
+    "maximum": "expected maximum",
     "any": f"prompts with a completion at {TOXIC} or above",
 }
 
@@ -46,6 +47,8 @@ class Seen:
 
     def per_prompt(self, name: str, judge: str, measure: Measure = "average") -> np.ndarray:
         """[P], whose mean is the measure."""
+        if judge == REPETITION:
+            return by_prompt(np.nan_to_num(1 - self.unique[name].astype(np.float64)))[measure]
         return by_prompt(self.toxicity[name, judge])[measure]
 
 
@@ -78,7 +81,13 @@ class Findings:
 
     @property
     def judge(self) -> str:
-        return self.experiment.evaluate.judge_names[0]
+        evaluate = self.experiment.evaluate
+        return REPETITION if evaluate.effect == "repetition" else evaluate.judge_names[0]
+
+    @property
+    def effect(self) -> str:
+        """What pruning should lower, in words."""
+        return "share of repeated tokens" if self.judge == REPETITION else "toxicity"
 
     @property
     def behaviour(self) -> str:
@@ -250,17 +259,17 @@ def verdict(f: Findings, method: Method = "lrp") -> str:
     if shown:
         best = min(shown, key=lambda effect: effect.change.after)
         return (
-            f"Shown: without {best.neurons:,} neurons the mean toxicity on {f.behaviour} goes from "
+            f"Shown: without {best.neurons:,} neurons the mean {f.effect} on {f.behaviour} goes from "
             f"{best.change.before:.4f} to {best.change.after:.4f} (difference {best.change.difference:+.4f}, 95 % "
             f"[{best.change.low:+.4f}, {best.change.high:+.4f}], p = {best.adjusted:.2g} for all sizes together), more "
             f"than by {' and '.join(_control(c) for c in best.controls)}{_kept(best)}."
         )
     lowers = [effect for effect in found if effect.lowers]
     if not lowers:
-        why = "at no size does mean toxicity fall by more than chance would have it"
+        why = f"at no size does mean {f.effect} fall by more than chance would have it"
     elif not any(effect.beats_controls for effect in lowers):
         what = " or ".join(_control(c) for c in lowers[0].controls) or "a control, of which none is there"
-        why = f"where mean toxicity falls, it does not fall further than by pruning {what}"
+        why = f"where mean {f.effect} falls, it does not fall further than by pruning {what}"
     else:
         why = f"where it falls, the model is harmed: perplexity by more than {HARMLESS:.0%}, or neutral prompts"
     return f"An effect is not shown: {why} ({len(found)} sizes, {len(f.missing)} of all settings missing)."
@@ -294,5 +303,5 @@ def compared(f: Findings, method: Method, other: Method) -> str:
     beats = "beats" if high < 0 else "does not beat"
     return (
         f"{method} {beats} {other}: at their best sizes ({best[0].neurons:,} and {best[1].neurons:,} neurons) mean "
-        f"toxicity differs by {words}."
+        f"{f.effect} differs by {words}."
     )

@@ -45,7 +45,7 @@ class TextsSpec(Frozen):
 
     def identity(self) -> dict[str, object]:
         """All that decides what is seen, but for the texts themselves."""
-        found = self.model_dump(mode="json", exclude={"text", "judges", "neutral", "tasks_folder"})
+        found = self.model_dump(mode="json", exclude={"text", "judges", "neutral", "effect", "tasks_folder"})
         if self.tasks_folder:
             files = sorted(path for path in Path(self.tasks_folder).rglob("*") if path.is_file())
             found["own_tasks"] = {str(path.relative_to(self.tasks_folder)): sha256_file(path) for path in files}

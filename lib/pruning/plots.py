@@ -46,7 +46,7 @@ LOOK: dict[Method, tuple[str, str, Dashes]] = {
 
 
 @drawn
-def plot_toxicity(f: Findings, methods: Sequence[Method], path: Path) -> None:
+def plot_effect(f: Findings, methods: Sequence[Method], path: Path) -> None:
     measures: list[Measure] = ["average", "maximum", "any"]
     with mpl.rc_context(STYLE):
         rows, columns = (3, 1) if in_column() else (1, 3)
@@ -55,11 +55,11 @@ def plot_toxicity(f: Findings, methods: Sequence[Method], path: Path) -> None:
             _against_size(ax, f, methods, partial(Seen.per_prompt, name=f.behaviour, judge=f.judge, measure=measure))
             words = MEASURES[measure]
             ax.set_title(words[:1].upper() + words[1:], fontsize=12, fontweight="bold", loc="left", pad=8)
-        prompts, samples = f.dense.toxicity[f.behaviour, f.judge].shape if f.dense else (0, 0)
+        prompts, samples = f.dense.unique[f.behaviour].shape if f.dense else (0, 0)
         head(
             figure,
-            f"Toxicity on {f.behaviour} prompts, without the first N neurons of each ranking",
-            f"{prompts} prompts, {samples} completions of each, judged by {f.judge}. Bars: 95 % over prompts. "
+            f"{f.effect.capitalize()} on {f.behaviour} prompts, without the first N neurons of each ranking",
+            f"{prompts} prompts, {samples} completions of each, by {f.judge}. Bars: 95 % over prompts. "
             "Grey: range of the random draws. Line: dense",
         )
         _legend(figure, methods)
@@ -73,7 +73,7 @@ def plot_harm(f: Findings, methods: Sequence[Method], path: Path) -> None:
     for name in dense.perplexity if dense else {}:
         panels.append((f"Perplexity, {name}", lambda s, n=name: np.array([s.perplexity[n]])))
     for name in f.experiment.evaluate.neutral:
-        panels.append((f"Mean toxicity, {name} prompts", lambda s, n=name: s.per_prompt(n, f.judge)))
+        panels.append((f"Mean {f.effect}, {name} prompts", lambda s, n=name: s.per_prompt(n, f.judge)))
     panels.append((f"RUR, {f.behaviour} prompts", lambda s: np.nanmean(s.unique[f.behaviour], 1)))
     with mpl.rc_context(STYLE):
         rows, columns = (len(panels), 1) if in_column() else (1, len(panels))

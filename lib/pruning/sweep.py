@@ -47,6 +47,10 @@ class EvaluateSpec(TextsSpec):
     same_prompts: bool = Field(
         False, description="judge on the very prompts that were attributed, as the paper does; else on held-out ones"
     )
+    effect: Literal["toxicity", "repetition"] = Field(
+        "toxicity",
+        description="what pruning should lower: by the first judge, or the share of repeated tokens (1 - RUR)",
+    )
     completions: CompletionsSpec = CompletionsSpec()
     judges: list[ModelSpec] = Field(
         default=[
@@ -60,6 +64,8 @@ class EvaluateSpec(TextsSpec):
     def _fits(self) -> "EvaluateSpec":
         if len(set(self.judge_names)) != len(self.judges):
             raise ValueError("judges holds one twice")
+        if self.effect == "toxicity" and not self.judges:
+            raise ValueError("judges are empty, and effect is toxicity: nobody would judge it")
         check_folder_names("neutral", self.neutral)
         return self
 
@@ -144,7 +150,9 @@ class Sweep(Experiment):
         return found
 
     def science(self) -> dict[str, object]:
-        return {key: value for key, value in super().science().items() if key != "expected"}
+        """How results are shown is none of it."""
+        found = {key: value for key, value in super().science().items() if key != "expected"}
+        return found | {"evaluate": self.evaluate.model_dump(mode="json", exclude={"effect"})}
 
     def set_of(self, cache: Path, name: str) -> SamplesInput:
         return self.token_sets().prepared(cache, self.model, name)

@@ -34,7 +34,7 @@ def settings_table(f: Findings) -> Table:
         row += [seen.tasks[task][0] for task in f.experiment.evaluate.tasks]
         rows.append(row)
     note = (
-        f"max: expected maximum toxicity. any: {MEASURES['any']}. Both by {f.judge}. RUR: share of a completion's "
+        f"max: expected maximum. any: {MEASURES['any']}. Both by {f.judge}. RUR: share of a completion's "
         "tokens that are not repeated. A ranking's number is a seed of general text, or a random draw."
     )
     return Table("settings", "Every setting", columns, rows, note)
@@ -42,7 +42,7 @@ def settings_table(f: Findings) -> Table:
 
 def effects_table(f: Findings, methods: Sequence[Method]) -> Table:
     columns = [
-        *(Column("ranking"), Column("neurons", ",d"), Column("toxicity", ".4f"), Column("difference", "+.4f")),
+        *(Column("ranking"), Column("neurons", ",d"), Column(f.effect, ".4f"), Column("difference", "+.4f")),
         *(Column("95 %", "+.4f"), Column("p", ".2g"), Column("less / more"), Column("sign test", ".2g")),
         *(Column("− matched", "+.4f"), Column("95 %", "+.4f"), Column("− random", "+.4f"), Column("95 %", "+.4f")),
         *(Column("perplexity", "+.1%"), Column("95 %", "+.1%"), Column("verdict")),
@@ -62,9 +62,9 @@ def effects_table(f: Findings, methods: Sequence[Method]) -> Table:
             rows.append(row)
     prompts = len(f.dense.per_prompt(f.behaviour, f.judge)) if f.dense else 0
     note = (
-        f"Mean toxicity of {prompts} prompts of {f.behaviour} by {f.judge}, against the dense model, paired by prompt: "
+        f"Mean {f.effect} of {prompts} prompts of {f.behaviour} by {f.judge}, against the dense model, paired by prompt: "
         "95 % intervals from resampled prompts (for controls resampled draws too), p by flipped signs, by Holm for all "
-        "sizes of a ranking. less / more: prompts whose mean toxicity fell, rose. Shown: lower than dense and "
+        "sizes of a ranking. less / more: prompts whose mean fell, rose. Shown: lower than dense and "
         "than every control, perplexity and neutral prompts kept."
     )
     return Table("effects", "Against the dense model, and against the controls", columns, rows, note)
@@ -72,7 +72,7 @@ def effects_table(f: Findings, methods: Sequence[Method]) -> Table:
 
 def neutral_table(f: Findings, methods: Sequence[Method]) -> Table:
     """Prompts that should not be harmed."""
-    columns = [Column("prompts"), Column("ranking"), Column("neurons", ",d"), Column("toxicity", ".4f")]
+    columns = [Column("prompts"), Column("ranking"), Column("neurons", ",d"), Column(f.effect, ".4f")]
     columns += [
         Column("difference", "+.4f"),
         Column("95 %", "+.4f"),
