@@ -44,6 +44,7 @@ def test_one_command_runs_all_stages_and_the_report_tells_what_failed(fresh_slur
     for before in ("speaking>", "speaking-", "choosing-", "sweeping-"):
         assert f"--dependency=afterany:<{before}" in said, said
     assert "slurm/sparc3_report.sbatch" in said
+    assert re.search(r"a setting: \S+ s \(perplexity \S+, completions \S+, judges \S+\), 7 settings", said)
     assert not slurm.run("squeue", "-h") and not (world / "scratch/choosing").exists()
 
     sweep = load(world / "sweep.yaml", [SELECTION])

@@ -197,6 +197,8 @@ def show(r: Request, indices: list[int], throttle: int | None, before: frozenset
     else:
         plans = [one for array in arrays for task in array.tasks for one in task]
         print(table(sorted(plans, key=lambda one: one.cell.index), r.site.gpu, r.experiment.share))
+        if costs := r.experiment.costs(r.site.cache, r.site.gpu):
+            print(costs)
     print(f"shards under {r.folder}")
 
 

@@ -165,9 +165,8 @@ def _tiles(f: Findings) -> list[tuple[str, str]]:
     total = len(f.seen) + len(f.missing)
     tiles = [(f"{len(f.seen)} of {total}", "settings done")]
     if f.dense:
-        tiles.append(
-            (f"{f.dense.per_prompt(f.behaviour, f.judge).mean():.4f}", f"mean {f.effect}, dense, by {f.judge}")
-        )
+        mean = f.dense.per_prompt(f.behaviour, f.judge).mean()
+        tiles.append((f"{mean:.4f}", f"mean {f.effect}, dense, by {f.judge}"))
         tiles += [(f"{value:.3f}", f"perplexity, dense, {name}") for name, value in f.dense.perplexity.items()]
     found = [e for e in effects(f, "lrp") if e.kept]
     if found:

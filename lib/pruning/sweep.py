@@ -49,7 +49,7 @@ class EvaluateSpec(TextsSpec):
     )
     effect: Literal["toxicity", "repetition"] = Field(
         "toxicity",
-        description="what pruning should lower: by the first judge, or the share of repeated tokens (1 - RUR)",
+        description="what pruning should lower: by the first judge, or repeated tokens (1 - RUR)",
     )
     completions: CompletionsSpec = CompletionsSpec()
     judges: list[ModelSpec] = Field(
@@ -231,6 +231,13 @@ class Sweep(Experiment):
         texts = sum(self.prompts(cache, n) for n in self.judged()) * self.evaluate.completions.samples
         each = perplexity + completing + judging
         return Estimate(cell.total * each, cell.total * (size + texts * self.evaluate.completions.tokens * 4))
+
+    def costs(self, cache: Path, gpu: str) -> str:
+        perplexity, completing, judging = self.seconds(cache, gpu)
+        return (
+            f"a setting: {perplexity + completing + judging:.3g} s (perplexity {perplexity:.3g}, completions "
+            f"{completing:.3g}, judges {judging:.3g}), {sum(map(self.rows_of, self.names()))} settings"
+        )
 
     def seconds(self, cache: Path, gpu: str) -> tuple[float, float, float]:
         """Of one setting: perplexity, completions, judging."""

@@ -82,6 +82,10 @@ class Experiment(Configuration):
         """None: not known before what it reads from is done. A UserError names an input that is not fetched."""
         raise NotImplementedError
 
+    def costs(self, cache: Path, gpu: str) -> str:
+        """What a dry run says beside the plan: of what a row's seconds are made."""
+        return ""
+
     def needs(self, cache: Path, cell: Cell) -> Needs:
         return Needs(self.run.gpus)
 
