@@ -63,8 +63,8 @@ def effects_table(f: Findings, methods: Sequence[Method]) -> Table:
     prompts = len(f.dense.per_prompt(f.behaviour, f.judge)) if f.dense else 0
     note = (
         f"Mean {f.effect} of {prompts} prompts of {f.behaviour} by {f.judge}, against the dense model, paired by "
-        "prompt: 95 % intervals from resampled prompts (for controls resampled draws too), p by flipped signs, by Holm for all "
-        "sizes of a ranking. less / more: prompts whose mean fell, rose. Shown: lower than dense and "
+        "prompt: 95 % intervals from resampled prompts (for controls resampled draws too), p by flipped signs, by Holm "
+        "for all sizes of a ranking. less / more: prompts whose mean fell, rose. Shown: lower than dense and "
         "than every control, perplexity and neutral prompts kept."
     )
     return Table("effects", "Against the dense model, and against the controls", columns, rows, note)
