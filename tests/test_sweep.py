@@ -212,7 +212,7 @@ def test_a_setting_that_was_lost_is_made_again_and_the_report_is_the_same_byte_f
     for path in lrp.path.glob("00000001-*"):
         path.unlink()
     done, missing = reported()
-    assert done.returncode == 2 and "1 of 15 settings are not done, and shown as missing (lrp 16)" in done.stderr
+    assert done.returncode == 2 and "1 of 13 settings are not done, and shown as missing (lrp 16)" in done.stderr
     assert b"missing" in missing[next(p for p in missing if p.name == "report.txt")].lower()
     index = "--index", str(lrp.index)
     assert in_fork(module_work("jobs.prune_and_evaluate", *arguments, *index, env=env)).returncode == 0
