@@ -25,9 +25,10 @@ def world(tmp_path_factory):
     return fetched(folder, SELECTION)
 
 
-def call(slurm, world, *arguments):
+def call(slurm, world, *arguments, of="sweep"):
     env = slurm.env | {k: v for k, v in roots(world).items() if k != "SUITE_SLURM"} | {"SUITE_CPU_PARTITION": "main"}
-    words = [sys.executable, "-m", "jobs.cluster", *arguments, f"--config={world}/sweep.yaml", SELECTION]
+    words = [sys.executable, "-m", "jobs.cluster", *arguments, f"--config={world}/{of}.yaml"]
+    words += [SELECTION] if of == "sweep" else []
     done = subprocess.run(words, cwd=ROOT, env=env | {"SUITE_GPU": "cpu"}, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
@@ -79,3 +80,5 @@ def test_one_command_runs_all_stages_and_the_report_tells_what_failed(fresh_slur
     assert {state for state, _ in status(slurm, world).values()} == {"done"}
     assert "== Missing" not in (world / "output" / sweep.label / "report/report.txt").read_text()
     assert "nothing to submit" in call(slurm, world, "submit", "--chain")
+    said = call(slurm, world, "submit", "--chain", of="attribution")  # whose results no job shows
+    assert "are done: left out" in said and "next: make export-attributions CONFIG=" in said

@@ -116,16 +116,15 @@ def sbatch_command(r: Request, array: Array, tasks: int, name: str) -> list[str]
 
 def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
     """A job without a GPU that shows an experiment's results once these arrays have ended, however they did; where no
-    Slurm runs, or it has nothing for such jobs, the command for it."""
+    Slurm runs, or nothing is for such jobs, the command for it."""
     target = r.experiment.results
-    partition = r.site.env.get("SUITE_CPU_PARTITION")
-    if not slurm.has_slurm() or not partition:
+    partition, file = r.site.env.get("SUITE_CPU_PARTITION"), f"slurm/{target.replace('-', '_')}.sbatch"
+    if not slurm.has_slurm() or not partition or not (ROOT / file).exists():
         print(f"next: make {target} {r.spoken}" + (", when they have ended" if after else ""))
         return
     flags = ["--parsable", f"--partition={partition}", f"--job-name={target}"]
     if after:
         flags.append(f"--dependency=afterany:{':'.join(sorted(after))}")
-    file = f"slurm/{target.replace('-', '_')}.sbatch"
     command = ["sbatch", *flags, file, str(r.config), *r.overrides]
     if dry:
         print(f"# would run: {shlex.join(command)}")

@@ -39,7 +39,6 @@ class Selection(Experiment):
     draws: int = Field(5, ge=1, description="of each random control")
 
     job: ClassVar[str] = "select_neurons"
-    results: ClassVar[str] = "sparc3-report"
     share: ClassVar[float] = 1.0
     on_gpu: ClassVar[bool] = False
 
