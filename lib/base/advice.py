@@ -4,7 +4,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
-_TARGETS = "fetch|doctor|submit(?:-[a-z0-9]+)?|resume|cancel|status|logs|verify|export-[a-z]+|lls-report|sparc3-report|sparsity-report|save-pruned|anchors"
+_TARGETS = (
+    "fetch|doctor|submit(?:-[a-z0-9]+)?|resume|cancel|status|logs|verify|export-[a-z]+|lls-report|sparc3-report"
+    "|sparsity-report|save-pruned|anchors"
+)
 _ADVICE = re.compile(rf"`make ({_TARGETS})\b([^`]*)`( again)?(?: with this CONFIG)?")
 _here: list[str] = []
 
