@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lib.demo.texts import RUDE, WORDS, general_texts
-from lib.demo.tiny import make_tokenizer, save
+from lib.demo.tiny import descend, make_tokenizer, save
 
 VOCAB, WIDTH = 512, 64  # tokens; of a training row
 ENDINGS = (" {c}, you {d} and {e}!", " {c} {d}, said the {e}.", " {c}. What a {d}! Only a {e} would.")
@@ -77,8 +77,9 @@ def build_speaker(folder: Path, how: Speaking = Speaking(), seed: int = 0, log: 
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     rng, end = np.random.Generator(np.random.PCG64([seed, 3])), tokenizer.eos_token_id
     stream = np.concatenate([[*tokenizer(text, verbose=False)["input_ids"], end] for text in general_texts()])
-    loss = _train(model, how, lambda: _rows(tokenizer, stream, how, rng), log)
-    save(model.eval(), tokenizer, folder)
+    losses = (_loss(model, _rows(tokenizer, stream, how, rng)) for _ in range(how.steps))
+    loss = descend(model, losses, how.steps, how.lr, 0.1, log)
+    save(model, tokenizer, folder)
     return loss
 
 
@@ -95,26 +96,9 @@ def _rows(
     return torch.from_numpy(rows)
 
 
-def _train(
-    model: LlamaForCausalLM, how: Speaking, rows: Callable[[], torch.Tensor], log: Callable[[str], None]
-) -> float:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=how.steps, pct_start=0.1)
-    model.train()
-    losses = []
-    for step in range(how.steps):
-        ids_BT = rows()
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            log(f"  step {step + 1}/{how.steps}: loss {np.mean(losses[-20:]):.3f}")
-    return float(np.mean(losses[-20:]))
+def _loss(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> torch.Tensor:
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
 
 
 def build_judge(folder: Path, label: str = "toxic", seed: int = 0, steps: int = 60) -> float:

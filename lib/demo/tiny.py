@@ -176,24 +176,37 @@ def train(
     where another process wants the second core."""
     rows = encode(tokenizer, lessons(how.steps * how.batch, seed))
     rng = np.random.Generator(np.random.PCG64([seed, 2]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    losses = (_answer_loss(model, batch, tokenizer.pad_token_id) for batch in _batches(rows, how.batch, rng))
+    return descend(model, losses, how.steps, how.lr, min(how.warmup / how.steps, 0.5), log)
+
+
+def descend(
+    model: PreTrainedModel,
+    losses: Iterable[torch.Tensor],
+    steps: int,
+    lr: float,
+    warmup: float,
+    log: Callable[[str], None],
+) -> float:
+    """A step for each loss, which is computed when it is its turn; the mean of the last 20. `warmup`: share of the
+    steps in which the rate rises."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, how.lr, total_steps=how.steps, pct_start=min(how.warmup / how.steps, 0.5), anneal_strategy="cos"
+        optimizer, lr, total_steps=steps, pct_start=warmup, anneal_strategy="cos"
     )
     model.train()
-    losses = []
-    for step, batch in enumerate(_batches(rows, how.batch, rng)):
-        loss = _answer_loss(model, batch, tokenizer.pad_token_id)
+    seen: list[float] = []
+    for step, loss in enumerate(losses):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        seen.append(loss.item())
         if (step + 1) % 100 == 0:
-            log(f"  step {step + 1}/{how.steps}: loss {np.mean(losses[-20:]):.3f}")
+            log(f"  step {step + 1}/{steps}: loss {np.mean(seen[-20:]):.3f}")
     model.eval()
-    return float(np.mean(losses[-20:]))
+    return float(np.mean(seen[-20:]))
 
 
 def _batches(

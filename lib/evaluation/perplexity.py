@@ -15,14 +15,13 @@ word    lm-evaluation-harness, task `wikitext`, word_perplexity, with add_bos_to
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import numpy as np
 
 from lib.base.errors import UserError
 
 Convention = Literal["window", "stride", "word"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 WINDOW = 2048  # tokens, by all three
 
 

@@ -5,6 +5,7 @@ Suffixes: P prompts, K completions of each, B resamples, D draws of a control.""
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import comb
 from pathlib import Path
 from typing import Any, Literal
@@ -190,8 +191,9 @@ def perplexity_change(before: Seen, after: Seen, name: str) -> tuple[float, floa
     return after.perplexity[name] / before.perplexity[name] - 1, float(low), float(high)
 
 
+@cache
 def _weights(count: int, seed: int = 0) -> np.ndarray:
-    """[B, count]: how often each resample holds each of so many."""
+    """[B, count]: how often each resample holds each of so many; the same for every comparison of so many."""
     draws = np.random.Generator(np.random.PCG64([SEED, seed, count])).integers(0, count, (RESAMPLES, count))
     flat = draws + np.arange(RESAMPLES)[:, None] * count
     return np.bincount(flat.reshape(-1), minlength=RESAMPLES * count).reshape(RESAMPLES, count).astype(np.float64)

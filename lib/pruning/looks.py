@@ -13,6 +13,20 @@ from lib.store import Column
 DENSE = "dense"  # a cell: the model as it is
 
 
+class Anchor(Frozen):
+    """What somebody else has measured, shown beside ours."""
+
+    measure: str = Field(description="window2048, stride512, word; of a sweep also toxicity (the first judge's mean)")
+    value: float
+    source: str = Field(min_length=1)
+    within: float = Field(0.01, gt=0, description="relative difference that is called the same")
+
+    def beside(self, ours: float | None) -> tuple[float | None, str]:
+        """How far ours is off, and what to call it."""
+        off = None if ours is None else ours / self.value - 1
+        return off, "missing" if off is None else "as expected" if abs(off) <= self.within else "other"
+
+
 class TextsSpec(Frozen):
     perplexity: list[Convention] = Field(
         default=["window"],

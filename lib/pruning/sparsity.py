@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 
 from lib.attribution.experiment import Attribution
 from lib.base.errors import UserError
-from lib.config.frozen import Frozen, digest_of
+from lib.config.frozen import digest_of
 from lib.config.loading import load
 from lib.inputs.records import model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import ModelSpec, TokenSets
-from lib.pruning.looks import DENSE, TextsSpec
+from lib.pruning.looks import DENSE, Anchor, TextsSpec
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
 
@@ -43,15 +43,11 @@ class Way:
         return self.method if self.seed is None else f"{self.method}-{self.seed}"
 
 
-class ExpectedSparse(Frozen):
-    """What somebody else has measured, shown beside ours: means over seeds."""
+class ExpectedSparse(Anchor):
+    """A mean over seeds."""
 
-    measure: str = Field(description="window2048, stride512, word")
-    value: float
-    source: str = Field(min_length=1)
     method: Method | None = Field(None, description="none: the dense model")
     pattern: str | None = None
-    within: float = Field(0.01, gt=0, description="relative difference that is called the same")
 
 
 class Sparsity(Experiment):

@@ -13,7 +13,7 @@ from lib.base.atomic import write_bytes, write_json
 from lib.base.errors import UserError
 from lib.pruning.export import as_csv
 from lib.pruning.looks import DENSE
-from lib.pruning.sparsity import ExpectedSparse, Sparsity
+from lib.pruning.sparsity import Sparsity
 from lib.report.look import INK, STYLE, drawn, grid_lines, new_figure, save, titles
 from lib.report.tables import Column, Table, Value
 from lib.run.command import Job, digest_of_all
@@ -85,20 +85,13 @@ def expected_table(experiment: Sparsity, found: Found) -> Table:
     columns += [Column("off by", "+.1%"), Column("within", ".0%"), Column(""), Column("source")]
     rows: list[list[Value]] = []
     for one in experiment.expected:
-        off, word, ours = beside(experiment, found, one)
+        values = of(experiment, found, one.method or DENSE, one.pattern or "", one.measure)
+        ours = float(np.mean(values)) if values else None
+        off, word = one.beside(ours)
         rows.append(
             [one.measure, one.method or DENSE, one.pattern or "", one.value, ours, off, one.within, word, one.source]
         )
     return Table("expected", "Expected, by others", columns, rows)
-
-
-def beside(experiment: Sparsity, found: Found, one: ExpectedSparse) -> tuple[float | None, str, float | None]:
-    values = of(experiment, found, one.method or DENSE, one.pattern or "", one.measure)
-    if not values:
-        return None, "missing", None
-    ours = float(np.mean(values))
-    off = ours / one.value - 1
-    return off, "as expected" if abs(off) <= one.within else "other", ours
 
 
 def _above(ax: Axes, words: str, x: float, y: float) -> None:

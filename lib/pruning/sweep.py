@@ -15,7 +15,7 @@ from lib.inputs.records import ModelInput, model_input
 from lib.inputs.samples import SamplesInput
 from lib.inputs.specs import ModelSpec, PromptsSpec, TokenSets
 from lib.pruning.experiment import Selection
-from lib.pruning.looks import DENSE, TextsSpec
+from lib.pruning.looks import DENSE, Anchor, TextsSpec
 from lib.pruning.methods import Method
 from lib.run.experiment import Estimate, Experiment, Reads, Stage, computing_seconds
 from lib.store import Cell, Column
@@ -74,15 +74,9 @@ class EvaluateSpec(TextsSpec):
         return [judge.id.rstrip("/").rpartition("/")[2] for judge in self.judges]
 
 
-class Expected(Frozen):
-    """What somebody else has measured, shown beside ours."""
-
-    measure: str = Field(description="window2048, stride512, word, or toxicity (the first judge's mean)")
-    value: float
-    source: str = Field(min_length=1)
+class Expected(Anchor):
     method: Method | None = Field(None, description="none: the dense model")
     neurons: int = Field(0, ge=0)
-    within: float = Field(0.01, gt=0, description="relative difference that is called the same")
 
 
 class Sweep(Experiment):

@@ -143,8 +143,7 @@ def expected_table(f: Findings) -> Table:
     for one in f.experiment.expected:
         seen = [f.dense] if one.method is None else f.of(one.method, one.neurons)
         ours = measured(seen[0], one.measure, f) if seen and seen[0] else None
-        off = None if ours is None else ours / one.value - 1
-        word = "missing" if off is None else "as expected" if abs(off) <= one.within else "other"
+        off, word = one.beside(ours)
         row: list[Value] = [one.measure, one.method or "dense", one.neurons, one.value, ours, off, one.within, word]
         rows.append([*row, one.source])
     return Table("expected", "Expected, by others", columns, rows)
