@@ -106,7 +106,9 @@ def ours(model: str, batch_tokens: int) -> Result:
         for number, step in enumerate(steps[1:], 2):  # every size is captured
             trainer.step(step, RATE, number)
         began = time.perf_counter()
-        losses = [trainer.step(step, RATE, number)["loss"] for number, step in enumerate(steps, STEPS + 1)]
+        losses = [
+            trainer.step(step, RATE, STEPS + 1 + i, steps[(i + 1) % STEPS])["loss"] for i, step in enumerate(steps)
+        ]
         seconds = time.perf_counter() - began
         tokens = sum(len(row.ids) for row in rows)
         parts = [micro for step in steps for micro in micro_batches(step, size.tokens)]

@@ -11,7 +11,6 @@ from lib.lora.rows import Row
 
 GRAIN = 256  # tokens: sizes are multiples of it
 FILLER = 256  # tokens of a row of zeros, at most
-TILE = 64  # query rows of an attention program (positions times the heads that share a key head), and keys of another
 
 
 @dataclass(frozen=True)
@@ -75,17 +74,17 @@ def round_up(n: int) -> int:
     return -(-n // GRAIN) * GRAIN
 
 
-def tiles(segments: np.ndarray, group: int, most: int) -> np.ndarray:
-    """int32 [most, 3]: (start, length, first row) of every tile of TILE rows, `group` rows a token; what is left has
+def tiles(segments: np.ndarray, group: int, tile: int, most: int) -> np.ndarray:
+    """int32 [most, 3]: (start, length, first row) of every tile of so many rows, `group` rows a token; what is left has
     length 0, which is no work."""
-    counts = -(-segments[:, 1] * group // TILE)
+    counts = -(-segments[:, 1] * group // tile)
     which = np.repeat(np.arange(len(segments)), counts)
     first = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
     found = np.zeros((most, 3), np.int32)
-    found[: len(which)] = np.concatenate([segments[which], (first * TILE)[:, None]], 1)
+    found[: len(which)] = np.concatenate([segments[which], (first * tile)[:, None]], 1)
     return found
 
 
-def most_tiles(tokens: int, group: int, rows: int) -> int:
+def most_tiles(tokens: int, group: int, tile: int, rows: int) -> int:
     """Of a micro-batch of so many tokens and at most so many rows, fillers among them."""
-    return tokens * group // TILE + rows + GRAIN // FILLER + 1
+    return tokens * group // tile + rows + GRAIN // FILLER + 1

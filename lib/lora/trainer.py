@@ -6,7 +6,7 @@ import torch
 
 from lib.lora.adapter import Adapter
 from lib.lora.base import Base
-from lib.lora.batches import micro_batches, round_up
+from lib.lora.batches import Micro, micro_batches, round_up
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.lora.space import Size
@@ -20,21 +20,29 @@ class FastTrainer:
         self.base, self.lora, self.size = base, lora, size
         self.adapter = Adapter(base, lora.scale)
         self.run = Step(base, self.adapter, size, rows)
+        self._ahead: tuple[Sequence[Row], list[Micro]] = ((), [])
 
     def begin(self, seed: int) -> None:
         self.adapter.begin(seed)
 
     @torch.no_grad()
-    def step(self, rows: Sequence[Row], learning_rate: float, number: int) -> dict[str, float]:
+    def step(
+        self, rows: Sequence[Row], learning_rate: float, number: int, following: Sequence[Row] = ()
+    ) -> dict[str, float]:
+        """`following`: the rows of the step after this one, laid out while the device computes."""
         lora, scored = self.lora, sum(row.scored for row in rows)
         loss = torch.zeros((), dtype=self.adapter.dtype, device=self.base.device)
-        for n, micro in enumerate(micro_batches(rows, self.size.tokens)):
+        for n, micro in enumerate(self._ahead[1] if self._ahead[0] is rows else self._laid_out(rows)):
             loss += self.run.run(micro, 1 / scored)
             self.adapter.collect(add=n > 0)
         norm = self.adapter.update(learning_rate, number, lora.clip, lora.betas, lora.eps, lora.weight_decay)
         tokens = sum(len(row.ids) for row in rows)
+        self._ahead = following, self._laid_out(following)
         both = torch.stack([loss, norm]).tolist()  # waits for the device
         return {"loss": both[0], "grad_norm": both[1], "tokens": tokens, "scored": scored}
+
+    def _laid_out(self, rows: Sequence[Row]) -> list[Micro]:
+        return list(micro_batches(rows, self.size.tokens)) if rows else []
 
     def state(self) -> dict[str, torch.Tensor]:
         a = self.adapter

@@ -11,11 +11,16 @@ import triton
 import triton.language as tl
 
 from lib.checkpoint.families import Shape
-from lib.lora.batches import TILE, most_tiles, tiles
+from lib.lora.batches import most_tiles, tiles
 from lib.models.decoder import on, to_device
 
 LOG2E = 1.4426950408889634
-STEP = 32  # keys, or query rows, of a turn of attention's loops
+# Tiles, warps, stages of each kernel.
+# Query rows (positions times the heads that share a key head) and keys, or keys and query rows a turn:
+ATTEND, ATTEND_Q, ATTEND_KV = (64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2)
+SWIGLU = 64, 64, 4  # tokens, columns
+SWIGLU_BACKWARD = 64, 64, 4
+LOSS = 4096, 8
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,14 @@ class Segments:
     def empty(shape: Shape, tokens: int, rows: int, device: torch.device) -> "Segments":
         group = shape.heads // shape.kv_heads
 
-        def make(group: int) -> torch.Tensor:
-            return torch.zeros(most_tiles(tokens, group, rows), 3, dtype=torch.int32, device=device)
+        def make(group: int, tile: int) -> torch.Tensor:
+            return torch.zeros(most_tiles(tokens, group, tile, rows), 3, dtype=torch.int32, device=device)
 
-        return Segments(make(group), make(1), group)
+        return Segments(make(group, ATTEND[0]), make(1, ATTEND_KV[0]), group)
 
     def put(self, segments: np.ndarray) -> None:
-        for table, group in ((self.queries, self.group), (self.keys, 1)):
-            table.copy_(to_device(tiles(segments, group, len(table)), table.device), non_blocking=True)
+        for table, group, tile in ((self.queries, self.group, ATTEND[0]), (self.keys, 1, ATTEND_KV[0])):
+            table.copy_(to_device(tiles(segments, group, tile, len(table)), table.device), non_blocking=True)
 
 
 @triton.jit
@@ -224,11 +229,11 @@ def _attend_backward_kv(
 
 def attend(qkv_MX: torch.Tensor, rows: Segments, shape: Shape, out_MQ: torch.Tensor, lse_MH: torch.Tensor) -> None:
     """lse: the base-2 logarithm of each softmax's divisor."""
-    s = shape
+    s, (tile, keys, warps, stages) = shape, ATTEND
     with on(qkv_MX.device):
         _attend[(len(rows.queries), s.kv_heads)](
-            qkv_MX, rows.queries, out_MQ, lse_MH, s.head**-0.5 * LOG2E, s.heads, s.kv_heads, s.head, TILE, STEP,
-            num_warps=4, num_stages=2,
+            qkv_MX, rows.queries, out_MQ, lse_MH, s.head**-0.5 * LOG2E, s.heads, s.kv_heads, s.head, tile, keys,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -243,14 +248,17 @@ def attend_backward(
     dqkv_MX: torch.Tensor,
 ) -> None:
     s, scale = shape, shape.head**-0.5
+    heads = s.heads, s.kv_heads, s.head
     with on(qkv_MX.device):
+        tile, keys, warps, stages = ATTEND_Q
         _attend_backward_q[(len(rows.queries), s.kv_heads)](
-            qkv_MX, rows.queries, out_MQ, lse_MH, delta_MH, dout_MQ, dqkv_MX, scale * LOG2E, scale, s.heads,
-            s.kv_heads, s.head, TILE, STEP, num_warps=4, num_stages=2,
+            qkv_MX, rows.queries, out_MQ, lse_MH, delta_MH, dout_MQ, dqkv_MX, scale * LOG2E, scale, *heads, tile, keys,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        keys, turn, warps, stages = ATTEND_KV
         _attend_backward_kv[(len(rows.keys), s.kv_heads)](
-            qkv_MX, rows.keys, lse_MH, delta_MH, dout_MQ, dqkv_MX, scale * LOG2E, scale, s.heads, s.kv_heads, s.head,
-            STEP, TILE, num_warps=4, num_stages=2,
+            qkv_MX, rows.keys, lse_MH, delta_MH, dout_MQ, dqkv_MX, scale * LOG2E, scale, *heads, turn, keys,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -277,14 +285,21 @@ def _swiglu(
     tl.store(place, t, mask=(m[:, None] < M) & (r[None, :] < R))
 
 
+def chunk_of(inner: int) -> int:
+    """Columns, or on the way back tokens, whose sums are made at once: enough programs for small models, few sums for
+    large ones."""
+    return 512 if inner < 8192 else 1024
+
+
 def swiglu(gate_up_MF: torch.Tensor, a_RF: torch.Tensor, inner_MF: torch.Tensor, t_MR: torch.Tensor) -> None:
     m, f = inner_MF.shape
-    ranks, chunk = len(a_RF), 512 if f < 8192 else 1024
+    (bm, bf, warps), ranks, chunk = SWIGLU, len(a_RF), chunk_of(f)
     sums_SMR = torch.empty(triton.cdiv(f, chunk), m, ranks, dtype=torch.float32, device=inner_MF.device)
     with on(inner_MF.device):
-        _swiglu[(triton.cdiv(m, 64), len(sums_SMR))](
-            gate_up_MF, a_RF, inner_MF, sums_SMR, f, m, ranks, chunk, 64, 64, triton.next_power_of_2(ranks), num_warps=4
-        )
+        _swiglu[(triton.cdiv(m, bm), len(sums_SMR))](
+            gate_up_MF, a_RF, inner_MF, sums_SMR, f, m, ranks, chunk, bm, bf, triton.next_power_of_2(ranks),
+            num_warps=warps,
+        )  # fmt: skip
     t_MR.copy_(sums_SMR.sum(0))
 
 
@@ -334,7 +349,7 @@ def swiglu_backward(
     da_RF: torch.Tensor,
 ) -> None:
     m, f = dinner_MF.shape
-    group = 512 if f < 8192 else 1024
+    (bm, bf, warps), group = SWIGLU_BACKWARD, chunk_of(f)
     ranks_b, ranks_a = t_MR.shape[1], dt_MR.shape[1]
     groups = triton.cdiv(m, group)
     sums_b, sums_a = (
@@ -342,9 +357,9 @@ def swiglu_backward(
         for shape in (db_FR.shape, da_RF.shape)
     )
     with on(gate_up_MF.device):
-        _swiglu_backward[(triton.cdiv(f, 64), groups)](
+        _swiglu_backward[(triton.cdiv(f, bf), groups)](
             gate_up_MF, dinner_MF, t_MR, dt_MR, sums_b, sums_a, t_MR.stride(0), dt_MR.stride(0), f, m, ranks_b, ranks_a,
-            group, 64, 64, triton.next_power_of_2(ranks_b), triton.next_power_of_2(ranks_a), num_warps=4,
+            group, bm, bf, triton.next_power_of_2(ranks_b), triton.next_power_of_2(ranks_a), num_warps=warps,
         )  # fmt: skip
     torch.sum(sums_b, 0, out=db_FR)
     torch.sum(sums_a, 0, out=da_RF)
@@ -378,7 +393,7 @@ def _loss_backward(logits, target, share, loss, V, BLOCK: tl.constexpr):
 def loss_backward(logits_PV: torch.Tensor, target_P: torch.Tensor, share: torch.Tensor, loss_P: torch.Tensor) -> None:
     rows, vocabulary = logits_PV.shape
     with on(logits_PV.device):
-        _loss_backward[(rows,)](logits_PV, target_P, share, loss_P, vocabulary, BLOCK=4096, num_warps=8)
+        _loss_backward[(rows,)](logits_PV, target_P, share, loss_P, vocabulary, BLOCK=LOSS[0], num_warps=LOSS[1])
 
 
 def mm_wide(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
