@@ -25,9 +25,11 @@ class Size:
         """What a Space of this size takes."""
         s, ranks, q = shape, Ranks(rank), shape.heads * shape.head
         layer = (
-            2 * s.hidden + ranks.qkv + ranks.gate_up + 2 * ranks.one + s.qkv + q + s.hidden + 2 * s.inner
+            2 * s.hidden + ranks.qkv + ranks.gate_up + ranks.one + s.qkv + q + s.hidden + 2 * s.inner
         ) * itemsize + 4 * s.heads
-        kept = (1 if self.recompute else s.layers) * layer + (s.layers + 1) * s.hidden * itemsize
+        kept = (1 if self.recompute else s.layers) * layer + (
+            (s.layers + 1) * s.hidden + s.layers * ranks.one
+        ) * itemsize
         passing = (s.hidden + ranks.one + s.hidden + ranks.qkv + s.inner + s.qkv + q) * itemsize + 4 * s.heads
         head = min(HEAD_ROWS, self.predictions) * s.vocabulary * itemsize
         return self.tokens * (kept + passing) + self.predictions * (4 * s.hidden * itemsize + 4) + head
@@ -46,7 +48,8 @@ class Kept:
         self.normed1_KMD, self.normed2_KMD = make(s.hidden + ranks.qkv), make(s.hidden + ranks.gate_up)
         self.qkv_KMX, self.attended_KMQ, self.lse_KMH = make(s.qkv), make(q), make(s.heads, accurate(base.dtype))
         self.middle_KMD, self.gate_up_KMG = make(s.hidden), make(2 * s.inner)
-        self.t_o_KMR, self.t_down_KMR = make(ranks.one), make(ranks.one)
+        self.t_o_KMR = make(ranks.one)
+        self.t_down_LMR = torch.zeros(s.layers, size.tokens, ranks.one, dtype=base.dtype, device=base.device)
 
 
 class Space:
