@@ -65,10 +65,10 @@ both("attention", attended)
 
 def gated(ops, f=600):
     m, gate_up, a, inner, t = 70, torch.randn(70, 2 * f), torch.randn(16, f), torch.zeros(70, f), torch.zeros(70, 16)
-    x, weight, dx = torch.randn(m, 50), torch.randn(2 * f, 60) * 0.2, torch.randn(m, 40)
-    ops.swiglu(gate_up, x[:, :48], weight[:, 12:], a, inner, t)
-    dinner, db, da = torch.randn(m, f), torch.zeros(2 * f, 48), torch.zeros(16, f)
-    ops.swiglu_backward(gate_up, x[:, :48], weight[:, 12:], dinner, dx[:, :16], a, db, da)
+    ops.swiglu(gate_up, a, inner, t)
+    dinner, x, dx = torch.randn(m, f), torch.randn(m, 50), torch.randn(m, 40)
+    db, da = torch.zeros(2 * f, 48), torch.zeros(16, f)
+    ops.swiglu_backward(gate_up, dinner, x[:, :48], dx[:, :16], db, da)
     return inner, t, gate_up, db, da
 
 both("gated", gated)

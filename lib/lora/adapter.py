@@ -78,7 +78,7 @@ class Adapter:
             yield name, "A", (s.layers, r, d), stack.a_gate_up_LRD[:, own], made.a_gate_up[:, own]
             columns = stack.gate_up_LGD[:, rows, d:][:, :, own]
             yield name, "B", (s.layers, s.inner, r), columns, made.b_gate_up[:, rows, own]
-        yield names.down, "A", (s.layers, r, s.inner), stack.a_down_LRF[:, :r], made.a_down[:, :r]
+        yield names.down, "A", (s.layers, r, s.inner), stack.down_LDF[:, d : d + r], made.a_down[:, :r]
         yield names.down, "B", (s.layers, d, r), stack.b_down_LDR[:, :, :r], made.b_down[:, :, :r]
 
     @property

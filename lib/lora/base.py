@@ -1,13 +1,12 @@
 """A base model with room for one adapter in its own matrices.
 
-An adapter's products are thin, and each of them alone would read or write a layer's activations once more. So where it
-can, the base's own products make the adapter's with them, from A and B beside the weights they belong to:
+An adapter's products are thin, and each of them alone would read or write a layer's widest activations once more. So
+A and B stand beside the weights they belong to, and the base's own products make the adapter's with them:
 
-    qkv                [x | t] [W | B]^T = x W^T + t B^T           with t = x A^T beside x
-    qkv, gate_up       dy [W | B] = [dy W | dt]
-    o                  [dy | dt] [W over A] = dy W + dt A          with dt = dy B beside dy
+    qkv, gate_up (wide results):   [x | t] [W | B]^T = x W^T + t B^T           with t = x A^T beside x
+                                   dy [W | B] = [dy W | dt]
+    o, down (wide inputs):         [dy | dt] [W over A] = dy W + dt A          with dt = dy B beside dy
 
-and those with the widest activations, gate_up forwards and down backwards, are made in the kernels of the gate.
 The scale alpha / r is inside B. Columns and rows are filled up to a multiple of 16 with zeros.
 
 Suffixes: L layers, D hidden, X q, k and v, Q heads times width, F inner, G gate and up, r rank, R filled up."""
@@ -58,8 +57,7 @@ class Stack:
     norm2_LD: torch.Tensor
     gate_up_LGD: torch.Tensor  # and R columns: B
     a_gate_up_LRD: torch.Tensor
-    down_LDF: torch.Tensor
-    a_down_LRF: torch.Tensor
+    down_LDF: torch.Tensor  # and R rows: A
     b_down_LDR: torch.Tensor
 
     @staticmethod
@@ -80,8 +78,7 @@ class Stack:
             make(s.hidden),
             make(2 * s.inner, s.hidden + ranks.gate_up),
             make(ranks.gate_up, s.hidden),
-            make(s.hidden, s.inner),
-            make(ranks.one, s.inner),
+            make(s.hidden + ranks.one, s.inner),
             make(s.hidden, ranks.one),
         )
 
@@ -95,7 +92,7 @@ class Stack:
                 self.o_LDQ[i][:hidden],
                 self.norm2_LD[i],
                 self.gate_up_LGD[i][:, :hidden],
-                self.down_LDF[i],
+                self.down_LDF[i][:hidden],
             )
             for i in range(len(self.norm1_LD))
         ]

@@ -1,8 +1,7 @@
 """A layer's element-wise work, attention and the loss, forwards and backwards, in plain torch: for the CPU and in
 higher precision. triton_ops has the same functions as one kernel each.
 
-Suffixes: M tokens, D hidden, X q, k and v side by side, d head width, F inner, G gate and up, R ranks, P predictions,
-V words."""
+Suffixes: M tokens, D hidden, X q, k and v side by side, d head width, F inner, R ranks, P predictions, V words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,45 +97,29 @@ def add_adapter(x_MD: torch.Tensor, t_MR: torch.Tensor, b_DR: torch.Tensor, out_
     torch.addmm(x_MD, t_MR, b_DR.t(), out=out_MD)
 
 
-def swiglu(
-    gate_up_MG: torch.Tensor,
-    t_MR: torch.Tensor,
-    b_GR: torch.Tensor,
-    a_RF: torch.Tensor,
-    inner_MF: torch.Tensor,
-    t_down_MR: torch.Tensor,
-) -> None:
-    """inner = silu(gate) * up, both with their adapter's t b^T, which gate_up lacks; and its product with down's A."""
-    gate, up = _adapted(gate_up_MG, t_MR, b_GR)
+def swiglu(gate_up_MF: torch.Tensor, a_RF: torch.Tensor, inner_MF: torch.Tensor, t_MR: torch.Tensor) -> None:
+    """inner = silu(gate) * up, and its product with the down-projection's A."""
+    gate, up = gate_up_MF.to(accurate(gate_up_MF.dtype)).chunk(2, -1)
     inner_MF.copy_(F.silu(gate) * up)
-    torch.mm(inner_MF, a_RF.t(), out=t_down_MR)
+    torch.mm(inner_MF, a_RF.t(), out=t_MR)
 
 
 def swiglu_backward(
-    gate_up_MG: torch.Tensor,
-    t_MR: torch.Tensor,
-    b_GR: torch.Tensor,
+    gate_up_MF: torch.Tensor,
     dinner_MF: torch.Tensor,
+    t_MR: torch.Tensor,
     dt_MR: torch.Tensor,
-    a_RF: torch.Tensor,
-    db_GR: torch.Tensor,
+    db_FR: torch.Tensor,
     da_RF: torch.Tensor,
 ) -> None:
-    """gate_up becomes its gradient, from dinner, which lacks dt a of down's adapter; db = gradient^T t, of gate's and
-    up's B, and da = dt^T inner, of down's A."""
-    gate, up = _adapted(gate_up_MG, t_MR, b_GR)
-    dinner = torch.addmm(dinner_MF.to(gate.dtype), dt_MR.to(gate.dtype), a_RF.to(gate.dtype))
+    """gate_up becomes its gradient; db = gradient^T t, of gate's and up's B, and da = dt^T inner, of down's A."""
+    gate, up = gate_up_MF.to(accurate(gate_up_MF.dtype)).chunk(2, -1)
     half = torch.sigmoid(gate)
     act = gate * half
     torch.mm(dt_MR.t(), (act * up).to(dt_MR.dtype), out=da_RF)
-    dgate = dinner * up * (half + act * (1 - half))
-    gate_up_MG.copy_(torch.cat([dgate, dinner * act], -1))
-    torch.mm(gate_up_MG.t(), t_MR, out=db_GR)
-
-
-def _adapted(gate_up_MG: torch.Tensor, t_MR: torch.Tensor, b_GR: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    kind = accurate(gate_up_MG.dtype)
-    return torch.addmm(gate_up_MG.to(kind), t_MR.to(kind), b_GR.t().to(kind)).chunk(2, -1)
+    dgate = dinner_MF * up * (half + act * (1 - half))
+    gate_up_MF.copy_(torch.cat([dgate, dinner_MF * act], -1))
+    torch.mm(gate_up_MF.t(), t_MR, out=db_FR)
 
 
 def loss_backward(logits_PV: torch.Tensor, target_P: torch.Tensor, share: torch.Tensor, loss_P: torch.Tensor) -> None:

@@ -97,12 +97,12 @@ class Step:
         normed, gate_up, t = kept.normed2_KMD[k, :m], kept.gate_up_KMG[k, :m], kept.t_down_LMR[i, :m]
         ops.rms_norm(middle, w.norm2_LD[i], shape.eps, normed[:, :d])
         torch.mm(normed[:, :d], w.a_gate_up_LRD[i].t(), out=normed[:, d:])
-        torch.mm(normed[:, :d], w.gate_up_LGD[i, :, :d].t(), out=gate_up)
+        torch.mm(normed, w.gate_up_LGD[i].t(), out=gate_up)
         inner, out = self.space.inner_MF[:m], self.space.x_LMD[i + 1, :m]
         if not again:
-            ops.swiglu(gate_up, normed[:, d:], w.gate_up_LGD[i, :, d:], w.a_down_LRF[i], inner, t)
+            ops.swiglu(gate_up, w.down_LDF[i, d:], inner, t)
             ops.add_adapter(middle, t, w.b_down_LDR[i], out)
-            out.addmm_(inner, w.down_LDF[i].t())
+            out.addmm_(inner, w.down_LDF[i, :d].t())
 
     def _head(self, m: int, p: int) -> None:
         """The loss where there is one, and g, its gradient at the last layer's result."""
@@ -132,9 +132,8 @@ class Step:
         middle, normed, gate_up = kept.middle_KMD[k, :m], kept.normed2_KMD[k, :m], kept.gate_up_KMG[k, :m]
         torch.mm(gd, w.b_down_LDR[i], out=dt)
         ops.mm_wide(gd.t(), kept.t_down_LMR[i, :m], made.b_down[i])
-        dinner = torch.mm(gd, w.down_LDF[i], out=self.space.inner_MF[:m])
-        t, b = normed[:, d:], w.gate_up_LGD[i, :, d:]
-        ops.swiglu_backward(gate_up, t, b, dinner, dt, w.a_down_LRF[i], made.b_gate_up[i], made.a_down[i])
+        dinner = torch.mm(g, w.down_LDF[i], out=self.space.inner_MF[:m])
+        ops.swiglu_backward(gate_up, dinner, normed[:, d:], dt, made.b_gate_up[i], made.a_down[i])
         both = dnormed[:, : w.gate_up_LGD.shape[2]]
         torch.mm(gate_up, w.gate_up_LGD[i], out=both)
         ops.mm_wide(both[:, d:].t(), normed[:, :d], made.a_gate_up[i])
