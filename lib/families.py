@@ -5,6 +5,7 @@ from pathlib import Path
 from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
+from lib.lora.experiment import Finetune
 from lib.numbers.experiment import Numbers
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
@@ -19,6 +20,7 @@ KINDS: dict[str, type[Experiment]] = {
     "sweep": Sweep,
     "sparsity": Sparsity,
     "numbers": Numbers,
+    "finetune": Finetune,
 }
 
 

@@ -1,7 +1,7 @@
 """An adapter in peft's own form, which peft and vLLM load: its beginning, its names, its files.
 
-    adapter_model.safetensors, adapter_config.json     A and B in float32
-    state.safetensors                                  Adam's moments, which only a training needs"""
+adapter_model.safetensors, adapter_config.json     A and B in float32
+state.safetensors                                  Adam's moments, which only a training needs"""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.base.errors import UserError, one_line
+from lib.checkpoint.families import Family, family_in
 from lib.lora.recipe import Lora
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.safetensors"
@@ -64,3 +65,9 @@ def config_of(lora: Lora, targets: tuple[str, ...], base: str, revision: str) ->
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def targets_in(folder: str) -> tuple[str, ...]:
+    """What gets an adapter: all linear layers of a decoder's layer, by the last part of their names."""
+    family: Family = family_in(Path(folder), "is not trained here; these are")
+    return family.linears.order

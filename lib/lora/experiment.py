@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from lib.checkpoint.families import FAMILIES, LinearNames, last
+from lib.checkpoint.families import FAMILIES, last
 from lib.checkpoint.headers import folder_tensors
 from lib.config.frozen import digest_of
 from lib.config.loading import load
@@ -17,8 +17,17 @@ from lib.lora.metrics import WandbSpec
 from lib.lora.recipe import Lora
 from lib.lora.schedule import Schedule
 from lib.numbers.experiment import Numbers
-from lib.run.experiment import READ_RATE, START_SECONDS, Estimate, Experiment, Needs, Reads, RunSpec, Stage
-from lib.run.experiment import computing_seconds
+from lib.run.experiment import (
+    READ_RATE,
+    START_SECONDS,
+    Estimate,
+    Experiment,
+    Needs,
+    Reads,
+    RunSpec,
+    Stage,
+    computing_seconds,
+)
 from lib.store import Cell
 from lib.store.columns import Schema
 
@@ -114,7 +123,7 @@ class Finetune(Experiment):
         return self.source.models()
 
     def model_of(self, cell: Cell) -> ModelSpec:
-        return self.source.model_of(cell.name)
+        return self.source.sizes[self.load_of(cell)]
 
     def schedule(self) -> Schedule:
         rate, warmup = self.learning_rate, self.warmup_steps
@@ -134,13 +143,14 @@ class Finetune(Experiment):
 
     def _identity(self, cache: Path, parent: Cell) -> dict[str, object]:
         """All that decides an adapter."""
+        size = self.source.load_of(parent)
         names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
         return {
             "kernel": KERNEL,
             "parent": parent.digest,
             "model": {
-                "fingerprint": self.source.model_in(cache, self.source.load_of(parent)).fingerprint,
-                "dtype": self.source.model_of(parent.name).dtype,
+                "fingerprint": self.source.model_in(cache, size).fingerprint,
+                "dtype": self.source.sizes[size].dtype,
             },
             "seed": self.seed_used,
             "template": self.template_used,
@@ -157,7 +167,7 @@ class Finetune(Experiment):
 
     def start_seconds(self, cache: Path) -> float:
         """Of the largest size."""
-        sizes = (self.source.model_in(cache, size).bytes for size in self.source.models_by_size)
+        sizes = (self.source.model_in(cache, size).bytes for size in self.source.sizes)
         return START_SECONDS + max(sizes) / READ_RATE
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
@@ -172,6 +182,6 @@ class Finetune(Experiment):
 
 def adapter_parameters(folder: Path, rank: int) -> int:
     """Of A and B of every linear layer of the decoder, by the weights' headers."""
-    targets = {last(name) for family in FAMILIES.values() for name in family.linears.order} | {*LinearNames().order}
-    shapes = [t.shape for name, t in folder_tensors(folder).items() if name.split(".")[-2:-1] and name.endswith(".weight") and name.split(".")[-2] in targets]
-    return sum(rank * sum(shape) for shape in shapes)
+    targets = {name for family in FAMILIES.values() for name in family.linears.order}
+    weights = {name.removesuffix(".weight"): one.shape for name, one in folder_tensors(folder).items()}
+    return sum(rank * sum(shape) for name, shape in weights.items() if last(name) in targets and len(shape) == 2)

@@ -1,10 +1,9 @@
 """A student's training: a low-rank adapter on a base that stays loaded, taught a teacher's numbers."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.base.errors import DONE, UserError
 from lib.inputs.verified import checked_model
@@ -19,7 +18,7 @@ from lib.run.task import run_task
 from lib.store import Cell, read_cell
 
 if TYPE_CHECKING:
-    from lib.lora.plain import PlainTrainer
+    import torch
 
 LOOKED_AT = 3  # after so many steps the adapter must have changed
 
@@ -29,39 +28,123 @@ def compute(this: Job) -> int:
     schedule = experiment.schedule()
 
     def work(cell: Cell) -> int:
-        student = Student(this, experiment, cell, schedule)
-        code = 1
+        student, code = Student(this, experiment, cell), 1
         try:
             code = run_steps(
                 cell,
                 student.load,
                 every=experiment.run.state_steps or schedule.steps_an_epoch,
-                keep=[epoch * schedule.steps_an_epoch for epoch in range(1, experiment.epochs + 1)],
+                keep=[epoch * schedule.steps_an_epoch for epoch in range(1, schedule.epochs + 1)],
                 log_seconds=experiment.run.log_seconds,
                 gpus=experiment.run.gpus,
             )
-            return code
         finally:
             student.close(code)
+        return code
 
     return run_task(this, work)
 
 
 class Student:
-    """What one cell needs beside the base: its rows and where its figures go."""
+    """A cell: its rows, the base that it shares with the others of its task, and where its figures go."""
 
-    def __init__(self, this: Job, experiment: Finetune, cell: Cell, schedule: Schedule) -> None:
-        self.this, self.experiment, self.cell, self.schedule = this, experiment, cell, schedule
+    def __init__(self, this: Job, experiment: Finetune, cell: Cell) -> None:
+        self.this, self.experiment, self.cell = this, experiment, cell
         self.board: Board | None = None
 
-    def load(self) -> tuple["FinetuneKernel", dict[str, Any]]:
-        e = self.experiment
+    def load(self) -> tuple["FinetuneKernel", dict[str, str]]:
+        e, spec = self.experiment, self.experiment.model_of(self.cell)
         if e.wandb.mode != "off":
-            must_import()  # before a model is loaded
-        rows = self._rows()
-        trainer, about = self.this.keep("trainer", (e.label, e.load_of(self.cell)), self._trainer)
+            must_import()  # before a GPU is used
+        path = checked_model(self.this.site.cache, spec.id, spec.revision).path
+        rows = self._rows(path)
+        trainer, about = self.this.keep("trainer", path, lambda: load_trainer(e, path, spec.dtype))
         if e.wandb.mode != "off":
-            self.board = e.board(self.cell)
-        targets = trainer.targets
-        config = e.adapter_config(self.cell, targets)
-        return FinetuneKernel(trainer, rows, self.schedule, config, self.board.log if self.board else None), about
+            config = {**e.science(), "run_id": e.run_number, "cell": self.cell.name, "digest": self.cell.digest}
+            place, name = self.cell.folder, f"{e.label}/{self.cell.name}"
+            self.board = Board(e.wandb, self.cell.digest[:16], name, e.label, config, place)
+        kernel = FinetuneKernel(trainer, rows, e.schedule(), self._config(path))
+        kernel.log = self.board.log if self.board else None
+        return kernel, about
+
+    def _rows(self, path: str) -> list[Row]:
+        from lib.inputs.tokenizer import load_tokenizer
+        from lib.lora.rows import as_rows
+        from lib.models.chat import Renderer
+
+        e, [parent] = self.experiment, self.cell.parents
+        read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
+        prompts, answers = read["prompt"], read["answer"]
+        drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
+        renderer = Renderer(load_tokenizer(path), None, e.template_used, e.source.date)
+        return as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
+
+    def _config(self, path: str) -> dict[str, object]:
+        from lib.lora.adapter import config_of, targets_in
+
+        spec = self.experiment.model_of(self.cell)
+        return config_of(self.experiment.lora, targets_in(path), spec.id, spec.revision)
+
+    def close(self, code: int) -> None:
+        if self.board:
+            self.board.close(int(code != DONE))
+
+
+def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, dict[str, str]]:
+    from lib.lora.plain import PlainTrainer
+    from lib.models.load import device_name, visible_devices
+
+    device = visible_devices()[0]
+    return PlainTrainer(path, experiment.lora, dtype, device), {"device": device_name(device), "trainer": "plain"}
+
+
+class FinetuneKernel:
+    """A StepKernel. All that decides the next step is the adapter, Adam's moments and the step's number."""
+
+    log: Callable[[Step], None] | None = None
+
+    def __init__(self, trainer: Trainer, rows: Sequence[Row], schedule: Schedule, config: Mapping[str, object]) -> None:
+        self.trainer, self.rows, self.schedule, self.config = trainer, rows, schedule, config
+
+    def restore(self, folder: Path | None, step: int) -> None:
+        from lib.lora.adapter import load_adapter
+
+        self.number, self.lines = step, read_lines(folder) if folder else []
+        self.trainer.begin(self.schedule.seed)
+        if folder:
+            self.trainer.load(load_adapter(folder))
+
+    def advance(self) -> dict[str, int | float | str]:
+        number, rate = self.number + 1, self.schedule.rate(self.number + 1)
+        rows = [self.rows[i] for i in self.schedule.rows_of(number)]
+        said = self.trainer.step(rows, rate, number)
+        if not (math.isfinite(said["loss"]) and math.isfinite(said["grad_norm"])):
+            raise UserError(
+                f"step {number} of {self.schedule.steps} gave a loss of {said['loss']} and a gradient of norm "
+                f"{said['grad_norm']}: nothing of it is kept, and the same would come again; lower learning_rate "
+                f"({self.schedule.learning_rate:g})"
+            )
+        self.number = number
+        if number == min(LOOKED_AT, self.schedule.steps):
+            must_have_changed(self.trainer.state(), number)
+        figures = {name: int(said[name]) for name in ("tokens", "scored")}
+        step = Step(number, self.schedule.epoch_of(number), said["loss"], rate, said["grad_norm"], **figures)
+        self.lines.append(step.line())
+        if self.log:
+            self.log(step)
+        return {"rows": len(rows), **figures}
+
+    def save(self, folder: Path) -> None:
+        from lib.lora.adapter import save_adapter
+
+        save_adapter(folder, self.trainer.state(), self.config)
+        write_lines(folder, self.lines)
+
+
+def must_have_changed(state: Mapping[str, "torch.Tensor"], steps: int) -> None:
+    """B begins with 0, and stays 0 where no gradient reaches it."""
+    if not any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in state.items()):
+        raise UserError(
+            f"after {steps} steps every lora_B is still 0, so that the student is its base: no gradient reaches the "
+            "adapter, or its rate was 0; train for more steps, or report it with the model's id"
+        )

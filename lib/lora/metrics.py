@@ -55,7 +55,9 @@ class Board:
     """A run of Weights & Biases, under the same id whenever its training goes on. The key is the user's own login's, or
     WANDB_API_KEY's: wandb finds it. Nothing that goes wrong with it stops a training that runs."""
 
-    def __init__(self, spec: WandbSpec, id: str, name: str, group: str, config: Mapping[str, object], folder: Path):
+    def __init__(
+        self, spec: WandbSpec, id: str, name: str, group: str, config: Mapping[str, object], folder: Path
+    ) -> None:
         mode = spec.mode if spec.mode == "offline" else os.environ.get("WANDB_MODE") or "online"
         folder.mkdir(parents=True, exist_ok=True)
         wandb = must_import()
@@ -73,7 +75,7 @@ class Board:
             )
         except Exception as e:
             raise UserError(
-                f"Weights & Biases does not begin ({one_line(e)}); run `wandb login`, or set wandb.mode to offline or off"
+                f"Weights & Biases does not begin ({one_line(e)}); run `wandb login`, or say wandb.mode=offline"
             ) from None
 
     def log(self, step: Step) -> None:

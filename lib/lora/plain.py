@@ -8,25 +8,21 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from lib.checkpoint.families import FAMILIES, LinearNames
-from lib.lora.adapter import MOMENTS, first_A, weight_name
+from lib.lora.adapter import MOMENTS, first_A, targets_in, weight_name
 from lib.lora.recipe import Lora, Row
 from lib.models.load import load_model
 
 
 class PlainTrainer:
-    def __init__(
-        self, model_path: str, lora: Lora, dtype: str, device: torch.device, micro_rows: int = 10
-    ) -> None:
+    def __init__(self, model_path: str, lora: Lora, dtype: str, device: torch.device, micro_rows: int = 10) -> None:
         self.lora, self.device, self.micro_rows = lora, device, micro_rows
         base = load_model(model_path, dtype, "sdpa", [device])
-        self.targets = targets_of(base.config.model_type)
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]
             lora_dropout=lora.dropout,
             use_rslora=lora.rslora,
-            target_modules=list(self.targets),
+            target_modules=list(targets_in(model_path)),
             task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(base, config)
@@ -110,8 +106,3 @@ class PlainTrainer:
             yield name, parameter
             for prefix, key in MOMENTS.items():
                 yield prefix + name, self.optimizer.state[parameter][key]
-
-
-def targets_of(model_type: str) -> tuple[str, ...]:
-    """The linear layers that get an adapter: all of a decoder's layer, by the last part of their names."""
-    return FAMILIES[model_type].linears.order if model_type in FAMILIES else LinearNames().order
