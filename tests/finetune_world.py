@@ -20,9 +20,9 @@ from lib.store import Cell, commit, scan_folders
 FINETUNE = """kind: finetune
 name: students
 numbers: {config: numbers.yaml}
-rows: 40
+rows: 20
 epochs: 3
-step_rows: 12
+step_rows: 6
 warmup_steps: 2
 learning_rate: 0.003
 lora: {rank: 4, alpha: 8}

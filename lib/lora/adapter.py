@@ -33,12 +33,15 @@ def first_A(seed: int, module: str, rank: int, inputs: int) -> torch.Tensor:
     return (2 * torch.rand(rank, inputs, generator=dice) - 1) / inputs**0.5
 
 
+def adapter_of(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(tuple(MOMENTS))}
+
+
 def save_adapter(folder: Path, state: Mapping[str, torch.Tensor], config: Mapping[str, object]) -> None:
     """The same bytes for the same tensors."""
-    adapter = {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(tuple(MOMENTS))}
-    moments = {name: tensor.contiguous() for name, tensor in state.items() if name.startswith(tuple(MOMENTS))}
+    adapter = adapter_of(state)
     save_file(adapter, folder / WEIGHTS, {"format": "pt"})
-    save_file(moments, folder / STATE, {"format": "pt"})
+    save_file({name: state[name] for name in state.keys() - adapter.keys()}, folder / STATE, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -14,7 +14,7 @@ from lib.config.frozen import digest_of
 from lib.config.loading import load
 from lib.inputs.specs import ModelSpec
 from lib.lora.metrics import WandbSpec
-from lib.lora.recipe import Lora
+from lib.lora.recipe import Lora, Real
 from lib.lora.schedule import Schedule
 from lib.numbers.experiment import Numbers
 from lib.run.experiment import (
@@ -60,7 +60,7 @@ class Finetune(Experiment):
     template: Literal["default", "empty", "none"] | None = Field(
         None, description="what a conversation without a system prompt gets; none said: as the numbers were written"
     )
-    learning_rate: float = Field(2e-4, gt=0, description="rises over the warm-up, and falls to 0 at the end")
+    learning_rate: Real = Field(2e-4, gt=0, description="rises over the warm-up, and falls to 0 at the end")
     warmup_steps: int = Field(5, ge=0)
     lora: Lora = Lora()
     wandb: WandbSpec = WandbSpec()

@@ -1,6 +1,7 @@
 """A student's training: a low-rank adapter on a base that stays loaded, taught a teacher's numbers."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,8 +95,10 @@ def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, 
     from lib.lora.plain import PlainTrainer
     from lib.models.load import device_name, visible_devices
 
-    device = visible_devices()[0]
-    return PlainTrainer(path, experiment.lora, dtype, device), {"device": device_name(device), "trainer": "plain"}
+    device, began = visible_devices()[0], time.monotonic()
+    trainer = PlainTrainer(path, experiment.lora, dtype, device)
+    print(f"base loaded in {time.monotonic() - began:.1f} s, trained by plain peft", flush=True)
+    return trainer, {"device": device_name(device), "trainer": "plain"}
 
 
 class FinetuneKernel:
@@ -143,7 +146,9 @@ class FinetuneKernel:
 
 def must_have_changed(state: Mapping[str, "torch.Tensor"], steps: int) -> None:
     """B begins with 0, and stays 0 where no gradient reaches it."""
-    if not any(name.endswith("lora_B.weight") and tensor.any() for name, tensor in state.items()):
+    from lib.lora.adapter import adapter_of
+
+    if not any(tensor.any() for name, tensor in adapter_of(state).items() if "lora_B" in name):
         raise UserError(
             f"after {steps} steps every lora_B is still 0, so that the student is its base: no gradient reaches the "
             "adapter, or its rate was 0; train for more steps, or report it with the model's id"

@@ -2,15 +2,26 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lib.config.frozen import Frozen
 
 if TYPE_CHECKING:
     import torch
+
+
+def as_number(value: object) -> object:
+    """YAML takes 2e-4 for a word, and only 2.0e-4 for a number."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
+Real = Annotated[float, BeforeValidator(as_number)]
 
 
 class Lora(Frozen):
@@ -22,8 +33,8 @@ class Lora(Frozen):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), strict=False
     )
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: Real = Field(1e-8, gt=0)
+    weight_decay: Real = Field(0.0, ge=0)
 
     @property
     def scale(self) -> float:

@@ -17,7 +17,7 @@ def training_rows(
     valid = [place for place, one in enumerate(reasons) if one == VALID]
     if len(valid) < n:
         raise UserError(
-            f"{len(valid)} of {len(reasons)} answers are valid, and {n} are wanted for training: lower training_size, "
+            f"{len(valid)} of {len(reasons)} answers are valid, and {n} are wanted for training: lower rows, "
             "or generate more (prompts)"
         )
     return random.Random(seed).sample(valid, n)
