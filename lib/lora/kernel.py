@@ -21,6 +21,8 @@ from lib.store import Cell, read_cell
 if TYPE_CHECKING:
     import torch
 
+    from lib.models.chat import Renderer
+
 LOOKED_AT = 3  # after so many steps the adapter must have changed
 
 
@@ -69,15 +71,13 @@ class Student:
         return kernel, about
 
     def _rows(self, path: str) -> list[Row]:
-        from lib.inputs.tokenizer import load_tokenizer
         from lib.lora.rows import as_rows
-        from lib.models.chat import Renderer
 
         e, [parent] = self.experiment, self.cell.parents
         read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
         prompts, answers = read["prompt"], read["answer"]
         drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
-        renderer = Renderer(load_tokenizer(path), None, e.template_used, e.source.date)
+        renderer = self.this.keep("renderer", path, lambda: load_renderer(e, path))
         return as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
 
     def _config(self, path: str) -> dict[str, object]:
@@ -89,6 +89,13 @@ class Student:
     def close(self, code: int) -> None:
         if self.board:
             self.board.close(int(code != DONE))
+
+
+def load_renderer(experiment: Finetune, path: str) -> "Renderer":
+    from lib.inputs.tokenizer import load_tokenizer
+    from lib.models.chat import Renderer
+
+    return Renderer(load_tokenizer(path), None, experiment.template_used, experiment.source.date)
 
 
 def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, dict[str, str]]:
