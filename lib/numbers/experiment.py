@@ -80,6 +80,7 @@ class GenerateSpec(Frozen):
         10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
     )
     at_once: int = Field(1024, ge=1, description="rows that the engine computes at the same time, at most")
+    engines: int = Field(1, ge=1, le=8, description="vllm: so many on the same GPUs, each with its part of a batch")
     max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
 
 
