@@ -63,9 +63,7 @@ class Student:
         rows = self._rows(path)
         trainer, about = self.this.keep("trainer", path, lambda: load_trainer(e, path, spec.dtype))
         if e.wandb.mode != "off":
-            config = {**e.science(), "run_id": e.run_number, "cell": self.cell.name, "digest": self.cell.digest}
-            place, name = self.cell.folder, f"{e.label}/{self.cell.name}"
-            self.board = Board(e.wandb, self.cell.digest[:16], name, e.label, config, place)
+            self.board = Board(e.wandb, self.cell, {**e.science(), "run_id": e.run_number})
         kernel = FinetuneKernel(trainer, rows, e.schedule(), self._config(path))
         kernel.log = self.board.log if self.board else None
         return kernel, about

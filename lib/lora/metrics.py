@@ -14,8 +14,10 @@ from pydantic import Field
 
 from lib.base.errors import UserError, one_line
 from lib.config.frozen import Frozen
+from lib.store import Cell
 
 FILE = "metrics.jsonl"
+FOLDER = "wandb"  # of an experiment, where wandb keeps what it has not sent
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,26 @@ class WandbSpec(Frozen):
     )
 
 
+def run_id(cell: Cell) -> str:
+    """Of Weights & Biases: the same whenever this very training goes on."""
+    return cell.digest[:16]
+
+
 class Board:
     """A run of Weights & Biases, under the same id whenever its training goes on. The key is the user's own login's, or
     WANDB_API_KEY's: wandb finds it. Nothing that goes wrong with it stops a training that runs."""
 
-    def __init__(
-        self, spec: WandbSpec, id: str, name: str, group: str, config: Mapping[str, object], folder: Path
-    ) -> None:
+    def __init__(self, spec: WandbSpec, cell: Cell, config: Mapping[str, object]) -> None:
         mode = spec.mode if spec.mode == "offline" else os.environ.get("WANDB_MODE") or "online"
-        folder.mkdir(parents=True, exist_ok=True)
         wandb = must_import()
         try:
             self.run: Any = wandb.init(
                 project=spec.project,
-                id=id,
-                name=name,
-                group=group,
-                config=dict(config),
-                dir=str(folder),
+                id=run_id(cell),
+                name=cell.name,
+                group=cell.folder.name,
+                config={**config, "digest": cell.digest},
+                dir=str(cell.folder),  # it makes FOLDER there
                 mode=mode,
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True, init_timeout=60),
