@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lib.base.errors import UserError, one_line
 from lib.checkpoint.families import Family, family_in
+from lib.lora.metrics import CONFIG, STATE, WEIGHTS
 from lib.lora.recipe import Lora
 
-WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "state.safetensors"
 MOMENTS = {"adam.m.": "exp_avg", "adam.v.": "exp_avg_sq"}  # before an adapter's names; as torch calls them
 
 

@@ -16,7 +16,8 @@ from lib.base.errors import UserError, one_line
 from lib.config.frozen import Frozen
 from lib.store import Cell
 
-FILE = "metrics.jsonl"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's own
+STATE, FILE = "state.safetensors", "metrics.jsonl"
 FOLDER = "wandb"  # of an experiment, where wandb keeps what it has not sent
 
 
