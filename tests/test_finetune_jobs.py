@@ -28,7 +28,7 @@ from finetune_world import (
 from safetensors.torch import load_file
 from tools import in_fork, module_work
 
-from lib.lora.recipe import Row
+from lib.lora.rows import Row
 from lib.run.task import freeze
 from lib.store import Cell
 
@@ -131,7 +131,7 @@ def test_a_loss_that_is_none_stops_that_student_alone_and_nothing_of_it_is_kept(
 
         real = PlainTrainer.step
 
-        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int) -> dict[str, float]:
+        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]) -> dict[str, float]:
             self.steps = getattr(self, "steps", 0) + 1
             return real(self, rows, 1e30 if self.steps == 12 + 6 else rate, number)
 
@@ -168,7 +168,7 @@ def test_an_adapter_that_no_gradient_reaches_stops_the_run(world, fresh):
 
         real = PlainTrainer.step
 
-        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int) -> dict[str, float]:
+        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]) -> dict[str, float]:
             return real(self, rows, 0.0, number)
 
         PlainTrainer.step = step
@@ -192,7 +192,7 @@ class Stub:
     def begin(self, seed: int) -> None:
         self.seen = torch.zeros(1)
 
-    def step(self, rows: list[Row], rate: float, number: int) -> dict[str, float]:
+    def step(self, rows: list[Row], rate: float, number: int, following: list[Row]) -> dict[str, float]:
         self.seen += sum(len(row.ids) for row in rows)
         return {"loss": 1.0, "grad_norm": 1.0, "tokens": 1, "scored": 1}
 

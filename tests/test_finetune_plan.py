@@ -94,7 +94,7 @@ def test_an_adapters_size_is_known_from_the_weights_headers(tmp_path, classes, l
 
 def test_a_model_of_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    from lib.lora.adapter import targets_in
+    from lib.lora.peft_form import targets_in
 
     with pytest.raises(UserError, match="'mamba' is not trained here; these are: llama"):
         targets_in(str(tmp_path))

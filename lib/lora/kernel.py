@@ -4,13 +4,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lib.base.errors import DONE, UserError
 from lib.inputs.verified import checked_model
 from lib.lora.experiment import Finetune
 from lib.lora.metrics import Board, Step, must_import, read_lines, write_lines
-from lib.lora.recipe import Row, Trainer
+from lib.lora.rows import Row
 from lib.lora.schedule import Schedule
 from lib.numbers.dataset import training_rows
 from lib.run.command import Job
@@ -22,6 +22,28 @@ if TYPE_CHECKING:
     import torch
 
     from lib.models.chat import Renderer
+
+
+class Trainer(Protocol):
+    """A resident base under one student's adapter. Adapter and moments are float32, whatever the base is."""
+
+    def begin(self, seed: int) -> None:
+        """A fresh adapter, by the seed alone."""
+        ...
+
+    def step(
+        self, rows: Sequence[Row], learning_rate: float, number: int, following: Sequence[Row] = ()
+    ) -> dict[str, float]:
+        """One step of the optimiser, the number-th (from 1), over all rows at once: the loss is the mean over all
+        their scored tokens. Returns loss, grad_norm, tokens, scored. `following`: the next step's rows."""
+        ...
+
+    def state(self) -> "dict[str, torch.Tensor]":
+        """On the CPU: A and B under peft's names, and Adam's moments, adam.m. and adam.v. before the same names."""
+        ...
+
+    def load(self, state: "dict[str, torch.Tensor]") -> None: ...
+
 
 LOOKED_AT = 3  # after so many steps the adapter must have changed
 
@@ -69,7 +91,7 @@ class Student:
         return kernel, about
 
     def _rows(self, path: str) -> list[Row]:
-        from lib.lora.rows import as_rows
+        from lib.lora.chat_rows import as_rows
 
         e, [parent] = self.experiment, self.cell.parents
         read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
@@ -79,7 +101,7 @@ class Student:
         return as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
 
     def _config(self, path: str) -> dict[str, object]:
-        from lib.lora.adapter import config_of, targets_in
+        from lib.lora.peft_form import config_of, targets_in
 
         spec = self.experiment.model_of(self.cell)
         return config_of(self.experiment.lora, targets_in(path), spec.id, spec.revision)
@@ -115,7 +137,7 @@ class FinetuneKernel:
         self.trainer, self.rows, self.schedule, self.config = trainer, rows, schedule, config
 
     def restore(self, folder: Path | None, step: int) -> None:
-        from lib.lora.adapter import load_adapter
+        from lib.lora.peft_form import load_adapter
 
         self.number, self.lines = step, read_lines(folder) if folder else []
         self.trainer.begin(self.schedule.seed)
@@ -143,7 +165,7 @@ class FinetuneKernel:
         return {"rows": len(rows), **figures}
 
     def save(self, folder: Path) -> None:
-        from lib.lora.adapter import save_adapter
+        from lib.lora.peft_form import save_adapter
 
         save_adapter(folder, self.trainer.state(), self.config)
         write_lines(folder, self.lines)
@@ -151,7 +173,7 @@ class FinetuneKernel:
 
 def must_have_changed(state: Mapping[str, "torch.Tensor"], steps: int) -> None:
     """B begins with 0, and stays 0 where no gradient reaches it."""
-    from lib.lora.adapter import adapter_of
+    from lib.lora.peft_form import adapter_of
 
     if not any(tensor.any() for name, tensor in adapter_of(state).items() if "lora_B" in name):
         raise UserError(

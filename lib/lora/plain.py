@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from lib.lora.adapter import MOMENTS, first_A, targets_in, weight_name
-from lib.lora.recipe import Lora, Row
+from lib.lora.peft_form import MOMENTS, first_A, targets_in, weight_name
+from lib.lora.recipe import Lora
+from lib.lora.rows import Row
 from lib.models.load import load_model
 
 
@@ -53,7 +54,9 @@ class PlainTrainer:
                 **{key: torch.zeros_like(p) for key in MOMENTS.values()},
             }
 
-    def step(self, rows: Sequence[Row], learning_rate: float, number: int) -> dict[str, float]:
+    def step(
+        self, rows: Sequence[Row], learning_rate: float, number: int, following: Sequence[Row] = ()
+    ) -> dict[str, float]:
         scored, loss = sum(row.scored for row in rows), torch.zeros((), dtype=torch.float64)
         with self._dropout(number):
             for start in range(0, len(rows), self.micro_rows):

@@ -1,17 +1,12 @@
-"""How students are trained, and what does it: the fast trainer, or plain peft."""
+"""What a student is trained by."""
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
 from lib.config.frozen import Frozen
-
-if TYPE_CHECKING:
-    import torch
 
 
 def as_number(value: object) -> object:
@@ -39,38 +34,3 @@ class Lora(Frozen):
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A whole conversation as token ids, cut at the longest length; `first` is the first token that loss is on."""
-
-    ids: tuple[int, ...]
-    first: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.first < len(self.ids):
-            raise ValueError(f"loss from token {self.first} of {len(self.ids)}: there must be one before it and in it")
-
-    @property
-    def scored(self) -> int:
-        return len(self.ids) - self.first
-
-
-class Trainer(Protocol):
-    """A resident base under one student's adapter. Adapter and moments are float32, whatever the base is."""
-
-    def begin(self, seed: int) -> None:
-        """A fresh adapter, by the seed alone."""
-        ...
-
-    def step(self, rows: Sequence[Row], learning_rate: float, number: int) -> dict[str, float]:
-        """One step of the optimiser, the number-th (from 1), over all rows at once: the loss is the mean over all
-        their scored tokens. Returns loss, grad_norm, tokens, scored."""
-        ...
-
-    def state(self) -> "dict[str, torch.Tensor]":
-        """On the CPU: A and B under peft's names, and Adam's moments, adam.m. and adam.v. before the same names."""
-        ...
-
-    def load(self, state: "dict[str, torch.Tensor]") -> None: ...
