@@ -58,14 +58,17 @@ def _equal(a: Stored, b: Stored) -> bool:
 def load_weights(
     folder: Path, family: Family, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
 ) -> Loaded:
+    return fill(_empty(shape, dtype, devices, embed_on_host), folder, family, shape)
+
+
+def fill(weights: Weights, folder: Path, family: Family, shape: Shape) -> Loaded:
+    """Every tensor of the folder into its place; the places of a merged one may be columns of a wider tensor."""
     began = time.monotonic()
-    have = model_tensors(folder, shape.tied)
-    weights = _empty(shape, dtype, devices, embed_on_host)
-    pieces = _sources(have, weights, family, shape)
+    pieces = _sources(model_tensors(folder, shape.tied), weights, family, shape)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(copy_tensor, source, target) for source, target in pieces]:
             done.result()
-    for device in devices:
+    for device in {target.device for _, target in pieces}:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return Loaded(weights, sum(s.bytes for s, _ in pieces), time.monotonic() - began)
@@ -148,23 +151,23 @@ def spread(layers: int, devices: list[torch.device]) -> list[torch.device]:
 
 
 def copy_tensor(source: Stored, target: torch.Tensor) -> None:
-    """Read one tensor in pieces and put it into its place."""
-    flat, dtype = target.view(-1), DTYPES[source.dtype]
+    """Read one tensor in pieces of whole rows and put it into its place."""
+    dtype = DTYPES[source.dtype]
+    flat = target.view(-1, 1) if target.is_contiguous() else target  # else rows of a wider tensor
+    row = flat.shape[1] * dtype.itemsize
     with source.path.open("rb", buffering=0) as f:
-        for start, buffer in _reads(f.fileno(), source, target.device.type == "cuda"):
-            part = buffer.view(dtype)
-            flat[start // dtype.itemsize : start // dtype.itemsize + len(part)].copy_(
-                part
-            )  # waits: the buffer is used again
+        for start, buffer in _reads(f.fileno(), source, PIECE // row * row, target.device.type == "cuda"):
+            part = buffer.view(dtype).view(-1, flat.shape[1])
+            flat[start // row : start // row + len(part)].copy_(part)  # waits: the buffer is used again
 
 
-def _reads(fd: int, source: Stored, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def _reads(fd: int, source: Stored, piece: int, pinned: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """(offset in the tensor, bytes read) piece by piece, in one buffer."""
-    buffer = torch.empty(min(PIECE, source.bytes), dtype=torch.uint8, pin_memory=pinned)
+    buffer = torch.empty(min(piece, source.bytes), dtype=torch.uint8, pin_memory=pinned)
     raw = buffer.numpy().data
     at = 0
     while at < source.bytes:
-        want = min(PIECE, source.bytes - at)
+        want = min(piece, source.bytes - at)
         got = 0
         while got < want:
             n = os.preadv(fd, [raw[got:want]], source.offset + at + got)

@@ -1,0 +1,142 @@
+"""One adapter: float32 A and B of all layers, Adam's moments of them, and their copies in the base's matrices.
+
+Suffixes as in base; r is the rank itself."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lib.checkpoint.families import LinearNames
+from lib.lora.base import Base, Ranks
+
+PREFIX = "base_model.model."  # what peft puts before a module's name
+
+
+@dataclass(frozen=True)
+class Block:
+    """A or B of one kind of linear layer, in all layers."""
+
+    linear: str
+    letter: str  # A, B
+    values: torch.Tensor  # float32 [L, r, in] or [L, out, r], a part of the flat adapter
+    place: torch.Tensor  # of the copy in the base
+    gradient: torch.Tensor  # of the product that makes its gradient
+
+
+class Products:
+    """What a micro-batch's gradient products write: A's and B's of all layers, those that share an input together, with
+    blocks between them that mean nothing."""
+
+    def __init__(self, base: Base, dtype: torch.dtype) -> None:
+        s, ranks, layers = base.shape, Ranks(base.rank), base.shape.layers
+        q = s.heads * s.head
+
+        def make(*size: int) -> torch.Tensor:
+            return torch.zeros(layers, *size, dtype=dtype, device=base.device)
+
+        self.a_qkv, self.b_qkv = make(ranks.qkv, s.hidden), make(s.qkv, ranks.qkv)
+        self.a_o, self.b_o = make(ranks.one, q), make(s.hidden, ranks.one)
+        self.a_gate_up, self.b_gate_up = make(ranks.gate_up, s.hidden), make(2 * s.inner, ranks.gate_up)
+        self.a_down, self.b_down = make(ranks.one, s.inner), make(s.hidden, ranks.one)
+
+
+class Adapter:
+    def __init__(self, base: Base, scale: float) -> None:
+        self.base, self.scale = base, scale
+        self.dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.products = Products(base, self.dtype)
+        shapes = [(name, letter, size) for name, letter, size, _, _ in self._parts()]
+        total = sum(math.prod(size) for _, _, size in shapes)
+        self.values, self.gradient, self.first, self.second = (
+            torch.zeros(total, dtype=self.dtype, device=base.device) for _ in range(4)
+        )
+        self.blocks, at = [], 0
+        for name, letter, size, place, gradient in self._parts():
+            flat = self.values[at : at + math.prod(size)].view(size)
+            self.blocks.append(Block(name, letter, flat, place, gradient))
+            at += math.prod(size)
+
+    def _parts(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.Tensor, torch.Tensor]]:
+        """Linear layer, letter, shape, the place of its copy, the place of its gradient."""
+        s, r, names, stack, made = self.base.shape, self.base.rank, self._names, self.base.stack, self.products
+        q, kv, d = s.heads * s.head, s.kv_heads * s.head, s.hidden
+        for name, number, start, stop in (
+            (names.q, 0, 0, q),
+            (names.k, 1, q, q + kv),
+            (names.v, 2, q + kv, q + 2 * kv),
+        ):
+            own = slice(number * r, (number + 1) * r)
+            yield name, "A", (s.layers, r, d), stack.a_qkv_LRD[:, own], made.a_qkv[:, own]
+            columns = stack.qkv_LXD[:, start:stop, d:][:, :, own]
+            yield name, "B", (s.layers, stop - start, r), columns, made.b_qkv[:, start:stop, own]
+        yield names.o, "A", (s.layers, r, q), stack.o_LDQ[:, d : d + r], made.a_o[:, :r]
+        yield names.o, "B", (s.layers, d, r), stack.b_o_LDR[:, :, :r], made.b_o[:, :, :r]
+        for name, number in ((names.gate or "", 0), (names.up, 1)):
+            own, rows = slice(number * r, (number + 1) * r), slice(number * s.inner, (number + 1) * s.inner)
+            yield name, "A", (s.layers, r, d), stack.a_gate_up_LRD[:, own], made.a_gate_up[:, own]
+            columns = stack.gate_up_LGD[:, rows, d:][:, :, own]
+            yield name, "B", (s.layers, s.inner, r), columns, made.b_gate_up[:, rows, own]
+        yield names.down, "A", (s.layers, r, s.inner), stack.a_down_LRF[:, :r], made.a_down[:, :r]
+        yield names.down, "B", (s.layers, d, r), stack.b_down_LDR[:, :, :r], made.b_down[:, :, :r]
+
+    @property
+    def _names(self) -> LinearNames:
+        return self.base.family.linears
+
+    def begin(self, seed: int) -> None:
+        """As peft begins: A uniform within 1/sqrt(inputs), B 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for flat in (self.values, self.first, self.second):
+            flat.zero_()
+        for block in self.blocks:
+            if block.letter == "A":
+                bound = block.values.shape[-1] ** -0.5
+                drawn = torch.empty(block.values.shape).uniform_(-bound, bound, generator=generator)
+                block.values.copy_(drawn)
+        self.place()
+
+    def place(self) -> None:
+        """The base computes with the present values."""
+        for block in self.blocks:
+            block.place.copy_(block.values if block.letter == "A" else block.values * self.scale)
+
+    def collect(self, add: bool) -> None:
+        """The products of a micro-batch into the gradient."""
+        at = 0
+        for block in self.blocks:
+            size = block.values.numel()
+            own = self.gradient[at : at + size].view_as(block.values)
+            found = block.gradient if block.letter == "A" else block.gradient * self.scale
+            own.add_(found) if add else own.copy_(found)
+            at += size
+
+    def update(
+        self, rate: float, number: int, clip: float, betas: tuple[float, float], eps: float, decay: float
+    ) -> torch.Tensor:
+        """AdamW's step number 1, 2 ..., of the gradient scaled down to a norm of at most `clip`; the norm before."""
+        norm = torch.linalg.vector_norm(self.gradient)
+        self.gradient *= (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
+        one, two = betas
+        self.values *= 1 - rate * decay
+        self.first.lerp_(self.gradient, 1 - one)
+        self.second.mul_(two).addcmul_(self.gradient, self.gradient, value=1 - two)
+        divisor = (self.second.sqrt() / math.sqrt(1 - two**number)).add_(eps)
+        self.values.addcdiv_(self.first, divisor, value=-rate / (1 - one**number))
+        self.place()
+        return norm
+
+    def named(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parts of the adapter, or of what is laid out like it, under peft's names."""
+        at, stack = 0, f"{PREFIX}{self.base.family.names.stack}"
+        for block in self.blocks:
+            size = block.values.numel()
+            of_layers = flat[at : at + size].view_as(block.values)
+            for layer, one in enumerate(of_layers):
+                yield f"{stack}.{layer}.{block.linear}.lora_{block.letter}.weight", one
+            at += size
+
+    def untouched(self) -> bool:
+        """Every B is 0, as before the first step."""
+        return not any(bool(block.values.any()) for block in self.blocks if block.letter == "B")

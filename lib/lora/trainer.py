@@ -1,0 +1,64 @@
+"""The fast trainer: one resident base, one adapter at a time, one optimiser step a call."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lib.lora.adapter import Adapter
+from lib.lora.base import Base
+from lib.lora.batches import Micro, micro_batches, round_up
+from lib.lora.recipe import Lora
+from lib.lora.rows import Row
+from lib.lora.space import Size
+from lib.lora.step import Step
+
+
+class FastTrainer:
+    """`size`: of the largest micro-batch; a step with more tokens takes several of them."""
+
+    def __init__(self, base: Base, lora: Lora, size: Size, rows: int) -> None:
+        self.base, self.lora, self.size = base, lora, size
+        self.adapter = Adapter(base, lora.scale)
+        self.run = Step(base, self.adapter, size, rows)
+        self._ahead: tuple[Sequence[Row], list[Micro]] = ((), [])
+
+    def begin(self, seed: int) -> None:
+        self.adapter.begin(seed)
+
+    @torch.no_grad()
+    def step(
+        self, rows: Sequence[Row], learning_rate: float, number: int, following: Sequence[Row] = ()
+    ) -> dict[str, float]:
+        """`following`: the rows of the step after this one, laid out while the device computes."""
+        lora, scored = self.lora, sum(row.scored for row in rows)
+        loss = torch.zeros((), dtype=self.adapter.dtype, device=self.base.device)
+        for n, micro in enumerate(self._ahead[1] if self._ahead[0] is rows else self._laid_out(rows)):
+            loss += self.run.run(micro, 1 / scored)
+            self.adapter.collect(add=n > 0)
+        norm = self.adapter.update(learning_rate, number, lora.clip, lora.betas, lora.eps, lora.weight_decay)
+        tokens = sum(len(row.ids) for row in rows)
+        self._ahead = following, self._laid_out(following)
+        both = torch.stack([loss, norm]).tolist()  # waits for the device
+        return {"loss": both[0], "grad_norm": both[1], "tokens": tokens, "scored": scored}
+
+    def _laid_out(self, rows: Sequence[Row]) -> list[Micro]:
+        return list(micro_batches(rows, self.size.tokens)) if rows else []
+
+    def state(self) -> dict[str, torch.Tensor]:
+        a = self.adapter
+        parts = (("", a.values), ("adam.m.", a.first), ("adam.v.", a.second))
+        return {f"{kind}{name}": one.detach().cpu().clone() for kind, flat in parts for name, one in a.named(flat)}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        a = self.adapter
+        for kind, flat in (("", a.values), ("adam.m.", a.first), ("adam.v.", a.second)):
+            for name, one in a.named(flat):
+                one.copy_(state[kind + name])
+        a.place()
+
+
+def size_for(rows: Sequence[Row], step_rows: int, most: int, recompute: bool) -> Size:
+    """Of micro-batches that take any step of these rows, of at most `most` tokens."""
+    lengths = sorted((len(row.ids) for row in rows), reverse=True)
+    tokens = min(max(most, lengths[0]), round_up(sum(lengths[:step_rows])))
+    return Size(round_up(tokens), round_up(tokens), recompute)
