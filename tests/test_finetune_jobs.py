@@ -131,7 +131,9 @@ def test_a_loss_that_is_none_stops_that_student_alone_and_nothing_of_it_is_kept(
 
         real = PlainTrainer.step
 
-        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]) -> dict[str, float]:
+        def step(
+            self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
+        ) -> dict[str, float]:
             self.steps = getattr(self, "steps", 0) + 1
             return real(self, rows, 1e30 if self.steps == 12 + 6 else rate, number)
 
@@ -168,7 +170,9 @@ def test_an_adapter_that_no_gradient_reaches_stops_the_run(world, fresh):
 
         real = PlainTrainer.step
 
-        def step(self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]) -> dict[str, float]:
+        def step(
+            self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
+        ) -> dict[str, float]:
             return real(self, rows, 0.0, number)
 
         PlainTrainer.step = step

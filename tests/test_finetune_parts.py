@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from lib.base.errors import UserError
+from lib.lora.chat_rows import as_rows
 from lib.lora.peft_form import config_of, load_adapter, save_adapter, targets_in
 from lib.lora.plain import PlainTrainer
-from lib.lora.chat_rows import as_rows
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.lora.schedule import Schedule

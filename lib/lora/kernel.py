@@ -140,14 +140,16 @@ class FinetuneKernel:
         from lib.lora.peft_form import load_adapter
 
         self.number, self.lines = step, read_lines(folder) if folder else []
+        self.following: list[Row] = []
         self.trainer.begin(self.schedule.seed)
         if folder:
             self.trainer.load(load_adapter(folder))
 
     def advance(self) -> dict[str, int | float | str]:
         number, rate = self.number + 1, self.schedule.rate(self.number + 1)
-        rows = [self.rows[i] for i in self.schedule.rows_of(number)]
-        said = self.trainer.step(rows, rate, number)
+        rows = self.following or self._rows_of(number)
+        self.following = self._rows_of(number + 1) if number < self.schedule.steps else []
+        said = self.trainer.step(rows, rate, number, self.following)
         if not (math.isfinite(said["loss"]) and math.isfinite(said["grad_norm"])):
             raise UserError(
                 f"step {number} of {self.schedule.steps} gave a loss of {said['loss']} and a gradient of norm "
@@ -163,6 +165,9 @@ class FinetuneKernel:
         if self.log:
             self.log(step)
         return {"rows": len(rows), **figures}
+
+    def _rows_of(self, number: int) -> list[Row]:
+        return [self.rows[i] for i in self.schedule.rows_of(number)]
 
     def save(self, folder: Path) -> None:
         from lib.lora.peft_form import save_adapter
