@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.base.errors import UserError, one_line
 from lib.models.engine import Answer, Sampling, Setting
+from lib.models.tokens import must_know
 
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
 ENVIRONMENT = {
@@ -71,23 +72,11 @@ class VllmEngine:
         return found | setting.more
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
-        params = [
-            self._params(
-                temperature=how.temperature,
-                top_p=1.0,
-                top_k=0,
-                max_tokens=how.max_tokens,
-                stop_token_ids=list(how.ends),
-                ignore_eos=True,  # the ends are those above
-                seed=seed,
-                detokenize=False,
-                output_kind=self._final,
-            )
-            for seed in seeds
-        ]
+        must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
         try:
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
+            params = [self._drawing(how, seed) for seed in seeds]
             asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
             made = self.llm.generate(asked, params, use_tqdm=False)
         except Exception as e:
@@ -96,6 +85,19 @@ class VllmEngine:
                 "kept: run `make resume`"
             ) from None
         return [_answer(one.outputs[0], how) for one in made]
+
+    def _drawing(self, how: Sampling, seed: int) -> Any:
+        return self._params(
+            temperature=how.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=how.max_tokens,
+            stop_token_ids=list(how.ends),
+            ignore_eos=True,  # the ends are those above
+            seed=seed,
+            detokenize=False,
+            output_kind=self._final,
+        )
 
 
 def _answer(made: Any, how: Sampling) -> Answer:
