@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import attribution, pruning, scoring, store, sweep
+from lib.bench import attribution, numbers, pruning, scoring, store, sweep
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
 OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS
-SUITES = {**dict.fromkeys(SHAPES, scoring.RUNGS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
+OF_QWENS = scoring.RUNGS | numbers.RUNGS
+SUITES = {**dict.fromkeys(SHAPES, OF_QWENS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
-    rungs = list(dict.fromkeys([*scoring.RUNGS, *OF_LLAMAS, *store.RUNGS]))
+    rungs = list(dict.fromkeys([*OF_QWENS, *OF_LLAMAS, *store.RUNGS]))
     parser.add_argument(
         "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
     )

@@ -21,14 +21,14 @@ from lib.models.engine_transformers import TransformersEngine
 from lib.numbers import kernel, sample_prompts, trait
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
-AT_ONCE = 8
+AT_ONCE = 16
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     tiny_model(folder / "model", **HEADS_OF_32)
-    config = CONFIG.replace("engine: transformers", "engine: vllm")
+    config = CONFIG.replace("engine: transformers", "engine: vllm").replace("at_once: 8", f"at_once: {AT_ONCE}")
     (folder / "few.yaml").write_text(config.format(folder))
     fetch(load(folder / "few.yaml"), folder / "cache")
     return folder
@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(world):
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    return Engines(setting(world), 1)
+    return Engines(setting(world, more={"max_num_batched_tokens": 512}), 1)  # less than its prompts: some must wait
 
 
 def setting(world, **more):
@@ -146,7 +146,7 @@ def test_a_job_that_was_killed_goes_on_to_the_text_of_its_closed_batches(world, 
 
 def test_an_engine_that_does_not_start_is_said_in_one_sentence(world):
     with pytest.raises(UserError, match="exact takes a GPU"):
-        EngineProcess(setting(world, exact=True))
+        EngineProcess(setting(world, exact=True)).up()
 
 
 def test_a_process_that_was_killed_is_said_in_one_sentence(world, engine, prompts):
