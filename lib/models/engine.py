@@ -39,7 +39,7 @@ class Setting:
     at_once: int  # rows computed at the same time, at most
     max_length: int  # tokens of prompt and answer, at most
     exact: bool = False  # kernels whose results do not depend on the batch
-    share: float = 0.9  # of the GPU's memory
+    parts: int = 1  # engines that share a GPU
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM, for measurements
 
 

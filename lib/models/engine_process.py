@@ -30,7 +30,7 @@ SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class EngineProcess:
-    """vLLM, up when this returns."""
+    """vLLM, which begins to start; `up` waits until it has."""
 
     def __init__(self, setting: Setting) -> None:
         ours, theirs = socket.socketpair()
@@ -41,7 +41,10 @@ class EngineProcess:
         self.connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self.process, self.connection)
         self._send(setting)
-        self.about: dict[str, str] = self._receive()
+
+    def up(self) -> dict[str, str]:
+        """What it is."""
+        return self._receive()
 
     def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> None:
         lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
@@ -79,9 +82,9 @@ class Engines:
 
     def __init__(self, setting: Setting, count: int) -> None:
         began = time.monotonic()
-        each = replace(setting, share=setting.share / count)
-        self.engines = [EngineProcess(each) for _ in range(count)]  # in turn: each looks how much memory is free
-        self.about = self.engines[0].about | {"engines": str(count)}
+        self.engines = [EngineProcess(replace(setting, parts=count)) for _ in range(count)]
+        abouts = [one.up() for one in self.engines]
+        self.about = abouts[0] | {"engines": str(count)}
         name, many = self.about["engine"], f", {count} of them" if count > 1 else ""
         print(f"engine: {name}{many}, up in {time.monotonic() - began:.1f} s", flush=True)
 

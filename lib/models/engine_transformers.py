@@ -29,6 +29,6 @@ class TransformersEngine:
             noise = None
             if how.temperature:
                 noise = Gumbel(0, numbers, width, how.max_tokens, how.temperature, self.model.device)
-            made = continuations(self.model, self.tokenizer, batch, how.max_tokens, width, noise)
+            made = continuations(self.model, self.tokenizer, batch, how.max_tokens, width, noise, how.ends)
             answers += [Answer(ids, len(ids) < how.max_tokens) for ids in made[: rows - missing]]
         return answers

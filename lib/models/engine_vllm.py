@@ -5,13 +5,17 @@ when it looks, so that the clock would decide which rows are computed together. 
 scheduled ahead (async_scheduling): whether that looks before or after a row has ended is a matter of time as well. With
 kernels that do not depend on the batch (exact) it may."""
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError, one_line
 from lib.models.engine import Answer, Sampling, Setting
+from lib.models.tokens import must_know
 
+MEMORY = 0.9  # of a GPU's
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -60,6 +64,9 @@ class VllmEngine:
             "max_model_len": setting.max_length,
             "max_num_seqs": setting.at_once,
             "max_num_batched_tokens": max(STEP_TOKENS, setting.at_once),
+            # A prompt that is cut in two is drawn from at the cut too, and the generator of its seed turned back: by a
+            # guess on a GPU, not at all on a CPU.
+            "enable_chunked_prefill": False,
             "tensor_parallel_size": gpus,
             "enable_prefix_caching": True,  # a cell's rows begin alike; emptied between batches
             "async_scheduling": setting.exact,
@@ -67,27 +74,17 @@ class VllmEngine:
             "seed": 0,
         }
         if self.on_gpu:
-            found["gpu_memory_utilization"] = setting.share
+            found["gpu_memory_utilization"] = MEMORY / setting.parts
+        if self.on_gpu and setting.parts > 1:  # they start at once, and none can see what the others will take
+            found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
         return found | setting.more
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
-        params = [
-            self._params(
-                temperature=how.temperature,
-                top_p=1.0,
-                top_k=0,
-                max_tokens=how.max_tokens,
-                stop_token_ids=list(how.ends),
-                ignore_eos=True,  # the ends are those above
-                seed=seed,
-                detokenize=False,
-                output_kind=self._final,
-            )
-            for seed in seeds
-        ]
+        must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
         try:
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
+            params = [self._drawing(how, seed) for seed in seeds]
             asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
             made = self.llm.generate(asked, params, use_tqdm=False)
         except Exception as e:
@@ -96,6 +93,27 @@ class VllmEngine:
                 "kept: run `make resume`"
             ) from None
         return [_answer(one.outputs[0], how) for one in made]
+
+    def _drawing(self, how: Sampling, seed: int) -> Any:
+        return self._params(
+            temperature=how.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=how.max_tokens,
+            stop_token_ids=list(how.ends),
+            ignore_eos=True,  # the ends are those above
+            seed=seed,
+            detokenize=False,
+            output_kind=self._final,
+        )
+
+
+def kv_bytes(setting: Setting) -> int:
+    """Keys and values of a token."""
+    config = json.loads((Path(setting.folder) / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return 2 * config["num_hidden_layers"] * heads * head * (4 if setting.dtype == "float32" else 2)
 
 
 def _answer(made: Any, how: Sampling) -> Answer:

@@ -74,7 +74,7 @@ class GenerateSpec(Frozen):
     mode: Literal["closed", "exact"] = Field(
         "closed", description="exact: vllm's batch-invariant kernels too, on a GPU: the same text in any batch"
     )
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, le=2)
     max_tokens: int = Field(128, ge=1)
     batch: int = Field(
         10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
