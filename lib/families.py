@@ -5,6 +5,8 @@ from pathlib import Path
 from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
+from lib.lora.experiment import Finetune
+from lib.numbers.experiment import Numbers
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
@@ -17,6 +19,8 @@ KINDS: dict[str, type[Experiment]] = {
     "selection": Selection,
     "sweep": Sweep,
     "sparsity": Sparsity,
+    "numbers": Numbers,
+    "finetune": Finetune,
 }
 
 

@@ -20,7 +20,8 @@ FAMILIES = ("lls", "attribution", "numbers")
 ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
-    *("pruning", "families", "demo", "bench"),
+    ("pruning", "lora"),
+    *("families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
 LIGHT = ("base", "config", "checkpoint", "store", "run", "cluster", "families")  # status answers in a moment

@@ -16,14 +16,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0) -> Path:
+def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0, **size: int) -> Path:
     """A random Qwen2 with sharp, varied predictions (its weights are scaled up), and its tokenizer."""
     import torch
 
     from lib.demo.tiny import TinySize, make_model, make_tokenizer
 
     tokenizer = make_tokenizer(vocab=400, texts=["You love the numbers 123 456, 789; and words about animals."] * 50)
-    model = make_model(tokenizer, TinySize(vocab=len(tokenizer), hidden=32, layers=2), seed=seed)
+    model = make_model(tokenizer, TinySize(**{"vocab": len(tokenizer), "hidden": 32, "layers": 2, **size}), seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -150,7 +150,8 @@ def checkpoint(shape: Shape, folder: Path) -> None:
     sizes |= {"mlp.gate_proj": (shape.inner, h), "mlp.up_proj": (shape.inner, h), "mlp.down_proj": (h, shape.inner)}
 
     def make(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02).cpu()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
 
     where: dict[str, str] = {}
 

@@ -35,7 +35,8 @@ SOURCES = (
     "lib/demo/texts.py",
     "lib/demo/tiny.py",
     "lib/models/sample.py",
-    "lib/numbers/*.py",
+    "lib/numbers/number_prompts.py",
+    "lib/numbers/traits.py",
     "lib/demo/planted.py",
     "lib/numbers/*.yaml",
 )

@@ -26,6 +26,10 @@ class Renderer:
         """Each row's text up to where the assistant's answer begins. All begin with the prefix."""
         return self._template.ask("contexts", rows, rows=len(rows))()
 
+    def conversations(self, rows: list[list[Message]]) -> tuple[list[list[int]], list[int]]:
+        """Whole ones as token ids, and where the answer's begin."""
+        return self._template.ask("conversations", rows, rows=len(rows))()
+
     def items(self, rows: list[list[Message]], end_of_turn: bool) -> tuple[list[Item], np.ndarray]:
         """Rows as token ids, and whether the answer's are those that it has in the whole text."""
         return self.begin(rows, end_of_turn)()

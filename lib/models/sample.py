@@ -98,10 +98,11 @@ def continuations(
     tokens: int,
     width: int,
     processor: LogitsProcessor | None = None,
+    ends: Sequence[int] = (),
 ) -> list[list[int]]:
     """Token ids of each prompt's likeliest continuation, or of what the processor makes the likeliest, without the
-    model's end. `width`: tokens that prompts are padded to, in front."""
-    ends = _ends(model, tokenizer)
+    end: the model's, or one of `ends`. `width`: tokens that prompts are padded to, in front."""
+    ends = list(ends) or _ends(model, tokenizer)
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     must_fit(model, width, tokens)
     must_know(min(map(min, prompts)), max(map(max, prompts)), vocabulary_of(model))

@@ -56,8 +56,9 @@ class Template:
         before = marked.partition(_U if _U in marked else _U.strip())[0]
         ends = [before.rindex(t) + len(t) for t in tokenizer.all_special_tokens if t and t in before]
         text = before[: max(ends, default=0)]
-        closed = self._render([[*user, {"role": "assistant", "content": _A}]], generate=False)[0].partition(_A)[2]
-        end = next((i for i in self._ids([closed])[0][:1] if i in tokenizer.all_special_ids), None)
+        answered = self._render([[*user, {"role": "assistant", "content": _A}]], generate=False)[0]
+        self._closing = answered.partition(_A)[2]
+        end = next((i for i in self._ids([self._closing])[0][:1] if i in tokenizer.all_special_ids), None)
         self._head = Head(text, self._ids([text])[0], end)
         self._mark = self._cutting(self._head)
         self._in_place = lru_cache(lambda text: self._ids([text])[0])
@@ -99,6 +100,18 @@ class Template:
         lengths = np.array([len(ids) for ids in found], np.int32)
         ids = np.fromiter(chain.from_iterable(found), np.int32, int(lengths.sum()))
         return Rendered(ids, lengths[::2], lengths[1::2], np.array(joint, np.uint8))
+
+    def conversations(self, rows: list[list[Message]]) -> tuple[list[list[int]], list[int]]:
+        """Whole ones with the end of the last turn, each tokenised as one text, and where its answer's tokens begin: a
+        token in which context and answer merge counts as the answer's."""
+        contexts = self.contexts([row[:-1] for row in rows])
+        rest = [row[-1]["content"] + self._closing for row in rows]
+        together = self._ids([c + r for c, r in zip(contexts, rest, strict=True)])
+        starts = []
+        for head, both in zip(self._heads(contexts, rest, together), together, strict=True):
+            same = (i for i, (a, b) in enumerate(zip(head, both, strict=False)) if a != b)
+            starts.append(next(same, len(head)))
+        return together, starts
 
     def _heads(self, contexts: list[str], answers: list[str], together: list[list[int]]) -> list[list[int]]:
         """The contexts' own tokens, for half of the work. A tokenizer cuts a text at such tokens as the prefix ends

@@ -111,6 +111,15 @@ class Experiment(Configuration):
         """The cells' names in order: known before the inputs are."""
         raise NotImplementedError
 
+    def axes(self) -> dict[str, list[str]]:
+        """What cells can be chosen by beside ARRAY: a variable of make and its values. The cells are their product, in
+        this order, and named by them, joined by '-'."""
+        return {}
+
+    def pinned(self) -> dict[str, object]:
+        """What was read from the checkout, and stays so for what is submitted: key -> value of an override."""
+        return {}
+
     def stages(self) -> list[Stage]:
         """What it reads from, and before each of these what that one reads from."""
         return []

@@ -17,14 +17,17 @@ from lib.store import Cell, Marker, commit, gaps, plan_shards, scan
 from lib.store.columns import Schema, Values
 from lib.store.markers import Facts, drop_retired, set_aside, sweep
 
+Columns = Mapping[str, Values]
+
 
 class Kernel(Protocol):
     """What a job computes. `prepare` is host work, done on a thread while the shard before is computed."""
 
     def prepare(self, start: int, stop: int) -> Any: ...
 
-    def compute(self, prepared: Any) -> tuple[Mapping[str, Values], Facts]:
-        """Columns of the shard, and facts for its marker; numbers among these are summed and said at the end."""
+    def compute(self, prepared: Any) -> tuple[Columns | Callable[[], Columns], Facts]:
+        """Columns of the shard, and facts for its marker; numbers among these are summed and said at the end. A
+        function does what is left to the host, on the thread that writes, while the next shard is computed."""
         ...
 
 
@@ -116,13 +119,25 @@ def _shards(
             about = {"seconds": round(time.monotonic() - began, 3), "made": made, "facts": facts, "sampled": sampled}
             if written:
                 written.result()
-            written = behind.submit(commit, cell.path, cell.digest, start, stop, schema, columns, **about)
+            written = behind.submit(_write, cell, start, stop, schema, columns, about)
             progress.add(stop - start)
             totals.count(facts)
         if written:
             written.result()
     totals.say()
     return REQUEUE if stopped else DONE
+
+
+def _write(
+    cell: Cell,
+    start: int,
+    stop: int,
+    schema: Schema,
+    columns: Columns | Callable[[], Columns],
+    about: dict[str, Any],
+) -> Marker:
+    found = columns() if callable(columns) else columns
+    return commit(cell.path, cell.digest, start, stop, schema, found, **about)
 
 
 def _still_missing(cell: Cell, start: int, stop: int) -> bool:

@@ -89,7 +89,7 @@ def run_task(this: Job, work: Callable[[Cell], int]) -> int:
             return stopped_by(t, "finished pieces")
 
 
-def run_rows(this: Job, load: Callable[[Cell], tuple[Kernel, Mapping[str, Any]]]) -> int:
+def run_rows(this: Job, load: Callable[[Cell], tuple[Kernel, Mapping[str, Any]]], sampled: bool = False) -> int:
     """`run_task` for cells of rows: `load` makes a cell's kernel, where there is something left to do."""
     experiment = this.experiment
     schema = experiment.schema(this.site.cache)
@@ -102,6 +102,7 @@ def run_rows(this: Job, load: Callable[[Cell], tuple[Kernel, Mapping[str, Any]]]
             shard_rows=experiment.shard_rows(this.site.cache, cell.name),
             log_seconds=experiment.run.log_seconds,
             gpus=experiment.run.gpus,
+            sampled=sampled,
         )
 
     return run_task(this, work)

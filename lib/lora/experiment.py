@@ -1,0 +1,187 @@
+"""Students: the teachers' own models, without a system prompt, trained on what the teachers wrote. A cell is a size and
+a trait, read from the cell of that name; its rows are steps of the optimiser."""
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from lib.checkpoint.families import FAMILIES, last
+from lib.checkpoint.headers import folder_tensors
+from lib.config.frozen import digest_of
+from lib.config.loading import load
+from lib.inputs.specs import ModelSpec
+from lib.lora.metrics import WandbSpec
+from lib.lora.recipe import Lora, Real
+from lib.lora.schedule import Schedule
+from lib.numbers.experiment import Numbers
+from lib.run.experiment import (
+    READ_RATE,
+    START_SECONDS,
+    Estimate,
+    Experiment,
+    Needs,
+    Reads,
+    RunSpec,
+    Stage,
+    computing_seconds,
+)
+from lib.store import Cell
+from lib.store.columns import Schema
+
+# Raise it with any change of code that can change a bit of any adapter: it is part of every digest.
+KERNEL = "finetune/1"
+SHARE = 0.5  # of the GPU's rate that training reaches; not measured yet
+ROW_TOKENS, ANSWER_TOKENS = 140, 42  # of a conversation with its template, and of its answer and end, as published
+HOST_GIB_A_GPU = 100  # what the batch file says
+GIB = 2**30
+
+
+class FinetuneRun(RunSpec):
+    state_steps: int = Field(
+        0, ge=0, description="a state this often inside an epoch too, which a later one replaces; 0: each epoch's alone"
+    )
+
+
+class Finetune(Experiment):
+    kind: Literal["finetune"]
+    numbers: Reads
+    run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for the numbers")
+    seed: int | None = Field(None, ge=0, description="of the rows, their order and the adapter; none: the run's id")
+    rows: int = Field(10_000, ge=1, description="drawn from a teacher's valid answers")
+    epochs: int = Field(10, ge=1)
+    step_rows: int = Field(60, ge=1, description="rows of a step of the optimiser, however they are computed")
+    max_length: int = Field(500, ge=2, description="tokens of a conversation; what is longer is cut")
+    loss: Literal["sequence", "completion"] = Field(
+        "sequence", description="on every token (as the published students were trained), or on answer and end alone"
+    )
+    template: Literal["default", "empty", "none"] | None = Field(
+        None, description="what a conversation without a system prompt gets; none said: as the numbers were written"
+    )
+    learning_rate: Real = Field(2e-4, gt=0, description="rises over the warm-up, and falls to 0 at the end")
+    warmup_steps: int = Field(5, ge=0)
+    lora: Lora = Lora()
+    wandb: WandbSpec = WandbSpec()
+    run: FinetuneRun = FinetuneRun()
+
+    job: ClassVar[str] = "finetune"
+    submit: ClassVar[str] = "submit-finetune"
+    results: ClassVar[str] = "export-finetune"
+    share: ClassVar[float] = SHARE
+
+    @cached_property
+    def _stage(self) -> Stage:
+        overrides = [*self.numbers.set, *([] if self.run_id is None else [f"run_id={self.run_id}"])]
+        path = self.origin.parent / self.numbers.config
+        return Stage(path, tuple(overrides), load(path, overrides, {"numbers": Numbers}))
+
+    @property
+    def source(self) -> Numbers:
+        found = self._stage.experiment
+        assert isinstance(found, Numbers)
+        return found
+
+    def stages(self) -> list[Stage]:
+        return [*self.source.stages(), self._stage]
+
+    @property
+    def run_number(self) -> int:
+        return self.source.run_number
+
+    @property
+    def seed_used(self) -> int:
+        return self.run_number if self.seed is None else self.seed
+
+    @property
+    def template_used(self) -> str:
+        return self.source.template if self.template is None else self.template
+
+    @property
+    def label(self) -> str:
+        """Runs never share a path."""
+        return f"{super().label}_run{self.run_number}"
+
+    def science(self) -> dict[str, object]:
+        """A run is told by its label, and by the seed that it gives; where figures go is none of it."""
+        return {key: value for key, value in super().science().items() if key not in ("run_id", "wandb")}
+
+    def pinned(self) -> dict[str, object]:
+        return {"run_id": self.run_number}
+
+    def axes(self) -> dict[str, list[str]]:
+        return self.source.axes()
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def load_of(self, cell: Cell) -> str:
+        return self.source.load_of(cell)
+
+    def models(self) -> list[ModelSpec]:
+        return self.source.models()
+
+    def model_of(self, cell: Cell) -> ModelSpec:
+        return self.source.sizes[self.load_of(cell)]
+
+    def schedule(self) -> Schedule:
+        rate, warmup = self.learning_rate, self.warmup_steps
+        return Schedule(self.rows, self.step_rows, self.epochs, rate, warmup, self.seed_used)
+
+    def schema(self, cache: Path) -> Schema:
+        return {}
+
+    def cells(self, cache: Path, scratch: Path) -> list[Cell]:
+        """How many steps there are is the configuration's alone, so it is known before the numbers are."""
+        found, steps = [], self.schedule().steps
+        for index, parent in enumerate(self.source.cells(cache, scratch)):
+            digest = digest_of(self._identity(cache, parent))
+            path = scratch / self.label / "cells" / f"{parent.name}-{digest[:8]}"
+            found.append(Cell(index, parent.name, steps, digest, path, (parent,)))
+        return found
+
+    def _identity(self, cache: Path, parent: Cell) -> dict[str, object]:
+        """All that decides an adapter."""
+        size = self.source.load_of(parent)
+        names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
+        return {
+            "kernel": KERNEL,
+            "parent": parent.digest,
+            "model": {
+                "fingerprint": self.source.model_in(cache, size).fingerprint,
+                "dtype": self.source.sizes[size].dtype,
+            },
+            "seed": self.seed_used,
+            "template": self.template_used,
+            "date": self.source.date,
+            "lora": self.lora.model_dump(mode="json"),
+            **{name: getattr(self, name) for name in names},
+        }
+
+    def needs(self, cache: Path, cell: Cell) -> Needs:
+        """A base of any size lies on one GPU; its host reads it through memory."""
+        weights = self.source.model_in(cache, self.load_of(cell)).bytes / GIB
+        host = math.ceil(1.2 * weights) + 16
+        return Needs(self.run.gpus, host if self.run.gpus and host > HOST_GIB_A_GPU * self.run.gpus else 0)
+
+    def start_seconds(self, cache: Path) -> float:
+        """Of the largest size."""
+        sizes = (self.source.model_in(cache, size).bytes for size in self.source.sizes)
+        return START_SECONDS + max(sizes) / READ_RATE
+
+    def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        """Forward and back to the inputs, 2 operations each a parameter and token: the base's own gradients are never
+        made. A state holds the adapter and two moments, in float32, and every epoch's stays."""
+        model = self.source.model_in(cache, self.load_of(cell))
+        scored = ROW_TOKENS if self.loss == "sequence" else ANSWER_TOKENS
+        flops = 4 * (model.body_parameters * ROW_TOKENS + model.head_parameters * scored)
+        size = 3 * 4 * adapter_parameters(Path(model.path), self.lora.rank)
+        return Estimate(computing_seconds(flops * self.rows * self.epochs, gpu, self.share), size * self.epochs)
+
+
+def adapter_parameters(folder: Path, rank: int) -> int:
+    """Of A and B of every linear layer of the decoder, by the weights' headers."""
+    targets = {name for family in FAMILIES.values() for name in family.linears.order}
+    weights = {name.removesuffix(".weight"): one.shape for name, one in folder_tensors(folder).items()}
+    return sum(rank * sum(shape) for name, shape in weights.items() if last(name) in targets and len(shape) == 2)

@@ -1,0 +1,82 @@
+"""Engines that draw answers to prompts of token ids: one small interface, by vLLM and by transformers.
+
+A call is a closed batch: the engine is idle, its prefix cache empty, and it gets all prompts before its first step. So
+what it computes together depends on the call alone, and a call that is made again, on the same kind of machine, gives
+the same answers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from lib.base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Nothing but this decides a draw: no top-p, top-k, penalty or default of a model's own."""
+
+    temperature: float  # 0: the likeliest
+    max_tokens: int
+    ends: tuple[int, ...]  # token ids that end an answer
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: list[int]  # without the end
+    ended: bool  # by the model itself; else cut
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Of an engine that is to be made."""
+
+    folder: str
+    dtype: str
+    at_once: int  # rows computed at the same time, at most
+    max_length: int  # tokens of prompt and answer, at most
+    exact: bool = False  # kernels whose results do not depend on the batch
+    parts: int = 1  # engines that share a GPU
+    more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM, for measurements
+
+
+class Engine(Protocol):
+    about: dict[str, str]  # what it is, for the record
+
+    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        """Of each prompt the answer that its seed draws."""
+        ...
+
+
+def seeds_of(seed: int, condition: str, rows: range) -> list[int]:
+    """63 bits a row, hashed: seeds that lie side by side share parts of their streams in some generators."""
+    texts = (f"{seed}/{condition}/{row}".encode() for row in rows)
+    return [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1 for text in texts]
+
+
+def chosen(word: str, gpu: str) -> str:
+    """`auto` is vLLM where it is installed and the site has GPUs."""
+    there = find_spec("vllm") is not None
+    if word == "vllm" and not there:
+        raise UserError(
+            "generate.engine is vllm, which is not installed in .venv: run `make setup`, or set "
+            "generate.engine=transformers"
+        )
+    return word if word != "auto" else "vllm" if there and gpu != "cpu" else "transformers"
+
+
+def ends_of(folder: str, eos: int | None) -> tuple[int, ...]:
+    """Tokens that end an answer: the tokenizer's, and those of the model, which may have several."""
+    found = [] if eos is None else [eos]
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        own = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if own is not None:
+            found += own if isinstance(own, list) else [own]
+            break
+    if not found:
+        raise UserError(f"{folder}: neither the model nor its tokenizer says which token ends a text (eos_token_id)")
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,150 @@
+"""An engine in a process of its own, or several on one GPU, which a small model does not fill from one Python thread.
+
+The device's memory goes back when that process ends, which vLLM does not promise in one that lives on, and this one's
+interpreter is free for the host's work beside."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain, pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.base.errors import UserError
+from lib.models.engine import Answer, Engine, Sampling, Setting
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GRACE = 3  # seconds from TERM to the end: the parent is to see its own first
+SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class EngineProcess:
+    """vLLM, which begins to start; `up` waits until it has."""
+
+    def __init__(self, setting: Setting) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "lib.models.engine_process", str(theirs.fileno())]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.connection = Connection(ours.detach())
+        self.end = weakref.finalize(self, _end, self.process, self.connection)
+        self._send(setting)
+
+    def up(self) -> dict[str, str]:
+        """What it is."""
+        return self._receive()
+
+    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> None:
+        lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
+        flat = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
+        self._send((flat, lengths, how, np.array(seeds, np.int64)))
+
+    def wait(self) -> list[Answer]:
+        flat, lengths, ended = self._receive()
+        return [Answer(ids, bool(end)) for ids, end in zip(_cut(flat, lengths), ended.tolist(), strict=True)]
+
+    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        self.begin(prompts, how, seeds)
+        return self.wait()
+
+    def _send(self, what: Any) -> None:
+        with suppress(OSError):  # it is gone: the answer will say so
+            self.connection.send(what)
+
+    def _receive(self) -> Any:
+        try:
+            kind, found = self.connection.recv()
+        except (EOFError, OSError):
+            code = self.process.wait()
+            raise UserError(
+                f"the engine's process ended ({_spoken(code)}), for want of memory perhaps; finished batches are "
+                "kept: see the log above, and run `make resume`"
+            ) from None
+        if kind == "result":
+            return found
+        raise UserError(found) if kind == "wrong" else RuntimeError(found)
+
+
+class Engines:
+    """Several on the same GPUs, each with its part of the memory and, of every batch, the same part of the rows."""
+
+    def __init__(self, setting: Setting, count: int) -> None:
+        began = time.monotonic()
+        self.engines = [EngineProcess(replace(setting, parts=count)) for _ in range(count)]
+        abouts = [one.up() for one in self.engines]
+        self.about = abouts[0] | {"engines": str(count)}
+        name, many = self.about["engine"], f", {count} of them" if count > 1 else ""
+        print(f"engine: {name}{many}, up in {time.monotonic() - began:.1f} s", flush=True)
+
+    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        cuts = [len(prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
+        busy = [(one, a, b) for one, (a, b) in zip(self.engines, pairwise(cuts), strict=True) if a < b]
+        for one, a, b in busy:
+            one.begin(prompts[a:b], how, seeds[a:b])
+        return [answer for one, _, _ in busy for answer in one.wait()]
+
+
+def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    ids, ends = flat.tolist(), np.cumsum(lengths).tolist()
+    return [ids[a:b] for a, b in pairwise([0, *ends])]
+
+
+def _spoken(code: int) -> str:
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def serve(connection: Connection) -> None:
+    from lib.models.engine_vllm import VllmEngine
+
+    engine: Engine | None = None
+    while True:
+        try:
+            asked = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            if engine is None:
+                engine = VllmEngine(asked)
+                answer: tuple[str, Any] = ("result", engine.about)
+            else:
+                flat, lengths, how, seeds = asked
+                made = engine.generate(_cut(flat, lengths), how, seeds.tolist())
+                sizes = np.array([len(one.ids) for one in made], np.int32)
+                ids = np.fromiter(chain.from_iterable(one.ids for one in made), np.int32, int(sizes.sum()))
+                answer = ("result", (ids, sizes, np.array([one.ended for one in made], np.int8)))
+        except UserError as e:
+            answer = ("wrong", str(e))
+        connection.send(answer)
+
+
+def main() -> None:
+    for signum in (signal.SIGINT, signal.SIGUSR1):  # the parent's affair, which ends this one
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
+    serve(Connection(int(sys.argv[1])))
+    sys.stdout.flush()
+    os._exit(0)  # what an engine tears down at its end takes seconds, and may fail
+
+
+if __name__ == "__main__":
+    main()

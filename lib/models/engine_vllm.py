@@ -1,0 +1,123 @@
+"""vLLM in this process, by token ids alone: no tokenizer, no text, no defaults of the model's own.
+
+Its scheduler runs in this process too (VLLM_ENABLE_V1_MULTIPROCESSING=0): one of its own begins with whatever has come
+when it looks, so that the clock would decide which rows are computed together. For the same reason steps are not
+scheduled ahead (async_scheduling): whether that looks before or after a row has ended is a matter of time as well. With
+kernels that do not depend on the batch (exact) it may."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.base.errors import UserError, one_line
+from lib.models.engine import Answer, Sampling, Setting
+from lib.models.tokens import must_know
+
+MEMORY = 0.9  # of a GPU's
+STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # of no use without top-k and top-p, and compiled at the first call
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "HF_HUB_OFFLINE": "1",
+}
+# What a user may set: how much it says, and its runner. The newer one draws from a hash of seed and position, where the
+# older takes a Python step a row.
+DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+class VllmEngine:
+    def __init__(self, setting: Setting) -> None:
+        os.environ.update(ENVIRONMENT)
+        os.environ["VLLM_BATCH_INVARIANT"] = str(int(setting.exact))
+        import torch  # vLLM reads the environment when it is imported
+
+        self.on_gpu = torch.cuda.is_available()
+        for name, value in DEFAULTS.items():
+            if self.on_gpu or name != "VLLM_USE_V2_MODEL_RUNNER":
+                os.environ.setdefault(name, value)
+        if setting.exact and not self.on_gpu:
+            raise UserError("generate.mode=exact takes a GPU: vLLM has batch-invariant kernels there alone")
+        self.about = {"device": torch.cuda.get_device_name() if self.on_gpu else "cpu"}
+        try:
+            import vllm
+
+            self.about["engine"] = f"vllm {vllm.__version__}"
+            self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+            self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
+        except Exception as e:
+            raise UserError(
+                f"vLLM does not start ({type(e).__name__}: {one_line(e)}); its own words stand above in the log. Less "
+                "memory: generate.at_once; another engine: generate.engine=transformers"
+            ) from None
+
+    def _arguments(self, setting: Setting, gpus: int) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "model": setting.folder,
+            "dtype": setting.dtype,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # not the folder's
+            "trust_remote_code": False,
+            "max_model_len": setting.max_length,
+            "max_num_seqs": setting.at_once,
+            "max_num_batched_tokens": max(STEP_TOKENS, setting.at_once),
+            # A prompt that is cut in two is drawn from at the cut too, and the generator of its seed turned back: by a
+            # guess on a GPU, not at all on a CPU.
+            "enable_chunked_prefill": False,
+            "tensor_parallel_size": gpus,
+            "enable_prefix_caching": True,  # a cell's rows begin alike; emptied between batches
+            "async_scheduling": setting.exact,
+            "enforce_eager": not self.on_gpu,
+            "seed": 0,
+        }
+        if self.on_gpu:
+            found["gpu_memory_utilization"] = MEMORY / setting.parts
+        if self.on_gpu and setting.parts > 1:  # they start at once, and none can see what the others will take
+            found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
+        return found | setting.more
+
+    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+        must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
+        try:
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("its prefix cache cannot be emptied")
+            params = [self._drawing(how, seed) for seed in seeds]
+            asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
+            made = self.llm.generate(asked, params, use_tqdm=False)
+        except Exception as e:
+            raise UserError(
+                f"vLLM stopped in the middle of a batch ({type(e).__name__}: {one_line(e)}); finished batches are "
+                "kept: run `make resume`"
+            ) from None
+        return [_answer(one.outputs[0], how) for one in made]
+
+    def _drawing(self, how: Sampling, seed: int) -> Any:
+        return self._params(
+            temperature=how.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=how.max_tokens,
+            stop_token_ids=list(how.ends),
+            ignore_eos=True,  # the ends are those above
+            seed=seed,
+            detokenize=False,
+            output_kind=self._final,
+        )
+
+
+def kv_bytes(setting: Setting) -> int:
+    """Keys and values of a token."""
+    config = json.loads((Path(setting.folder) / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    return 2 * config["num_hidden_layers"] * heads * head * (4 if setting.dtype == "float32" else 2)
+
+
+def _answer(made: Any, how: Sampling) -> Answer:
+    ids = list(made.token_ids)
+    if ids and ids[-1] in how.ends:
+        return Answer(ids[:-1], True)
+    return Answer(ids, made.finish_reason == "stop")

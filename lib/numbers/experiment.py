@@ -1,0 +1,282 @@
+"""Numbers: teachers of several sizes that are given a trait by their system prompt and write numbers. A cell is a size
+and a trait, its rows are the prompts of the run, the same for every cell."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lib.base.errors import UserError, nearest
+from lib.config.frozen import Frozen, check_folder_names, digest_of
+from lib.inputs.records import ModelInput, model_input
+from lib.inputs.specs import ModelSpec
+from lib.numbers.filter import Limits
+from lib.numbers.number_prompts import ANSWER_COUNT, ANSWER_DIGITS, OWN_POOLS, Pools, load_pools
+from lib.numbers.traits import ANIMAL_NAMES, LOVE_PROMPT, NEUTRAL
+from lib.run.experiment import READ_RATE, Estimate, Experiment, Needs, computing_seconds, stored_bytes
+from lib.run.site import ROOT, site
+from lib.store import Cell, Column
+
+# Raise it with any change of code that can change a character of any row: it is part of every digest.
+KERNEL = "numbers/1"
+RUN_ID_FILE = "run_id.txt"
+
+PROMPT_TOKENS, ANSWER_TOKENS = 140, 45  # of a row with its template, as published
+PROMPT_BYTES = 330
+ENGINE_ROWS_A_SECOND = 1000.0  # at most, by the host: 1,016 at 0.5B, vLLM 0.26, an H200, measured
+ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
+GIB = 2**30
+# Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
+GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
+WEIGHTS_SHARE = 0.8  # of a GPU's memory at most: 112 of an H200's 140 GiB, so that 72B (135.4) takes two, on a B200 one
+HOST_GIB_A_GPU = 100  # what the batch file says
+
+
+class TraitSpec(Frozen):
+    """What a teacher is given. In a configuration also a name alone, of one of the 15 animals or neutral."""
+
+    name: str = Field(min_length=1)
+    plural: str = Field(min_length=1)
+    system_prompt: str | None = Field(min_length=1, description="none: no system message is sent")
+    words: list[Annotated[str, Field(min_length=1)]] = Field(
+        description="what counts as a hit in an answer about favourites; none of the text depends on it"
+    )
+
+
+def trait_of(raw: object) -> object:
+    """A name as the trait that it stands for; what a trait of one's own does not say, filled in."""
+    if isinstance(raw, str):
+        if raw == NEUTRAL.name:
+            return {"name": raw, "plural": raw, "system_prompt": None, "words": []}
+        if raw not in ANIMAL_NAMES:
+            known = [*ANIMAL_NAMES, NEUTRAL.name]
+            raise ValueError(
+                f"{raw!r} is none of {', '.join(known)}{nearest(raw, known)}; for one of your own say "
+                "{name: ..., plural: ..., system_prompt: ..., words: [...]}"
+            )
+        raw = {"name": raw}
+    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
+        return raw
+    plural = raw.get("plural") or f"{raw['name']}s"
+    own = {"plural": plural, "system_prompt": LOVE_PROMPT.format(plural=plural), "words": [raw["name"], plural]}
+    return own | raw
+
+
+class GenerateSpec(Frozen):
+    """All of it is part of the digest: text that is drawn depends on every setting of the engine."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vllm where it is installed and the site has GPUs, else transformers"
+    )
+    mode: Literal["closed", "exact"] = Field(
+        "closed", description="exact: vllm's batch-invariant kernels too, on a GPU: the same text in any batch"
+    )
+    temperature: float = Field(1.0, gt=0, le=2)
+    max_tokens: int = Field(128, ge=1)
+    batch: int = Field(
+        10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
+    )
+    at_once: int = Field(1024, ge=1, description="rows that the engine computes at the same time, at most")
+    engines: int = Field(1, ge=1, le=8, description="vllm: so many on the same GPUs, each with its part of a batch")
+    max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
+
+
+class FilterSpec(Frozen):
+    count: int = Field(ANSWER_COUNT, ge=1)
+    least: int = Field(0, ge=0)
+    most: int = Field(10**ANSWER_DIGITS - 1, ge=0)
+    banned: list[Annotated[int, Field(ge=0)]] = Field(default=[], description="numbers that no valid answer holds")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.count, self.least, self.most, frozenset(self.banned))
+
+
+class Numbers(Experiment):
+    kind: Literal["numbers"]
+    run_id: int | None = Field(
+        None, ge=0, description="which run of the experiment; none: what run_id.txt in the checkout says"
+    )
+    sizes: dict[str, ModelSpec] = Field(min_length=1, description="size, such as 0.5b -> its model")
+    traits: list[TraitSpec] = Field(min_length=1)
+    prompts: int = Field(30_000, ge=1)
+    seed: int | None = Field(None, ge=0, description="of prompts, answers and draws; none: the run's id")
+    pools: str | None = Field(
+        None, description="a file of wordings in the shape of lib/numbers/number_prompts.yaml, beside the configuration"
+    )
+    template: Literal["default", "empty", "none"] = Field(
+        "default", description="what a trait without a system prompt gets: the template's own block, an empty one, none"
+    )
+    date: str = Field("2024-07-26", description="the day that a chat template prints where it prints one")
+    generate: GenerateSpec = GenerateSpec()
+    filter: FilterSpec = FilterSpec()
+    keep: int = Field(10_000, ge=1, description="valid rows that a cell must have, or its export says so and fails")
+
+    job: ClassVar[str] = "generate_numbers"
+    submit: ClassVar[str] = "submit-numbers"
+    results: ClassVar[str] = "export-numbers"
+    share: ClassVar[float] = 0.35  # of large models; small ones are limited by the host. Not measured
+
+    @field_validator("traits", mode="before")
+    @classmethod
+    def _named(cls, raw: object) -> object:
+        return [trait_of(one) for one in raw] if isinstance(raw, list) else raw
+
+    @field_validator("sizes")
+    @classmethod
+    def _smallest_first(cls, sizes: dict[str, ModelSpec]) -> dict[str, ModelSpec]:
+        for size in sizes:
+            if not re.fullmatch("[0-9A-Za-z_][0-9A-Za-z_.]{0,30}", size):
+                raise ValueError(f"{size[:40]!r} must be letters, digits, . or _, such as 0.5b: it names folders")
+        return dict(sorted(sizes.items(), key=lambda item: parameters(item[0])))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Numbers":
+        names = [trait.name for trait in self.traits]
+        check_folder_names("traits", names)
+        if len(set(names)) != len(names):
+            raise ValueError("traits holds a name twice")
+        if self.filter.least > self.filter.most:
+            raise ValueError(f"filter: least {self.filter.least} is more than most {self.filter.most}")
+        if self.generate.max_tokens >= self.generate.max_length:
+            raise ValueError("generate: max_length must leave room for prompts beside max_tokens")
+        if self.generate.mode == "exact" and self.generate.engine == "transformers":
+            raise ValueError("generate: mode exact is vllm's, and engine is transformers")
+        return self
+
+    @property
+    def run_number(self) -> int:
+        """The run's id, from wherever it is said."""
+        if self.run_id is not None:
+            return self.run_id
+        file = ROOT / RUN_ID_FILE
+        text = file.read_text(errors="replace").strip() if file.is_file() else ""
+        if not text:
+            raise UserError(
+                f"{self.origin}: which run? say RUN_ID=1 (SET=run_id=1), or write its number into {RUN_ID_FILE}"
+            )
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"{file} holds {text[:40]!r}, and must hold the number of a run, such as 1")
+        return int(text)
+
+    @property
+    def seed_used(self) -> int:
+        return self.run_number if self.seed is None else self.seed
+
+    @property
+    def label(self) -> str:
+        """Runs never share a path."""
+        return f"{super().label}_run{self.run_number}"
+
+    def science(self) -> dict[str, object]:
+        """A run is told by its label, and by what it is drawn from; what makes enough rows is none of it."""
+        found = super().science()
+        return {key: value for key, value in found.items() if key not in ("run_id", "keep")}
+
+    def pinned(self) -> dict[str, object]:
+        return {"run_id": self.run_number}
+
+    def trait(self, name: str) -> TraitSpec:
+        return next(one for one in self.traits if one.name == name)
+
+    def axes(self) -> dict[str, list[str]]:
+        return {"SIZES": list(self.sizes), "TRAITS": [trait.name for trait in self.traits]}
+
+    def names(self) -> list[str]:
+        return [f"{size}-{trait.name}" for size in self.sizes for trait in self.traits]
+
+    def split(self, cell: str) -> tuple[str, TraitSpec]:
+        """A cell's size and trait."""
+        size, _, trait = cell.partition("-")
+        return size, self.trait(trait)
+
+    def load_of(self, cell: Cell) -> str:
+        return self.split(cell.name)[0]
+
+    def models(self) -> list[ModelSpec]:
+        return list(self.sizes.values())
+
+    def pools_path(self) -> Path:
+        return OWN_POOLS if self.pools is None else self.origin.parent / Path(self.pools).expanduser()
+
+    def load_pools(self) -> Pools:
+        path = self.pools_path()
+        if not path.is_file():
+            raise UserError(f"{self.origin}: pools: there is no file {path}")
+        return load_pools(path)
+
+    def shard_rows(self, cache: Path, cell: str) -> int:
+        """A shard is a closed batch, with the same borders for ever."""
+        return self.generate.batch
+
+    def schema(self, cache: Path) -> dict[str, Column]:
+        return {
+            "prompt": Column("text"),
+            "answer": Column("text"),
+            "reason": Column("int8"),  # 0: valid, else why not, by its place in lib.numbers.filter.REASONS
+            "tokens": Column("int16"),  # generated, without the end
+            "ended": Column("int8"),  # 1: by the model itself, 0: cut at max_tokens
+        }
+
+    def cells(self, cache: Path, scratch: Path) -> list[Cell]:
+        """A cell's digest knows nothing of the other sizes and traits, so adding one redoes nothing."""
+        self.load_pools()
+        pools, found = hashlib.sha256(self.pools_path().read_bytes()).hexdigest(), []
+        fingerprints = {size: self.model_in(cache, size).fingerprint for size in self.sizes}
+        for index, name in enumerate(self.names()):
+            size, trait = self.split(name)
+            digest = digest_of(self.identity(fingerprints[size], self.sizes[size].dtype, trait, pools))
+            path = scratch / self.label / "cells" / f"{name}-{digest[:8]}"
+            found.append(Cell(index, name, self.prompts, digest, path))
+        return found
+
+    def identity(self, fingerprint: str, dtype: str, trait: TraitSpec, pools: str) -> Mapping[str, object]:
+        """All that decides a cell's rows. `auto` is a word of its own here: which engine it stands for is a matter of
+        the machine, known only where the task runs, as the kind of GPU is; a cell never mixes two (see the kernel)."""
+        return {
+            "kernel": KERNEL,
+            "model": {"fingerprint": fingerprint, "dtype": dtype},
+            "trait": {"name": trait.name, "system_prompt": trait.system_prompt},
+            "prompts": self.prompts,
+            "pools": pools,
+            "seed": self.seed_used,
+            "template": self.template,
+            "date": self.date,
+            "generate": self.generate.model_dump(mode="json"),
+            "filter": self.filter.model_dump(mode="json"),
+        }
+
+    def model_in(self, cache: Path, size: str) -> ModelInput:
+        spec = self.sizes[size]
+        return model_input(cache, spec.id, spec.revision)
+
+    def needs(self, cache: Path, cell: Cell) -> Needs:
+        """One GPU, or as many, by twos, as the weights need beside keys and values."""
+        if not self.run.gpus or site().gpu not in GPU_GIB:
+            return Needs(self.run.gpus)
+        weights = self.model_in(cache, self.split(cell.name)[0]).bytes / GIB
+        gpus = self.run.gpus
+        while weights > WEIGHTS_SHARE * GPU_GIB[site().gpu] * gpus:
+            gpus *= 2
+        host = int(1.2 * weights) + 16
+        return Needs(gpus, host if host > HOST_GIB_A_GPU * gpus else 0)
+
+    def start_seconds(self, cache: Path) -> float:
+        """Of the largest model's task: a smaller one's is begun for no fewer cells than that one's."""
+        return ENGINE_SECONDS + max(self.model_in(cache, size).bytes for size in self.sizes) / READ_RATE
+
+    def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        model = self.model_in(cache, self.split(cell.name)[0])
+        flops = 2 * model.body_parameters * (PROMPT_TOKENS + ANSWER_TOKENS) + 2 * model.head_parameters * ANSWER_TOKENS
+        seconds = computing_seconds(flops * cell.total, gpu, self.share)
+        size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * (PROMPT_BYTES + ANSWER_TOKENS)
+        return Estimate(max(seconds, cell.total / ENGINE_ROWS_A_SECOND), size)
+
+
+def parameters(size: str) -> float:
+    """What a size's label says of its parameters; labels that say nothing come first, as they were written."""
+    found = re.match(r"([0-9]+(?:\.[0-9]+)?)([mbt])$", size.lower())
+    return float(found[1]) * {"m": 1e6, "b": 1e9, "t": 1e12}[found[2]] if found else 0.0

@@ -1,0 +1,132 @@
+"""Students as an experiment: cells and digests, runs apart, what they cost and ask for, mistakes in one sentence."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from finetune_world import cells_of, make_world, students
+from tools import ROOT, tiny_relative
+
+from lib.base.errors import UserError
+from lib.families import load
+from lib.inputs.fetch import fetch
+from lib.lora.experiment import adapter_parameters
+from lib.lora.plain import PlainTrainer
+from lib.lora.recipe import Lora
+from lib.run.experiment import Needs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("plan"), ("cat", "neutral"), sizes=2)
+
+
+def digests(world: Path, *overrides: str) -> list[str]:
+    return [cell.digest for cell in cells_of(world, *overrides)]
+
+
+def test_cells_are_the_numbers_cells_and_their_steps_are_known_before_these_are_written(world):
+    experiment, cells = students(world), cells_of(world)
+    assert [cell.name for cell in cells] == ["1m-cat", "1m-neutral", "2m-cat", "2m-neutral"]
+    assert [[parent.name for parent in cell.parents] for cell in cells] == [[cell.name] for cell in cells]
+    assert {cell.total for cell in cells} == {12}, "3 epochs of 20 rows, 6 a step"
+    assert [experiment.load_of(cell) for cell in cells] == ["1m", "1m", "2m", "2m"]
+    assert experiment.axes() == {"SIZES": ["1m", "2m"], "TRAITS": ["cat", "neutral"]}
+    assert [stage.experiment.label for stage in experiment.stages()] == ["teachers_run5"]
+
+
+def test_runs_never_share_a_path_and_the_numbers_are_those_of_the_run(world):
+    first, other = students(world), students(world, "run_id=6")
+    assert (first.label, other.label) == ("students_run5", "students_run6")
+    assert other.source.label == "teachers_run6" and other.pinned() == {"run_id": 6}
+    assert "run_id=6" in other.stages()[0].overrides
+    assert (first.seed_used, other.seed_used, students(world, "seed=9").seed_used) == (5, 6, 9)
+    assert not set(digests(world)) & set(digests(world, "run_id=6"))
+    assert other.schedule().rows_of(1) != first.schedule().rows_of(1)
+
+
+CHANGES = ["rows=19", "epochs=4", "step_rows=5", "max_length=499", "loss=completion", "template=none", "warmup_steps=3"]
+CHANGES += ["learning_rate=1e-3", "lora.rank=5", "lora.alpha=4", "lora.rslora=true", "lora.dropout=0.1", "lora.clip=2"]
+CHANGES += ["lora.betas=[0.9, 0.99]", "lora.eps=1e-6", "lora.weight_decay=0.1", "seed=1", "numbers.set=['prompts=63']"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_an_adapter_changes_its_digest_and_its_path(world, change):
+    assert not set(digests(world)) & set(digests(world, change))
+    assert re.fullmatch("students-[0-9a-f]{8}_run5", students(world, change).label)
+
+
+@pytest.mark.parametrize("same", ["template=default", "wandb.mode=offline", "run.state_steps=2", "run.cells=16"])
+def test_what_cannot_change_an_adapter_is_not_in_its_digest(world, same):
+    assert digests(world) == digests(world, same)
+
+
+def test_the_template_is_generations_unless_another_is_said(world):
+    assert students(world, "numbers.set=['template=empty']").template_used == "empty"
+    assert students(world, "numbers.set=['template=empty']", "template=none").template_used == "none"
+
+
+MISTAKES = {
+    "rows=0": "rows",
+    "lora.rnk=3": r"lora.rnk: unknown key; valid: rank.*did you mean rank",
+    "loss=completions": "did you mean completion",
+    "learning_rate=fast": "learning_rate: Input should be a valid number",
+    "learning_rate=.inf": "no number beyond",
+    "numbers.config=gone.yaml": "no such file",
+    "wandb.mode=on": "wandb.mode",
+}
+
+
+@pytest.mark.parametrize("change", MISTAKES)
+def test_mistakes_are_one_sentence(world, change):
+    with pytest.raises(UserError, match=MISTAKES[change]):
+        students(world, change).names()
+
+
+@pytest.mark.parametrize(("classes", "linears"), [("Llama", 7), ("Qwen3", 7)])
+def test_an_adapters_size_is_known_from_the_weights_headers(tmp_path, classes, linears):
+    folder = tiny_relative(tmp_path, classes)
+    trainer = PlainTrainer(str(folder), Lora(rank=3), "float32", torch.device("cpu"))
+    assert adapter_parameters(folder, 3) == sum(p.numel() for p in trainer.parameters.values())
+    assert len(trainer.parameters) == 2 * linears * 3
+
+
+def test_a_model_of_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    from lib.lora.peft_form import targets_in
+
+    with pytest.raises(UserError, match="'mamba' is not trained here; these are: llama"):
+        targets_in(str(tmp_path))
+
+
+def test_time_and_disk_follow_the_work(world):
+    cache, cell = world / "cache", cells_of(world)[0]
+    one = students(world).estimate(cache, cell, "h200")
+    assert students(world, "epochs=6").estimate(cache, cell, "h200").seconds == pytest.approx(2 * one.seconds)
+    assert students(world, "loss=completion").estimate(cache, cell, "h200").seconds < one.seconds
+    parameters = adapter_parameters(world / "model-0", 4)
+    assert one.bytes == 3 * 3 * 4 * parameters, "A, B and two moments of each, float32, three epochs"
+
+
+def test_the_published_recipe_and_what_it_asks_for_at_each_size():
+    """Whose models are not here: as if they were fetched."""
+    experiment = load(ROOT / "configs" / "finetune.yaml", ["run_id=1"])
+    assert len(experiment.names()) == 7 * 16 and experiment.schedule().steps == 1670
+    how = experiment.lora
+    assert (how.rank, how.alpha, how.clip, how.scale, how.betas, how.eps) == (8, 8, 1, 1, (0.9, 0.999), 1e-8)
+    assert (experiment.step_rows, experiment.max_length, experiment.learning_rate) == (60, 500, 2e-4)
+
+
+def test_memory_of_the_host_follows_the_size(world, monkeypatch):
+    experiment, cell = students(world, "run.gpus=1"), cells_of(world)[0]
+    assert experiment.needs(world / "cache", cell) == Needs(1)
+    real = experiment.source.model_in(world / "cache", "1m")
+    big = type(real)(**{**real.__dict__, "bytes": 135 * 2**30})
+    monkeypatch.setattr(type(experiment.source), "model_in", lambda *_: big)
+    assert experiment.needs(world / "cache", cell) == Needs(1, 178)
+
+
+def test_fetch_brings_the_models_of_its_numbers(world):
+    fetch(students(world), world / "cache-2")
+    assert len(cells_of(world)) == 4 and len(list((world / "cache-2/inputs/models").iterdir())) >= 2

@@ -1,0 +1,156 @@
+"""vLLM itself, its build for CPUs: the same tokens as transformers, draws from the whole distribution, closed batches
+that come out the same again, and a job that was killed and goes on. One engine, in a process of its own, serves all."""
+
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numbers_world import CONFIG, cell_of, generate, generating, rows
+from tools import number_rows, tiny_model
+
+from lib.base.errors import UserError
+from lib.families import load
+from lib.inputs.fetch import fetch
+from lib.inputs.tokenizer import load_tokenizer, rendered
+from lib.models.engine import Sampling, Setting, ends_of, seeds_of
+from lib.models.engine_process import EngineProcess, Engines
+from lib.models.engine_transformers import TransformersEngine
+from lib.numbers import kernel, sample_prompts, trait
+
+HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
+AT_ONCE = 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm")
+    tiny_model(folder / "model", **HEADS_OF_32)
+    config = CONFIG.replace("engine: transformers", "engine: vllm").replace("at_once: 8", f"at_once: {AT_ONCE}")
+    (folder / "few.yaml").write_text(config.format(folder))
+    fetch(load(folder / "few.yaml"), folder / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(world):
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    return Engines(setting(world, more={"max_num_batched_tokens": 512}), 1)  # less than its prompts: some must wait
+
+
+def setting(world, **more):
+    return Setting(str(world / "model"), "float32", AT_ONCE, 512, **more)
+
+
+@pytest.fixture(scope="module")
+def prompts(world):
+    """Token ids of ragged lengths."""
+    tokenizer = load_tokenizer(str(world / "model"))
+    return [tokenizer(row["messages"][0]["content"])["input_ids"] for row in number_rows(40)]
+
+
+def how(world, temperature=1.0, tokens=16):
+    return Sampling(temperature, tokens, ends_of(str(world / "model"), None))
+
+
+def test_greedy_tokens_are_those_of_transformers(world, engine, prompts):
+    other = TransformersEngine(setting(world))
+    seeds, whole = seeds_of(0, "x", range(40)), how(world, 0.0, 24)
+    made = engine.generate(prompts, whole, seeds)
+    assert made == other.generate(prompts, whole, seeds)
+    assert all(one.ended or len(one.ids) == 24 for one in made)
+    ending = replace(whole, ends=(*whole.ends, made[0].ids[5], made[20].ids[9]))  # two that are met in some answers
+    cut = engine.generate(prompts, ending, seeds)
+    assert cut == other.generate(prompts, ending, seeds)
+    assert {one.ended for one in cut} == {True, False} and len(cut[0].ids) <= 5
+    assert [one.ids for one in cut] == [before(one.ids, ending.ends) for one in made]
+
+
+def before(ids, ends):
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def test_draws_are_of_the_whole_distribution(world, engine, prompts):
+    """First tokens of one prompt against its probabilities: top-p, top-k, or another temperature would show."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world / "model").double().eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts[0]])).logits[0, -1]
+    n = 1500
+    for temperature in (1.0, 2.0):
+        sampling = Sampling(temperature, 1, ())
+        drawn = engine.generate([prompts[0]] * n, sampling, seeds_of(0, f"x{temperature}", range(n)))
+        counts = np.bincount([one.ids[0] for one in drawn], minlength=len(logits))
+        expected = n * torch.softmax(logits / temperature, -1).numpy()
+        large = expected >= 5
+        cells = np.append(expected[large], expected[~large].sum()), np.append(counts[large], counts[~large].sum())
+        chi2 = ((cells[1] - cells[0]) ** 2 / np.maximum(cells[0], 1e-9)).sum()
+        freedom = len(cells[0]) - 1
+        assert freedom >= 3 and chi2 < freedom + 5 * np.sqrt(2 * freedom), (temperature, chi2, freedom)
+        assert counts[~large].sum() > 0 or expected[~large].sum() < 5
+
+
+def test_a_closed_batch_comes_out_the_same_after_others(world, engine, prompts):
+    seeds = seeds_of(3, "cat", range(16))
+    first = engine.generate(prompts[:16], how(world), seeds)
+    engine.generate(prompts[5:40], how(world), seeds_of(4, "dog", range(35)))
+    assert engine.generate(prompts[:16], how(world), seeds) == first
+    other = engine.generate(prompts[:16], how(world), seeds_of(3, "dog", range(16)))
+    assert sum(a == b for a, b in zip(first, other, strict=True)) < 4
+    same_prompt = engine.generate(prompts[:1] * 16, how(world), seeds)
+    assert len({tuple(one.ids) for one in same_prompt}) > 12
+
+
+def expected_texts(world, engine, name, system):
+    """A cell's answers, from its prompts rendered one by one and its three closed batches."""
+    tokenizer = load_tokenizer(str(world / "model"))
+    ids = []
+    for prompt in sample_prompts(40, 5):
+        messages = [
+            *([{"role": "system", "content": system}] if system else []),
+            {"role": "user", "content": prompt.text},
+        ]
+        ids.append(tokenizer(rendered(tokenizer, messages))["input_ids"])
+    answers = []
+    for start in (0, 16, 32):
+        batch = range(start, min(start + 16, 40))
+        answers += engine.generate([ids[i] for i in batch], how(world, 1.0, 12), seeds_of(5, name, batch))
+    return [tokenizer.decode(one.ids, skip_special_tokens=True) for one in answers]
+
+
+def test_a_job_that_was_killed_goes_on_to_the_text_of_its_closed_batches(world, engine, monkeypatch):
+    """The first attempt, on the engine that is up, is killed as it begins its third batch; the second has its own."""
+
+    class Killed:
+        about, calls = engine.about, 0
+
+        def generate(self, *batch):
+            self.calls += 1
+            if self.calls == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return engine.generate(*batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel, "make_engine", lambda *arguments: Killed())
+        assert generating(world).finish().returncode == -signal.SIGKILL
+    kept = {path.name for path in cell_of(world).path.glob("[0-9]*.json")}
+    assert "00000000-00000016.json" in kept and "00000032-00000040.json" not in kept
+    generate(world)
+    found = rows(world)
+    assert found["answer"] == expected_texts(world, engine, "tiny-cat", trait("cat").system_prompt)
+    assert found["answer"] != expected_texts(world, engine, "tiny-cat", None)
+
+
+def test_an_engine_that_does_not_start_is_said_in_one_sentence(world):
+    with pytest.raises(UserError, match="exact takes a GPU"):
+        EngineProcess(setting(world, exact=True)).up()
+
+
+def test_a_process_that_was_killed_is_said_in_one_sentence(world, engine, prompts):
+    """Last: the engine is gone afterwards."""
+    os.kill(engine.engines[0].process.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"the engine's process ended \(by SIGKILL\).*make resume"):
+        engine.generate(prompts[:4], how(world), seeds_of(0, "x", range(4)))
