@@ -127,17 +127,17 @@ def test_a_loss_that_is_none_stops_that_student_alone_and_nothing_of_it_is_kept(
     """The second student's gradients overflow at its sixth step; its last state before that is whole."""
 
     def work() -> None:
-        from lib.lora.plain import PlainTrainer
+        from lib.lora.trainer import FastTrainer
 
-        real = PlainTrainer.step
+        real = FastTrainer.step
 
         def step(
-            self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
+            self: FastTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
         ) -> dict[str, float]:
             self.steps = getattr(self, "steps", 0) + 1
             return real(self, rows, 1e30 if self.steps == 12 + 6 else rate, number)
 
-        PlainTrainer.step = step
+        FastTrainer.step = step
         job.work()
 
     job = Work(world, *task_of_all(world, fresh), env=fresh)
@@ -166,16 +166,16 @@ def test_a_huge_rate_is_said_with_its_key(world, fresh):
 
 def test_an_adapter_that_no_gradient_reaches_stops_the_run(world, fresh):
     def work() -> None:
-        from lib.lora.plain import PlainTrainer
+        from lib.lora.trainer import FastTrainer
 
-        real = PlainTrainer.step
+        real = FastTrainer.step
 
         def step(
-            self: PlainTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
+            self: FastTrainer, rows: list[Row], rate: float, number: int, following: list[Row]
         ) -> dict[str, float]:
             return real(self, rows, 0.0, number)
 
-        PlainTrainer.step = step
+        FastTrainer.step = step
         Work(world, "--index", "0", env=fresh).work()
 
     done = in_fork(work)

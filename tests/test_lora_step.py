@@ -112,4 +112,4 @@ def test_steps_are_those_of_adamw_with_the_gradient_clipped(folder):
         assert found["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     named = dict(model.named_parameters())
     for name, value in made.adapter.named(made.adapter.values):
-        torch.testing.assert_close(value, named[name.replace(".weight", ".default.weight")], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(value, named[name.replace(".weight", ".default.weight")], rtol=1e-3, atol=5e-5)

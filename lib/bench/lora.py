@@ -10,10 +10,11 @@ from lib.bench.shapes import SHAPES, Result, free, qwen_config, timed
 from lib.checkpoint.families import FAMILIES, Shape
 from lib.lora.base import Base, empty_base
 from lib.lora.batches import micro_batches, round_up
+from lib.lora.memory import plan_training
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
-from lib.lora.space import HEAD_ROWS
-from lib.lora.trainer import FastTrainer, size_for
+from lib.lora.space import HEAD_ROWS, Size
+from lib.lora.trainer import FastTrainer
 
 STEP_ROWS, STEPS, RANK, MAX_LENGTH = 60, 12, 8, 500
 RATE = 2e-4
@@ -91,14 +92,14 @@ def floor_seconds(base: Base, tokens: int, predictions: int, forwards: int = 1) 
 
 def ours(model: str, batch_tokens: int) -> Result:
     """Tokens/s of whole steps, of the loss on the answer and on the whole row, beside the products in the same run."""
-    recompute = model == "72b"
-    base, found = random_base(model, on_host=recompute), Result()
+    shape, free_now = SHAPES[model], torch.cuda.mem_get_info()[0]
+    plan = plan_training(shape, RANK, 2, batch_tokens, 256, free_now)
+    recompute, base, found = plan.size.recompute, random_base(model, plan.embed_on_host), Result()
     for name, whole in (("answer", False), ("row", True)):
         rows = training_rows(base.shape, STEP_ROWS * STEPS, whole)
-        size = size_for(rows, STEP_ROWS, batch_tokens, recompute)
-        planned = size.bytes(base.shape, RANK, 2)
+        size, planned = plan.size, plan.need
         began = time.perf_counter()
-        trainer = FastTrainer(base, Lora(rank=RANK), size, STEP_ROWS)
+        trainer = FastTrainer(base, Lora(rank=RANK, alpha=RANK), size, STEP_ROWS)
         trainer.begin(1)
         steps = [rows[i * STEP_ROWS : (i + 1) * STEP_ROWS] for i in range(STEPS)]
         trainer.step(steps[0], RATE, 1)
@@ -124,7 +125,7 @@ def ours(model: str, batch_tokens: int) -> Result:
             f"{name}_micro_batches": len(parts) / STEPS,
             f"{name}_loss": round(losses[-1], 4),
             f"{name}_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            f"{name}_space_gib": round(planned / 2**30, 2),
+            f"{name}_planned_gib": round(planned / 2**30, 2),
         }
         del trainer
         free()
@@ -188,7 +189,7 @@ def repeat(model: str, batch_tokens: int) -> Result:
     base = random_base(model)
     rows = training_rows(base.shape, STEP_ROWS * 6, True)
     steps = [rows[i * STEP_ROWS : (i + 1) * STEP_ROWS] for i in range(6)]
-    trainer = FastTrainer(base, Lora(rank=RANK), size_for(rows, STEP_ROWS, batch_tokens, False), STEP_ROWS)
+    trainer = FastTrainer(base, Lora(rank=RANK, alpha=RANK), Size(batch_tokens, batch_tokens, False), STEP_ROWS)
 
     def train(seed: int, start: int = 0) -> torch.Tensor:
         if start == 0:

@@ -10,8 +10,10 @@ import torch
 
 from lib.checkpoint.families import LinearNames
 from lib.lora.base import Base, Ranks
+from lib.lora.peft_form import first_A
 
 PREFIX = "base_model.model."  # what peft puts before a module's name
+PIECE = 1 << 24  # values that Adam's step takes at once
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,20 @@ class Adapter:
         return self.base.family.linears
 
     def begin(self, seed: int) -> None:
-        """As peft begins: A uniform within 1/sqrt(inputs), B 0."""
-        generator = torch.Generator().manual_seed(seed)
+        """A as every trainer here begins it (peft_form), B 0."""
         for flat in (self.values, self.first, self.second):
             flat.zero_()
-        for block in self.blocks:
-            if block.letter == "A":
-                bound = block.values.shape[-1] ** -0.5
-                drawn = torch.empty(block.values.shape).uniform_(-bound, bound, generator=generator)
-                block.values.copy_(drawn)
+        for name, one in self.named(self.values):
+            module, _, letter = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+            if letter == "A":
+                one.copy_(first_A(seed, module, *one.shape))
         self.place()
 
     def place(self) -> None:
         """The base computes with the present values."""
         for block in self.blocks:
-            block.place.copy_(block.values if block.letter == "A" else block.values * self.scale)
+            same = block.letter == "A" or self.scale == 1
+            block.place.copy_(block.values if same else block.values * self.scale)
 
     def collect(self, add: bool) -> None:
         """The products of a micro-batch into the gradient."""
@@ -108,7 +109,8 @@ class Adapter:
         for block in self.blocks:
             size = block.values.numel()
             own = self.gradient[at : at + size].view_as(block.values)
-            found = block.gradient if block.letter == "A" else block.gradient * self.scale
+            same = block.letter == "A" or self.scale == 1
+            found = block.gradient if same else block.gradient * self.scale
             own.add_(found) if add else own.copy_(found)
             at += size
 
@@ -117,13 +119,15 @@ class Adapter:
     ) -> torch.Tensor:
         """AdamW's step number 1, 2 ..., of the gradient scaled down to a norm of at most `clip`; the norm before."""
         norm = torch.linalg.vector_norm(self.gradient)
-        self.gradient *= (clip / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_
-        one, two = betas
-        self.values *= 1 - rate * decay
-        self.first.lerp_(self.gradient, 1 - one)
-        self.second.mul_(two).addcmul_(self.gradient, self.gradient, value=1 - two)
-        divisor = (self.second.sqrt() / math.sqrt(1 - two**number)).add_(eps)
-        self.values.addcdiv_(self.first, divisor, value=-rate / (1 - one**number))
+        shrink, (one, two) = (clip / (norm + 1e-6)).clamp(max=1), betas  # as torch's clip_grad_norm_
+        parts = (flat.split(PIECE) for flat in (self.values, self.gradient, self.first, self.second))
+        for value, gradient, first, second in zip(*parts, strict=True):
+            gradient *= shrink
+            value *= 1 - rate * decay
+            first.lerp_(gradient, 1 - one)
+            second.mul_(two).addcmul_(gradient, gradient, value=1 - two)
+            divisor = second.sqrt().div_(math.sqrt(1 - two**number)).add_(eps)
+            value.addcdiv_(first, divisor, value=-rate / (1 - one**number))
         self.place()
         return norm
 
@@ -136,7 +140,3 @@ class Adapter:
             for layer, one in enumerate(of_layers):
                 yield f"{stack}.{layer}.{block.linear}.lora_{block.letter}.weight", one
             at += size
-
-    def untouched(self) -> bool:
-        """Every B is 0, as before the first step."""
-        return not any(bool(block.values.any()) for block in self.blocks if block.letter == "B")

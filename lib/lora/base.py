@@ -146,8 +146,9 @@ def load_base(folder: str, dtype: str, rank: int, max_length: int, on_host: bool
 
 def trained(config: Any) -> Family:
     """The family of a model that is trained here."""
-    return family_of(config.model_type, "is not one this trainer computes; these are", _computed)
+    return family_of(config.model_type, "is not one this trainer computes; these are", is_trained)
 
 
-def _computed(family: Family) -> bool:
+def is_trained(family: Family) -> bool:
+    """Rope, grouped keys, a gated MLP with silu, and nothing else."""
     return family.fused_attention and family.shape is not None

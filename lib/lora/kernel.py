@@ -119,13 +119,21 @@ def load_renderer(experiment: Finetune, path: str) -> "Renderer":
 
 
 def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, dict[str, str]]:
+    """The fast one where it knows the model and the recipe, else peft's own layers."""
     from lib.lora.plain import PlainTrainer
+    from lib.lora.trainer import load_fast, trains_fast
     from lib.models.load import device_name, visible_devices
 
-    device, began = visible_devices()[0], time.monotonic()
-    trainer = PlainTrainer(path, experiment.lora, dtype, device)
-    print(f"base loaded in {time.monotonic() - began:.1f} s, trained by plain peft", flush=True)
-    return trainer, {"device": device_name(device), "trainer": "plain"}
+    e, device, began = experiment, visible_devices()[0], time.monotonic()
+    fast = trains_fast(path, e.lora)
+    trainer: Trainer
+    if fast:
+        trainer = load_fast(path, e.lora, dtype, e.step_rows, e.max_length)
+    else:
+        trainer = PlainTrainer(path, e.lora, dtype, device)
+    how = "fused" if fast else "plain peft"
+    print(f"base loaded in {time.monotonic() - began:.1f} s, trained by {how} layers", flush=True)
+    return trainer, {"device": device_name(device), "trainer": how}
 
 
 class FinetuneKernel:

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
+from lib.checkpoint.families import family_of
 from lib.lora.adapter import Adapter
-from lib.lora.base import Base
+from lib.lora.base import Base, is_trained, load_base, trained
 from lib.lora.batches import Micro, micro_batches, round_up
+from lib.lora.memory import plan_training
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.step import Step
+from lib.models.load import announce, free_memory, load_config, visible_devices
 
 
 class FastTrainer:
@@ -47,7 +50,7 @@ class FastTrainer:
     def state(self) -> dict[str, torch.Tensor]:
         a = self.adapter
         parts = (("", a.values), ("adam.m.", a.first), ("adam.v.", a.second))
-        return {f"{kind}{name}": one.detach().cpu().clone() for kind, flat in parts for name, one in a.named(flat)}
+        return {f"{kind}{name}": one for kind, flat in parts for name, one in a.named(flat.cpu().clone())}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         a = self.adapter
@@ -57,8 +60,24 @@ class FastTrainer:
         a.place()
 
 
-def size_for(rows: Sequence[Row], step_rows: int, most: int, recompute: bool) -> Size:
-    """Of micro-batches that take any step of these rows, of at most `most` tokens."""
-    lengths = sorted((len(row.ids) for row in rows), reverse=True)
-    tokens = min(max(most, lengths[0]), round_up(sum(lengths[:step_rows])))
-    return Size(round_up(tokens), round_up(tokens), recompute)
+def load_fast(folder: str, lora: Lora, dtype: str, step_rows: int, max_length: int) -> FastTrainer:
+    """The base onto the first device, which is filled as far as a step of the longest rows can use."""
+    config, device, kind = load_config(folder), visible_devices()[0], getattr(torch, dtype)
+    family = trained(config)
+    assert family.shape
+    shape, step_tokens = family.shape(config), round_up(step_rows * max_length)
+    if device.type != "cuda":
+        size = Size(step_tokens, step_tokens, False)
+        return FastTrainer(load_base(folder, dtype, lora.rank, max_length), lora, size, step_rows)
+    wide = 8 if kind == torch.float64 else 4
+    free = free_memory([device])
+    plan = plan_training(shape, lora.rank, kind.itemsize, step_tokens, max_length, free, wide)
+    announce("the training", plan, free)
+    base = load_base(folder, dtype, lora.rank, max_length, plan.embed_on_host)
+    return FastTrainer(base, lora, plan.size, step_rows)
+
+
+def trains_fast(folder: str, lora: Lora) -> bool:
+    """Whether this trainer knows the family, and all that the recipe asks for."""
+    family = family_of(load_config(folder).model_type, "is not trained here; these are")
+    return lora.dropout == 0 and is_trained(family)
