@@ -54,7 +54,7 @@ def main(load: Load) -> int:
     request = Request(experiment, Path(args.config), overrides, here)
     array = which(experiment, args.array, {axis: getattr(args, axis.lower()) for axis in AXES})
     if args.command == "submit" and args.chain:
-        submit.submit_chain(request, args.dry)
+        submit.submit_chain(request, array, args.dry)
     elif args.command == "submit":
         submit.submit(request, array, args.dry)
     elif args.command == "resume":
