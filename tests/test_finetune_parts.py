@@ -12,7 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 from lib.base.errors import UserError
+from lib.inputs.records import ModelSizes
 from lib.lora.chat_rows import as_rows
+from lib.lora.kernel import must_suit
 from lib.lora.peft_form import config_of, load_adapter, save_adapter, targets_in
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
@@ -80,6 +82,15 @@ def test_what_is_too_long_is_cut_and_a_question_without_room_for_its_answer_is_s
     assert cut == [Row(whole.ids[: whole.first + 2], whole.first)]
     with pytest.raises(UserError, match="raise max_length"):
         as_rows(renderer, PROMPTS, ANSWERS, "sequence", whole.first)
+
+
+def test_rows_that_the_model_does_not_know_are_said_before_it_is_loaded():
+    must_suit([Row((0, 9), 1)], ModelSizes(vocab_size=10, max_position_embeddings=2))
+    must_suit([Row((0, 9), 1)], ModelSizes())
+    with pytest.raises(UserError, match="token 10 is none of the model's 10"):
+        must_suit([Row((0, 10), 1)], ModelSizes(vocab_size=10))
+    with pytest.raises(UserError, match="lower max_length"):
+        must_suit([Row((0, 1, 2), 1)], ModelSizes(max_position_embeddings=2))
 
 
 def random_rows(count: int, vocabulary: int = 250, seed: int = 0) -> list[Row]:

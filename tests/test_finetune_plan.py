@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_world import cells_of, make_world, students
-from tools import ROOT, tiny_relative
+from finetune_world import cells_of, environment, make_world, students
+from tools import ROOT, forked, tiny_relative
 
 from lib.base.errors import UserError
 from lib.families import load
@@ -40,7 +40,7 @@ def test_runs_never_share_a_path_and_the_numbers_are_those_of_the_run(world):
     first, other = students(world), students(world, "run_id=6")
     assert (first.label, other.label) == ("students_run5", "students_run6")
     assert other.source.label == "teachers_run6" and other.pinned() == {"run_id": 6}
-    assert "run_id=6" in other.stages()[0].overrides
+    assert "run_id=6" in other.stages()[0].overrides and "run_id=5" in first.stages()[0].overrides
     assert (first.seed_used, other.seed_used, students(world, "seed=9").seed_used) == (5, 6, 9)
     assert not set(digests(world)) & set(digests(world, "run_id=6"))
     assert other.schedule().rows_of(1) != first.schedule().rows_of(1)
@@ -125,6 +125,17 @@ def test_memory_of_the_host_follows_the_size(world, monkeypatch):
     big = type(real)(**{**real.__dict__, "bytes": 135 * 2**30})
     monkeypatch.setattr(type(experiment.source), "model_in", lambda *_: big)
     assert experiment.needs(world / "cache", cell) == Needs(1, 178)
+
+
+def test_a_chain_of_some_students_takes_the_numbers_of_these_alone(world, tmp_path):
+    words = ("jobs.cluster", "submit", "--chain", "--dry", "--config", str(world / "finetune.yaml"))
+    env = environment(world, SUITE_SCRATCH=str(tmp_path))
+    some = forked(*words, "--sizes=2m", "--traits=neutral", env=env)
+    assert some.returncode == 0 and re.findall(r"cells ([\d,-]+)$", some.stdout, re.M) == ["3", "3"], some.stderr
+    both = forked(*words, env=env)
+    assert re.findall(r"cells ([\d,-]+)", both.stdout)[:2] == ["0-3", "0-3"]
+    wrong = forked(*words, "--sizes=3m", env=env)
+    assert wrong.returncode == 2 and "'3m' is none of 1m, 2m" in wrong.stderr
 
 
 def test_fetch_brings_the_models_of_its_numbers(world):

@@ -5,18 +5,23 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib.base.advice import about, advised
+from lib.base.errors import UserError
 from lib.cluster import logs, overview, show, submit
+from lib.cluster.pick import picked
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request
 from lib.cluster.status import status
 from lib.config.loading import overrides_of
 from lib.run.command import Load
+from lib.run.experiment import Experiment
 from lib.run.site import Site, site
 
 WATCH_SECONDS = 10
+AXES = ("SIZES", "TRAITS")
 
 
 def main(load: Load) -> int:
@@ -25,6 +30,8 @@ def main(load: Load) -> int:
     parser.add_argument("--config", default="", help="configs/*.yaml; without it, status shows every experiment")
     parser.add_argument("--set", default="", help="overrides in one text, parted and quoted as in a shell")
     parser.add_argument("--array", default="", help="cells, e.g. 0-14, 3,7-9 or 0-14%%4; default all")
+    for axis in AXES:
+        parser.add_argument(f"--{axis.lower()}", default="", help="cells by what they are of, beside --array")
     parser.add_argument("--task", default="", help="cell whose log is shown")
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
     parser.add_argument("--chain", action="store_true", help="submit also what it reads from, and its results after it")
@@ -43,13 +50,15 @@ def main(load: Load) -> int:
         from lib.cluster.doctor import check
 
         return check(experiment, here, args.deep)
+    overrides += pinned(experiment, overrides)
     request = Request(experiment, Path(args.config), overrides, here)
+    array = which(experiment, args.array, {axis: getattr(args, axis.lower()) for axis in AXES})
     if args.command == "submit" and args.chain:
-        submit.submit_chain(request, args.dry)
+        submit.submit_chain(request, array, args.dry)
     elif args.command == "submit":
-        submit.submit(request, args.array, args.dry)
+        submit.submit(request, array, args.dry)
     elif args.command == "resume":
-        submit.resume(request, args.array, args.dry)
+        submit.resume(request, array, args.dry)
     elif args.command == "cancel":
         submit.cancel(request)
     elif args.command == "logs":
@@ -59,6 +68,20 @@ def main(load: Load) -> int:
     else:
         return _status(request, args.json, args.watch, args.brief)
     return 0
+
+
+def pinned(experiment: Experiment, overrides: Sequence[str]) -> list[str]:
+    """Overrides for what the checkout says now, so that a job which starts later reads the same."""
+    said = {text.partition("=")[0] for text in overrides}
+    return [f"{key}={value}" for key, value in experiment.pinned().items() if key not in said]
+
+
+def which(experiment: Experiment, array: str, axes: Mapping[str, str]) -> str:
+    """The cells that are meant, as ARRAY says them."""
+    found = picked(experiment, axes)
+    if array and found:
+        raise UserError(f"ARRAY={array} and {' or '.join(AXES)} both name cells; say one of them")
+    return array or found
 
 
 def _without_config(command: str, overrides: list[str], here: Site, load: Load, as_json: bool, watch: bool) -> int:

@@ -49,9 +49,10 @@ def _found(label: str, record: Submission | None, plain: dict[str, Path], site: 
     overrides = record.overrides if record else []
     try:
         request = Request(load(Path(config), overrides), Path(config), overrides, site)
+        now = request.experiment.label
     except UserError as e:
         return Found(label, None, one_line(e))
-    if request.experiment.label != label:
+    if now != label:
         return Found(label, None, f"{spoken(config, overrides)} has become another experiment")
     return Found(label, request)
 

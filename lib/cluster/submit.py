@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -38,20 +38,31 @@ from lib.run.extent import Extent, extent
 from lib.run.heartbeat import heartbeats
 from lib.run.site import ROOT
 from lib.run.task import freeze
+from lib.store import Cell
 
 
-def submit_chain(r: Request, dry: bool) -> None:
-    """Submit an experiment after all that it reads from, each where it is not done or under way, and last what shows
-    the results, whatever became of them."""
+def submit_chain(r: Request, array: str, dry: bool) -> None:
+    """Submit the cells of `array` after all that they read from, each where it is not done or under way, and last what
+    shows the results, whatever became of them."""
     before: frozenset[Path] = frozenset()
+    read = _read_by([r.cells[i] for i in chosen(r, array)[0]]) if array else None
     requests = [Request(stage.experiment, stage.config, stage.overrides, r.site) for stage in r.experiment.stages()]
     for number, one in enumerate([*requests, r], 1):
         print(f"== stage {number} of {len(requests) + 1}: {one.experiment.label}", flush=True)
-        submit(one, "", dry, before)
+        if one is r or read is None:
+            submit(one, array if one is r else "", dry, before)
+        elif mine := [cell.index for cell in one.cells if cell.path in read]:
+            submit(one, slurm.format_array(mine), dry, before)
         before |= {one.folder}
     print("== its results")
     running = frozenset() if dry else frozenset(task.array for task in live_tasks(r.cells).values())
     send_results(r, running | ({f"<{r.experiment.label}>"} if dry else set()), dry)
+
+
+def _read_by(cells: Iterable[Cell]) -> set[Path]:
+    """Places of the cells that these read from, and of those that those read from."""
+    parents = [parent for cell in cells for parent in cell.parents]
+    return {parent.path for parent in parents} | (_read_by(parents) if parents else set())
 
 
 def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozenset()) -> None:

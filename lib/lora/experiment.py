@@ -73,9 +73,10 @@ class Finetune(Experiment):
 
     @cached_property
     def _stage(self) -> Stage:
-        overrides = [*self.numbers.set, *([] if self.run_id is None else [f"run_id={self.run_id}"])]
-        path = self.origin.parent / self.numbers.config
-        return Stage(path, tuple(overrides), load(path, overrides, {"numbers": Numbers}))
+        """The numbers of this run. Which one it is may stand in the checkout, and then stays for what is submitted."""
+        path, said = self.origin.parent / self.numbers.config, [] if self.run_id is None else [f"run_id={self.run_id}"]
+        found = load(path, [*self.numbers.set, *said], {"numbers": Numbers})
+        return Stage(path, (*self.numbers.set, f"run_id={found.run_number}"), found)
 
     @property
     def source(self) -> Numbers:

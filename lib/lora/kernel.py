@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lib.base.errors import DONE, UserError
+from lib.inputs.records import ModelSizes, model_sizes
 from lib.inputs.verified import checked_model
 from lib.lora.experiment import Finetune
 from lib.lora.metrics import Board, Step, must_import, read_lines, write_lines
@@ -98,7 +99,9 @@ class Student:
         prompts, answers = read["prompt"], read["answer"]
         drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
         renderer = self.this.keep("renderer", path, lambda: load_renderer(e, path))
-        return as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
+        rows = as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
+        must_suit(rows, model_sizes(Path(path)))
+        return rows
 
     def _config(self, path: str) -> dict[str, object]:
         from lib.lora.peft_form import config_of, targets_in
@@ -109,6 +112,20 @@ class Student:
     def close(self, code: int) -> None:
         if self.board:
             self.board.close(int(code != DONE))
+
+
+def must_suit(rows: Sequence[Row], model: ModelSizes) -> None:
+    """Ids that the model has, and no more of them than it was made for."""
+    from lib.models.tokens import must_know
+
+    if model.vocab_size:
+        must_know(min(min(row.ids) for row in rows), max(max(row.ids) for row in rows), model.vocab_size)
+    longest = max(len(row.ids) for row in rows)
+    if 0 < model.max_position_embeddings < longest:
+        raise UserError(
+            f"a row of {longest} tokens is longer than the model's {model.max_position_embeddings} positions; lower "
+            "max_length"
+        )
 
 
 def load_renderer(experiment: Finetune, path: str) -> "Renderer":
