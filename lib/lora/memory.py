@@ -13,7 +13,7 @@ GIB = 2**30
 WHOLE = (16384, 12288, 10240, 8192, 6144, 5120, 4096, 3072, 2048, 1536, 1024, 768)
 TWICE = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
 PASSING = 512 << 20  # sums of kernels, pieces of Adam's step, what the allocator rounds up
-SHARE = 0.985  # of the free memory
+SHARE = 0.99  # of the free memory
 
 
 @dataclass(frozen=True)
