@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,16 @@ class Sgd:
         self.step += 1
         return {"examples": len(x), "loss": float(np.square(error).mean()), "optimizer": "sgd"}
 
-    def save(self, folder: Path) -> None:
-        np.save(folder / "weights.npy", self.weights)
-        (folder / "optimizer").mkdir()
-        np.save(folder / "optimizer" / "speed.npy", self.speed)
-        (folder / "random.json").write_text(json.dumps(self.dice.bit_generator.state))
+    def snapshot(self) -> Callable[[Path], None]:
+        weights, speed, dice = self.weights.copy(), self.speed.copy(), json.dumps(self.dice.bit_generator.state)
+
+        def save(folder: Path) -> None:
+            np.save(folder / "weights.npy", weights)
+            (folder / "optimizer").mkdir()
+            np.save(folder / "optimizer" / "speed.npy", speed)
+            (folder / "random.json").write_text(dice)
+
+        return save
 
 
 def in_one_go(index: int, steps: int) -> Sgd:

@@ -55,7 +55,7 @@ def last_state(folder: Path, index: int = 0, steps: int = 60) -> dict[str, bytes
 def undisturbed(tmp: Path, index: int = 0, steps: int = 60) -> dict[str, bytes]:
     """The same work outside of the suite."""
     tmp.mkdir(parents=True)
-    in_one_go(index, steps).save(tmp)
+    in_one_go(index, steps).snapshot()(tmp)
     return {path.relative_to(tmp).as_posix(): path.read_bytes() for path in sorted(tmp.rglob("*")) if path.is_file()}
 
 
@@ -182,9 +182,9 @@ def test_status_counts_steps_and_a_last_state_retired_on_purpose_stays_done(tmp_
 def test_a_state_that_lies_is_not_gone_on_from(tmp_path):
     """A whole folder of another experiment, or under another step's name."""
     cell = cell_in(tmp_path)
-    commit_folder(cell.path, "cd" * 32, "step-00000050", in_one_go(0, 50).save)
-    commit_folder(cell.path, cell.digest, "step-00000061", in_one_go(0, 50).save)  # the cell has 60
-    piece = commit_folder(cell.path, cell.digest, "step-00000040", in_one_go(0, 40).save)
+    commit_folder(cell.path, "cd" * 32, "step-00000050", in_one_go(0, 50).snapshot())
+    commit_folder(cell.path, cell.digest, "step-00000061", in_one_go(0, 50).snapshot())  # the cell has 60
+    piece = commit_folder(cell.path, cell.digest, "step-00000040", in_one_go(0, 40).snapshot())
     rewrite(piece.path, name="step-00000030")
     code, out = finish(start(tmp_path))
     assert code == 0 and "0 of 60 steps done" in out and out.count("does not hold") == 2

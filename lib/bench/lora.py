@@ -17,6 +17,7 @@ from lib.lora.space import HEAD_ROWS, Size
 from lib.lora.trainer import FastTrainer
 
 STEP_ROWS, STEPS, RANK, MAX_LENGTH = 60, 12, 8, 500
+STEPS_OF = {"14b": 6, "32b": 4, "72b": 2}
 RATE = 2e-4
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -92,27 +93,30 @@ def floor_seconds(base: Base, tokens: int, predictions: int, forwards: int = 1) 
 
 def ours(model: str, batch_tokens: int) -> Result:
     """Tokens/s of whole steps, of the loss on the answer and on the whole row, beside the products in the same run."""
-    shape, free_now = SHAPES[model], torch.cuda.mem_get_info()[0]
+    shape, free_now, count = SHAPES[model], torch.cuda.mem_get_info()[0], STEPS_OF.get(model, STEPS)
     plan = plan_training(shape, RANK, 2, batch_tokens, 256, free_now)
     recompute, base, found = plan.size.recompute, random_base(model, plan.embed_on_host), Result()
     for name, whole in (("answer", False), ("row", True)):
-        rows = training_rows(base.shape, STEP_ROWS * STEPS, whole)
+        torch.cuda.reset_peak_memory_stats()
+        rows = training_rows(base.shape, STEP_ROWS * count, whole)
         size, planned = plan.size, plan.need
         began = time.perf_counter()
         trainer = FastTrainer(base, Lora(rank=RANK, alpha=RANK), size, STEP_ROWS)
         trainer.begin(1)
-        steps = [rows[i * STEP_ROWS : (i + 1) * STEP_ROWS] for i in range(STEPS)]
+        steps = [rows[i * STEP_ROWS : (i + 1) * STEP_ROWS] for i in range(count)]
         trainer.step(steps[0], RATE, 1)
         first = time.perf_counter() - began
         for number, step in enumerate(steps[1:], 2):  # every size is captured
             trainer.step(step, RATE, number)
         began = time.perf_counter()
         losses = [
-            trainer.step(step, RATE, STEPS + 1 + i, steps[(i + 1) % STEPS])["loss"] for i, step in enumerate(steps)
+            trainer.step(step, RATE, count + 1 + i, steps[(i + 1) % count])["loss"] for i, step in enumerate(steps)
         ]
         seconds = time.perf_counter() - began
-        tokens = sum(len(row.ids) for row in rows)
+        peak, tokens = torch.cuda.max_memory_allocated(), sum(len(row.ids) for row in rows)
         parts = [micro for step in steps for micro in micro_batches(step, size.tokens)]
+        trainer.run = trainer.adapter = None  # type: ignore[assignment]: its memory
+        free()
         floor = sum(
             floor_seconds(base, t, p, 2 if recompute else 1) * n
             for (t, p), n in _counted([(min(m.size[0], size.tokens), m.scored) for m in parts]).items()
@@ -122,13 +126,11 @@ def ours(model: str, batch_tokens: int) -> Result:
             f"{name}_floor_tokens_per_s": round(tokens / floor),
             f"{name}_of_floor": round(floor / seconds, 3),
             f"{name}_first_step_s": round(first, 2),
-            f"{name}_micro_batches": len(parts) / STEPS,
+            f"{name}_micro_batches": len(parts) / count,
             f"{name}_loss": round(losses[-1], 4),
-            f"{name}_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            f"{name}_peak_gib": round(peak / 2**30, 2),
             f"{name}_planned_gib": round(planned / 2**30, 2),
         }
-        del trainer
-        free()
     return found
 
 

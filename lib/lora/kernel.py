@@ -194,11 +194,16 @@ class FinetuneKernel:
     def _rows_of(self, number: int) -> list[Row]:
         return [self.rows[i] for i in self.schedule.rows_of(number)]
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Callable[[Path], None]:
         from lib.lora.peft_form import save_adapter
 
-        save_adapter(folder, self.trainer.state(), self.config)
-        write_lines(folder, self.lines)
+        state, lines = self.trainer.state(), list(self.lines)
+
+        def save(folder: Path) -> None:
+            save_adapter(folder, state, self.config)
+            write_lines(folder, lines)
+
+        return save
 
 
 def must_have_changed(state: Mapping[str, "torch.Tensor"], steps: int) -> None:

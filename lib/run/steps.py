@@ -5,6 +5,7 @@ a start goes on from the last one that holds, so that a run which was killed end
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,7 +34,9 @@ class StepKernel(Protocol):
         """One step; numbers among its facts are summed between two states, of texts the last stays."""
         ...
 
-    def save(self, folder: Path) -> None: ...
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes the present state into a folder, while the next steps are made."""
+        ...
 
 
 def run_steps(
@@ -89,27 +92,44 @@ class _Steps:
     def _go(self, kernel: StepKernel, progress: Progress) -> int:
         step, totals, since, facts = self._restore(kernel), Totals(), time.monotonic(), _Facts()
         said = float("-inf")
-        while step < self.cell.total and not self.notice.came:
-            if time.monotonic() - said > BEAT_SECONDS:
-                said = time.monotonic()
-                self.beat.beat("running", rows_done=step)
-            new = kernel.advance()
-            facts.add(new)
-            totals.count(new)
-            step += 1
-            progress.add(1)
-            if self._is_due(step) or self.notice.came:
-                seconds = round(time.monotonic() - since, 3)
-                if self._commit(kernel, step, seconds, facts).adopted and (last := self._last()):
-                    step = self._restore(kernel) if step_of(last) >= step else step
-                self._tidy(step)
-                since, facts = time.monotonic(), _Facts()
+        with ThreadPoolExecutor(1) as behind:  # a state is written while the next steps are made
+            writing: Future[Folder] | None = None
+            while True:
+                ends = step == self.cell.total or self.notice.came
+                if ends or self._is_due(step):
+                    writing, before = None, writing
+                    if before and self._is_anothers(before.result()):
+                        step, since, facts = self._restore(kernel), time.monotonic(), _Facts()
+                        continue
+                    if ends and not facts:
+                        break
+                    if facts:
+                        seconds = round(time.monotonic() - since, 3)
+                        writing = behind.submit(self._commit, kernel.snapshot(), step, seconds, facts)
+                        since, facts = time.monotonic(), _Facts()
+                    if ends:
+                        continue
+                if time.monotonic() - said > BEAT_SECONDS:
+                    said = time.monotonic()
+                    self.beat.beat("running", rows_done=step)
+                new = kernel.advance()
+                facts.add(new)
+                totals.count(new)
+                step += 1
+                progress.add(1)
         totals.say()
         return DONE if step == self.cell.total else REQUEUE
 
-    def _commit(self, kernel: StepKernel, step: int, seconds: float, facts: Facts) -> Folder:
+    def _commit(self, save: Callable[[Path], None], step: int, seconds: float, facts: Facts) -> Folder:
         about = {"seconds": seconds, "made": self.made, "facts": facts, "sampled": True}
-        return commit_folder(self.cell.path, self.cell.digest, state_name(step), kernel.save, **about)
+        found = commit_folder(self.cell.path, self.cell.digest, state_name(step), save, **about)
+        self._tidy(step)
+        return found
+
+    def _is_anothers(self, state: Folder) -> bool:
+        """Another copy wrote it first, so that what was made since goes on from other bits."""
+        last = self._last() if state.adopted else None
+        return last is not None and step_of(last) >= step_of(state)
 
     def _restore(self, kernel: StepKernel) -> int:
         """From the last state that holds. Another copy may retire it meanwhile: then there is a later one."""
