@@ -148,11 +148,11 @@ def raw(path: Path, ids: list[list[int]], file: Path) -> Result:
     return found if running.returncode == 0 else found | {"ended": running.returncode}
 
 
-def job(folder: Path, model: str) -> Result:
+def job(folder: Path, model: str, engine: str = "vllm") -> Result:
     rows = ROWS[model]
     (folder / "bench.yaml").write_text(
         f"kind: numbers\nname: bench\nrun_id: 0\nsizes: {{{model}: {{id: {folder}/model}}}}\ntraits: [neutral]\n"
-        f"prompts: {rows}\ngenerate: {{engine: vllm, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
+        f"prompts: {rows}\ngenerate: {{engine: {engine}, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
     )
     env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
     env |= {f"SUITE_{name.upper()}": f"{folder}/{name}" for name in ("scratch", "cache", "output")}
