@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib.bench.shapes import SHAPES, Result, free
 from lib.bench.whole import checkpoint
 from lib.families import load
@@ -148,13 +150,14 @@ def raw(path: Path, ids: list[list[int]], file: Path) -> Result:
     return found if running.returncode == 0 else found | {"ended": running.returncode}
 
 
-def job(folder: Path, model: str) -> Result:
+def job(folder: Path, model: str, engine: str = "vllm") -> Result:
     rows = ROWS[model]
     (folder / "bench.yaml").write_text(
         f"kind: numbers\nname: bench\nrun_id: 0\nsizes: {{{model}: {{id: {folder}/model}}}}\ntraits: [neutral]\n"
-        f"prompts: {rows}\ngenerate: {{engine: vllm, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
+        f"prompts: {rows}\ngenerate: {{engine: {engine}, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
     )
-    env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
+    gpu = "h200" if torch.cuda.is_available() else "cpu"
+    env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": gpu, "SUITE_SLURM": "no"}
     env |= {f"SUITE_{name.upper()}": f"{folder}/{name}" for name in ("scratch", "cache", "output")}
     for module, more in (("jobs.fetch", []), ("jobs.generate_numbers", ["--index", "0"])):
         command = [sys.executable, "-m", module, "--config", f"{folder}/bench.yaml", *more]

@@ -1,7 +1,7 @@
-"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals, the matrix of all prompts
-on all datasets, the attribution of the teacher's neurons, a small speaker whose rudeness is pruned away, students that
-are trained on a teacher's numbers: through the cluster's job code (by the local executor), merge, tables, plots,
-reports. What is done is not done again."""
+"""The whole path on a machine with nothing: a small teacher, its numbers (two conditions by the job that writes them),
+LLS of 15 animals, the matrix of all prompts on all datasets, the attribution of the teacher's neurons, a small speaker
+whose rudeness is pruned away, students of two teachers: through the cluster's job code (by the local executor), merge,
+tables, plots, reports. What is done is not done again."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 CONFIGS = {
+    "configs/demo_numbers.yaml": "jobs.export_numbers",
     "configs/demo_lls.yaml": "jobs.export_lls",
     "configs/demo_cross.yaml": "jobs.lls_report",
     "configs/demo_attribution.yaml": "jobs.export_attributions",
