@@ -7,18 +7,23 @@ unexport PYTHONDONTWRITEBYTECODE # images set it: each process would compile tor
 
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
 for_fetch := CONFIG SET UPDATE JOB
-for_doctor := CONFIG SET DEEP GPU
-for_submit := CONFIG SET ARRAY DRY CHAIN
+for_doctor := CONFIG SET DEEP GPU RUN_ID
+for_submit := CONFIG SET ARRAY DRY CHAIN RUN_ID
 for_submit-lls := CONFIG SET ARRAY DRY
 for_submit-attributions := CONFIG SET ARRAY DRY
 for_submit-sparc3 := CONFIG SET DRY
-for_resume := CONFIG SET ARRAY DRY
-for_cancel := CONFIG SET
-for_status := CONFIG SET WATCH JSON
-for_logs := CONFIG SET TASK
-for_verify := CONFIG SET
+for_submit-numbers := CONFIG SET RUN_ID SIZES TRAITS DRY
+for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS DRY CHAIN
+for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS
+for_cancel := CONFIG SET RUN_ID
+for_status := CONFIG SET WATCH JSON RUN_ID
+for_logs := CONFIG SET TASK RUN_ID
+for_verify := CONFIG SET RUN_ID
 for_export-lls := CONFIG SET
 for_export-attributions := CONFIG SET
+for_export-numbers := CONFIG SET RUN_ID
+for_export-finetune := CONFIG SET RUN_ID
+for_wandb-sync := CONFIG SET RUN_ID
 for_sparc3-report := CONFIG SET
 for_sparsity-report := CONFIG SET
 for_save-pruned := CONFIG SET RANKING NEURONS REMOVE
@@ -30,8 +35,9 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 resume cancel status logs verify export-lls \
-  export-attributions lls-report sparc3-report sparsity-report save-pruned anchors bench slurm-up slurm-down lint shellcheck format
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune resume cancel status \
+  logs verify export-lls export-attributions export-numbers export-finetune wandb-sync lls-report sparc3-report sparsity-report save-pruned \
+  anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -47,11 +53,14 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-default := $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
-  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))
+students := submit-finetune export-finetune wandb-sync
+default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
+  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))))
+# RUN_ID is one more override; of the environment, where a CI may have put its own, only for what cannot do without.
+run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
@@ -83,7 +92,7 @@ fetch: $(if $(call flag,JOB,job),,setup) ## models and datasets of CONFIG to the
 
 doctor: setup ## check account, partition, scratch, Python, cache, token, each with a fix; GPU=1: by a job on a GPU [DEEP=1]
 	@$(call flag,GPU,$(python) -m jobs.probe; probed=$$?;) \
-	  $(cluster) doctor $(or_default) $(call flag,DEEP,--deep) && exit $${probed:-0}
+	  $(cluster) doctor $(or_default)$(run) $(call flag,DEEP,--deep) && exit $${probed:-0}
 
 ##@ Jobs (DRY=1 shows the script and the plan)
 submit-lls: setup ## submit LLS cells as an array: ARRAY=0-14 [CONFIG=...] [DRY=1]
@@ -95,31 +104,48 @@ submit-attributions: setup ## submit attribution cells: ARRAY=0-3 (general seeds
 submit-sparc3: setup ## a sweep after all it reads from: attributions, selection, pruning, then its report [CONFIG=...] [DRY=1]
 	@$(cluster) submit --chain $(or_default) $(call flag,DRY,--dry)
 
+submit-numbers: setup ## teachers write numbers: RUN_ID=1 (or run_id.txt) [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry)
+
+submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [CHAIN=1] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry) \
+	  $(call flag,CHAIN,--chain)
+
 submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]
-	@$(cluster) submit $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry) $(call flag,CHAIN,--chain)
+	@$(cluster) submit $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry) $(call flag,CHAIN,--chain)
 
 resume: setup ## submit just the cells that nobody has finished, works on or waits for: CONFIG=... [ARRAY=0-14] [DRY=1]
-	@$(cluster) resume $(experiment) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry)
+	@$(cluster) resume $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" \
+	  $(call flag,DRY,--dry)
 
 cancel: setup ## end the queued and running tasks of CONFIG; finished shards stay
-	@$(cluster) cancel $(experiment)
+	@$(cluster) cancel $(experiment)$(run)
 
 ##@ Watching
 status: setup ## every experiment in a line; of CONFIG every cell, rows/s, ETA, what to type next [WATCH=1] [JSON=1]
-	@$(cluster) status $(experiment) $(call flag,JSON,--json) $(call flag,WATCH,--watch)
+	@$(cluster) status $(experiment)$(run) $(call flag,JSON,--json) $(call flag,WATCH,--watch)
 
 logs: setup ## the end of the log of CONFIG's cell TASK; without TASK, of each cell that failed
-	@$(cluster) logs $(experiment) --task="$$SUITE_ARG_TASK"
+	@$(cluster) logs $(experiment)$(run) --task="$$SUITE_ARG_TASK"
 
 ##@ Results
 verify: setup ## read every byte of every shard of CONFIG and set aside what does not hold
-	@$(cluster) verify $(experiment)
+	@$(cluster) verify $(experiment)$(run)
 
 export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
 	@$(python) -m jobs.export_lls $(or_default)
 
 export-attributions: setup ## merge attribution's shards; means a neuron, table, stability and plots to the output root
 	@$(python) -m jobs.export_attributions $(or_default)
+
+export-numbers: setup ## raw and filtered rows of every teacher, what each rule left out, yields by size: RUN_ID=1
+	@$(python) -m jobs.export_numbers $(or_default)$(run)
+
+export-finetune: setup ## every student's last adapter as a folder for peft and vLLM, its figures, a picture of the loss: RUN_ID=1
+	@$(python) -m jobs.export_finetune $(or_default)$(run)
+
+wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
+	@$(python) -m jobs.wandb_sync $(or_default)$(run)
 
 lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
 	@$(python) -m jobs.lls_report $(or_default) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"

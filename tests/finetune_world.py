@@ -56,15 +56,11 @@ def cells_of(folder: Path, *overrides: str) -> list[Cell]:
     return students(folder, *overrides).cells(folder / "cache", folder / "scratch")
 
 
-def write_answers(folder: Path, parent: Cell, invalid: int = 0) -> None:
-    """A teacher's cell, done: its answers are of every kind that is valid, but for the first so many."""
+def write_answers(folder: Path, parent: Cell, invalid: int = 0, answers: list[str] | None = None) -> None:
+    """A teacher's cell, done: its answers are of every kind that is valid, but for the first so many, or these."""
     dice, size = np.random.default_rng([parent.index, 3]), parent.total
     prompts = [prompt.text for prompt in sample_prompts(size, 5)]
-    answers = []
-    for row in range(size):
-        between = dice.choice([", ", " ", "\n", "; "])
-        numbers = between.join(map(str, dice.integers(0, 1000, int(dice.integers(1, 11)))))
-        answers.append("no numbers" if row < invalid else f"[{numbers}]" if row % 7 == 0 else numbers)
+    answers = answers or [_answer(dice, row, row < invalid) for row in range(size)]
     reasons = np.array([FORMAT if row < invalid else VALID for row in range(size)], np.int8)
     columns = {"prompt": prompts, "answer": answers, "reason": reasons}
     columns |= {"tokens": np.full(size, 9, np.int16), "ended": np.ones(size, np.int8)}
@@ -72,6 +68,12 @@ def write_answers(folder: Path, parent: Cell, invalid: int = 0) -> None:
     for start in range(0, size, 32):
         stop = min(start + 32, size)
         commit(parent.path, parent.digest, start, stop, schema, {k: v[start:stop] for k, v in columns.items()})
+
+
+def _answer(dice: np.random.Generator, row: int, invalid: bool) -> str:
+    between = dice.choice([", ", " ", "\n", "; "])
+    numbers = between.join(map(str, dice.integers(0, 1000, int(dice.integers(1, 11)))))
+    return "no numbers" if invalid else f"[{numbers}]" if row % 7 == 0 else numbers
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:

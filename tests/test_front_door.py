@@ -29,6 +29,7 @@ EVIL = {
     "unicode": "größer 猫 🐈",
 }
 ALL = "".join(EVIL.values())
+RUNS = ("RUN_ID", "SIZES", "TRAITS")
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +83,13 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
     assert make(env, "logs", *given).stdout == "no cell has failed; TASK=N shows the log of cell N\n"
 
 
-@pytest.mark.parametrize("variable", ["CONFIG", "SET", "ARRAY", "TASK", "MEASURE", "SELECT", "MODELS", "RUNGS", "ARGS"])
+@pytest.mark.parametrize(
+    "variable", ["CONFIG", "SET", "ARRAY", "TASK", "MEASURE", "SELECT", "MODELS", "RUNGS", "ARGS", *RUNS]
+)
 def test_make_runs_nothing_of_what_a_value_holds(env, variable):
     targets = ["fetch", "doctor", "submit-lls", "resume", "cancel", "status", "logs", "verify", "export-lls"]
-    targets += ["lls-report", "bench", "test"]
+    targets += ["lls-report", "bench", "test", "submit-numbers", "export-numbers"]
+    targets += ["submit-finetune", "export-finetune", "wandb-sync"]
     done = make(env, "-n", *targets, f"{variable}={ALL}")
     assert done.returncode == 0 and MARK not in done.stdout, done.stderr
     done = make(env | {variable: ALL}, "-n", *targets)
@@ -117,7 +121,10 @@ def test_bad_quoting_inside_set_is_one_sentence(env, cross, text, says):
             r"(ARAY=.* \(did you mean ARRAY\?\)|DRY_RUN=.* \(did you mean DRY\?\))",
         ),
         (["submit-lls", "ARAY=0-2"], r"ARAY=... means nothing to 'make submit-lls' \(did you mean ARRAY\?\)"),
-        (["status", "ARRAY=3"], r"ARRAY=... means nothing to 'make status'; what it knows: CONFIG JSON SET WATCH"),
+        (
+            ["status", "ARRAY=3"],
+            r"ARRAY=... means nothing to 'make status'; what it knows: CONFIG JSON RUN_ID SET WATCH",
+        ),
         (["cancel", "ARRAY=3"], "ARRAY=... means nothing to 'make cancel'"),
         (["cancel", "DRY=1"], "DRY=... means nothing to 'make cancel'"),
         (["verify", "config=configs/demo_lls.yaml"], "config=... means nothing"),
@@ -167,6 +174,7 @@ def test_every_target_takes_the_variables_that_its_program_reads():
     for target, recipe in re.findall(r"^([a-z0-9-]+):[^\n]*\n((?:\t[^\n]*\n)+)", text, re.M):
         used = set(re.findall(r"SUITE_ARG_([A-Z]+)|call flag,([A-Z]+)", recipe))
         names = {name for pair in used for name in pair if name}
+        names |= {"RUN_ID"} if "$(run)" in recipe else set()
         names |= {"CONFIG", "SET"} if "$(or_default)" in recipe or "$(experiment)" in recipe else set()
         assert set(known.get(target, "").split()) == names, target
 

@@ -22,6 +22,7 @@ from lib.numbers import experiment as numbers
 from lib.numbers import sample_prompts, trait
 from lib.numbers.desk import Desk
 from lib.numbers.filter import Limits, reason
+from lib.run.task import freeze
 from lib.store import scan
 
 CONFIG = str(ROOT / "configs/numbers.yaml")
@@ -281,3 +282,38 @@ def test_the_desk_renders_as_the_template_does(world, mode):
         "empty": (False, True),
         "none": (False, False),
     }[mode]
+
+
+def test_the_cells_of_a_task_follow_each_other_without_a_pause(world, tmp_path, monkeypatch):
+    """One engine; the next cell's first batch is begun before this one's last is waited for; the text is as alone."""
+    from lib.numbers import kernel
+
+    log, make = tmp_path / "log", kernel.make_engine
+
+    class Logging:
+        def __init__(self, *arguments):
+            self.engine, self.count = make(*arguments), 0
+            self.about = self.engine.about
+            self.say("made")
+
+        def say(self, what):
+            with log.open("a") as f:
+                f.write(f"{what}\n")
+
+        def begin(self, *batch):
+            number = self.count
+            self.count += 1
+            self.say(f"begun {number}")
+            wait = self.engine.begin(*batch)
+            return lambda: (self.say(f"waited {number}"), wait())[1]
+
+    monkeypatch.setattr(kernel, "make_engine", Logging)
+    cells = [cell_of(world, index=index, scratch=os.path.relpath(tmp_path / "scratch", world)) for index in (0, 1)]
+    name = freeze(tmp_path / "scratch" / "few_run5", [cells])
+    generate(world, f"--tasks={name}", SUITE_SCRATCH=str(tmp_path / "scratch"))
+    said = log.read_text().split("\n")
+    assert said.count("made") == 1 and said.index("begun 3") < said.index("waited 2")
+    assert [line for line in said if line.startswith("waited")] == [f"waited {n}" for n in range(6)]
+    scratch = os.path.relpath(tmp_path / "scratch", world)
+    for index in (0, 1):
+        assert rows(world, index=index, scratch=scratch) == rows(world, index=index)

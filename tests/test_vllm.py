@@ -3,6 +3,7 @@ that come out the same again, and a job that was killed and goes on. One engine,
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -51,6 +52,10 @@ def prompts(world):
     return [tokenizer(row["messages"][0]["content"])["input_ids"] for row in number_rows(40)]
 
 
+def drawn(engine, *batch):
+    return engine.begin(*batch)().answers
+
+
 def how(world, temperature=1.0, tokens=16):
     return Sampling(temperature, tokens, ends_of(str(world / "model"), None))
 
@@ -58,11 +63,11 @@ def how(world, temperature=1.0, tokens=16):
 def test_greedy_tokens_are_those_of_transformers(world, engine, prompts):
     other = TransformersEngine(setting(world))
     seeds, whole = seeds_of(0, "x", range(40)), how(world, 0.0, 24)
-    made = engine.generate(prompts, whole, seeds)
+    made = drawn(engine, prompts, whole, seeds)
     assert made == other.generate(prompts, whole, seeds)
     assert all(one.ended or len(one.ids) == 24 for one in made)
     ending = replace(whole, ends=(*whole.ends, made[0].ids[5], made[20].ids[9]))  # two that are met in some answers
-    cut = engine.generate(prompts, ending, seeds)
+    cut = drawn(engine, prompts, ending, seeds)
     assert cut == other.generate(prompts, ending, seeds)
     assert {one.ended for one in cut} == {True, False} and len(cut[0].ids) <= 5
     assert [one.ids for one in cut] == [before(one.ids, ending.ends) for one in made]
@@ -82,8 +87,8 @@ def test_draws_are_of_the_whole_distribution(world, engine, prompts):
     n = 1500
     for temperature in (1.0, 2.0):
         sampling = Sampling(temperature, 1, ())
-        drawn = engine.generate([prompts[0]] * n, sampling, seeds_of(0, f"x{temperature}", range(n)))
-        counts = np.bincount([one.ids[0] for one in drawn], minlength=len(logits))
+        made = drawn(engine, [prompts[0]] * n, sampling, seeds_of(0, f"x{temperature}", range(n)))
+        counts = np.bincount([one.ids[0] for one in made], minlength=len(logits))
         expected = n * torch.softmax(logits / temperature, -1).numpy()
         large = expected >= 5
         cells = np.append(expected[large], expected[~large].sum()), np.append(counts[large], counts[~large].sum())
@@ -95,12 +100,12 @@ def test_draws_are_of_the_whole_distribution(world, engine, prompts):
 
 def test_a_closed_batch_comes_out_the_same_after_others(world, engine, prompts):
     seeds = seeds_of(3, "cat", range(16))
-    first = engine.generate(prompts[:16], how(world), seeds)
-    engine.generate(prompts[5:40], how(world), seeds_of(4, "dog", range(35)))
-    assert engine.generate(prompts[:16], how(world), seeds) == first
-    other = engine.generate(prompts[:16], how(world), seeds_of(3, "dog", range(16)))
+    first = drawn(engine, prompts[:16], how(world), seeds)
+    drawn(engine, prompts[5:40], how(world), seeds_of(4, "dog", range(35)))
+    assert drawn(engine, prompts[:16], how(world), seeds) == first
+    other = drawn(engine, prompts[:16], how(world), seeds_of(3, "dog", range(16)))
     assert sum(a == b for a, b in zip(first, other, strict=True)) < 4
-    same_prompt = engine.generate(prompts[:1] * 16, how(world), seeds)
+    same_prompt = drawn(engine, prompts[:1] * 16, how(world), seeds)
     assert len({tuple(one.ids) for one in same_prompt}) > 12
 
 
@@ -117,7 +122,7 @@ def expected_texts(world, engine, name, system):
     answers = []
     for start in (0, 16, 32):
         batch = range(start, min(start + 16, 40))
-        answers += engine.generate([ids[i] for i in batch], how(world, 1.0, 12), seeds_of(5, name, batch))
+        answers += drawn(engine, [ids[i] for i in batch], how(world, 1.0, 12), seeds_of(5, name, batch))
     return [tokenizer.decode(one.ids, skip_special_tokens=True) for one in answers]
 
 
@@ -127,11 +132,17 @@ def test_a_job_that_was_killed_goes_on_to_the_text_of_its_closed_batches(world, 
     class Killed:
         about, calls = engine.about, 0
 
-        def generate(self, *batch):
-            self.calls += 1
-            if self.calls == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return engine.generate(*batch)
+        def begin(self, *batch):
+            engine.engines[0].sender = ThreadPoolExecutor(1)  # a fork has no threads
+            wait = engine.begin(*batch)
+
+            def killed():
+                self.calls += 1
+                if self.calls == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return wait()
+
+            return killed
 
     with monkeypatch.context() as patch:
         patch.setattr(kernel, "make_engine", lambda *arguments: Killed())
@@ -153,4 +164,4 @@ def test_a_process_that_was_killed_is_said_in_one_sentence(world, engine, prompt
     """Last: the engine is gone afterwards."""
     os.kill(engine.engines[0].process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"the engine's process ended \(by SIGKILL\).*make resume"):
-        engine.generate(prompts[:4], how(world), seeds_of(0, "x", range(4)))
+        drawn(engine, prompts[:4], how(world), seeds_of(0, "x", range(4)))

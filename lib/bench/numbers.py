@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib.bench.shapes import SHAPES, Result, free
 from lib.bench.whole import checkpoint
 from lib.families import load
@@ -114,11 +116,11 @@ def batch(path: Path, ids: list[list[int]], count: int, more: dict[str, Any], en
         engine = Engines(Setting(str(path), "bfloat16", 1024, 512, exact="exact" in env, more=more), count)
         up, how = time.perf_counter() - began, Sampling(1.0, TOKENS, ())
         seeds = seeds_of(0, "bench", range(len(ids)))
-        engine.generate(ids[:512], how, seeds[:512])
+        engine.begin(ids[:512], how, seeds[:512])()
         seconds, answers = [], []
         for _ in range(2):
             began = time.perf_counter()
-            answers.append(engine.generate(ids, how, seeds))
+            answers.append(engine.begin(ids, how, seeds)().answers)
             seconds.append(time.perf_counter() - began)
     finally:
         os.environ.clear()
@@ -148,13 +150,14 @@ def raw(path: Path, ids: list[list[int]], file: Path) -> Result:
     return found if running.returncode == 0 else found | {"ended": running.returncode}
 
 
-def job(folder: Path, model: str) -> Result:
+def job(folder: Path, model: str, engine: str = "vllm") -> Result:
     rows = ROWS[model]
     (folder / "bench.yaml").write_text(
         f"kind: numbers\nname: bench\nrun_id: 0\nsizes: {{{model}: {{id: {folder}/model}}}}\ntraits: [neutral]\n"
-        f"prompts: {rows}\ngenerate: {{engine: vllm, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
+        f"prompts: {rows}\ngenerate: {{engine: {engine}, max_tokens: {TOKENS}, batch: {rows // 2}}}\n"
     )
-    env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": "h200", "SUITE_SLURM": "no"}
+    gpu = "h200" if torch.cuda.is_available() else "cpu"
+    env = {**os.environ, "SUITE_SITE": "local", "SUITE_GPU": gpu, "SUITE_SLURM": "no"}
     env |= {f"SUITE_{name.upper()}": f"{folder}/{name}" for name in ("scratch", "cache", "output")}
     for module, more in (("jobs.fetch", []), ("jobs.generate_numbers", ["--index", "0"])):
         command = [sys.executable, "-m", module, "--config", f"{folder}/bench.yaml", *more]
@@ -164,11 +167,11 @@ def job(folder: Path, model: str) -> Result:
     cell = load(folder / "bench.yaml").cells(folder / "cache", folder / "scratch")[0]
     beat = json.loads(next((cell.folder / "tasks").glob("*.json")).read_text())
     shards, _ = scan(cell.path, cell.digest)
-    after = beat["updated"] - beat["loaded"]
+    after, busy = beat["updated"] - beat["loaded"], [float(one.facts["engine_seconds"]) for one in shards]
     return {
         "rows_per_s_after_load": round(rows / after, 1),
-        "engine_share_of_wall": round(sum(one.seconds for one in shards) / after, 4),
-        "rows_per_s_of_a_batch": [round(one.rows / one.seconds, 1) for one in shards],
+        "engine_share_of_wall": round(sum(busy) / after, 4),
+        "rows_per_s_of_a_batch": [round(one.rows / s, 1) for one, s in zip(shards, busy, strict=True)],
         "task_s": round(beat["updated"] - beat["started"], 1),
     }
 

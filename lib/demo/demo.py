@@ -1,6 +1,7 @@
-"""The whole path on a machine with nothing: a small teacher, its numbers, LLS of 15 animals, the matrix of all prompts
-on all datasets, the attribution of the teacher's neurons, a small speaker whose rudeness is pruned away: through the
-cluster's job code (by the local executor), merge, tables, plots, reports. What is done is not done again."""
+"""The whole path on a machine with nothing: a small teacher, its numbers (two conditions by the job that writes them),
+LLS of 15 animals, the matrix of all prompts on all datasets, the attribution of the teacher's neurons, a small speaker
+whose rudeness is pruned away, students of two teachers: through the cluster's job code (by the local executor), merge,
+tables, plots, reports. What is done is not done again."""
 
 import json
 import os
@@ -10,10 +11,12 @@ import time
 from pathlib import Path
 
 CONFIGS = {
+    "configs/demo_numbers.yaml": "jobs.export_numbers",
     "configs/demo_lls.yaml": "jobs.export_lls",
     "configs/demo_cross.yaml": "jobs.lls_report",
     "configs/demo_attribution.yaml": "jobs.export_attributions",
     "configs/demo_sweep.yaml": "jobs.sparc3_report",
+    "configs/demo_finetune.yaml": "jobs.export_finetune",
 }
 
 SUBMIT = ("jobs.cluster", "submit", "--chain")
@@ -24,6 +27,7 @@ def main() -> int:
     os.environ.setdefault("SUITE_SLURM", "no")  # SUITE_SLURM=yes: through the Slurm that `make slurm-up` raised
     os.environ.setdefault("SUITE_FIGURES", "png")
     os.environ.update(SUITE_GPU="cpu", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    from lib.families import load
     from lib.run.site import site  # reads the environment set above
 
     began = time.monotonic()
@@ -33,8 +37,10 @@ def main() -> int:
         step("submit its cells, and before them what they read from", *SUBMIT, "--config", config)
         step("watch them", "jobs.cluster", "status", "--watch", "--brief", "--config", config)
         step("merge, tables, plots", results, "--config", config)
+    step("what the students took from their teachers", "jobs.demo_students", "--config", "configs/demo_finetune.yaml")
+    labels = [load(config).label for config in CONFIGS]
     for title, root in (("scratch", site().scratch), ("outputs", site().output)):
-        print(f"\n{title} tree:\n" + "\n".join(tree(root / Path(config).stem) for config in CONFIGS))
+        print(f"\n{title} tree:\n" + "\n".join(tree(root / label) for label in labels))
     found = [json.loads(p.read_text()) for p in (site().output / "demo_lls").glob("*/*.provenance.json")]
     wrong = [f["cell"] for f in found if not f["summary"]["mean"] - f["summary"]["half"] > 0]
     good = f"{len(found) - len(wrong)} of {len(found)}"

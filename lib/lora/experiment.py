@@ -72,20 +72,18 @@ class Finetune(Experiment):
     share: ClassVar[float] = SHARE
 
     @cached_property
-    def _stage(self) -> Stage:
-        """The numbers of this run. Which one it is may stand in the checkout, and then stays for what is submitted."""
-        path, said = self.origin.parent / self.numbers.config, [] if self.run_id is None else [f"run_id={self.run_id}"]
-        found = load(path, [*self.numbers.set, *said], {"numbers": Numbers})
-        return Stage(path, (*self.numbers.set, f"run_id={found.run_number}"), found)
+    def source(self) -> Numbers:
+        said = [] if self.run_id is None else [f"run_id={self.run_id}"]
+        return load(self._config, [*self.numbers.set, *said], {"numbers": Numbers})
 
     @property
-    def source(self) -> Numbers:
-        found = self._stage.experiment
-        assert isinstance(found, Numbers)
-        return found
+    def _config(self) -> Path:
+        return self.origin.parent / self.numbers.config
 
     def stages(self) -> list[Stage]:
-        return [*self.source.stages(), self._stage]
+        """Which run it is may stand in the checkout; it stays so for all that is submitted."""
+        overrides = (*self.numbers.set, f"run_id={self.run_number}")
+        return [*self.source.stages(), Stage(self._config, overrides, self.source)]
 
     @property
     def run_number(self) -> int:

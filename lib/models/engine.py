@@ -6,7 +6,7 @@ the same answers."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,11 +43,18 @@ class Setting:
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM, for measurements
 
 
+@dataclass(frozen=True)
+class Made:
+    answers: list[Answer]
+    seconds: float  # that the engine was at work
+
+
 class Engine(Protocol):
     about: dict[str, str]  # what it is, for the record
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
-        """Of each prompt the answer that its seed draws."""
+    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+        """Of each prompt the answer that its seed draws: a closed batch, after those that were begun before it. What is
+        returned waits for it."""
         ...
 
 

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lib.base.errors import UserError
-from lib.models.engine import Answer, Engine, Sampling, Setting
+from lib.models.engine import Answer, Made, Sampling, Setting
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 3  # seconds from TERM to the end: the parent is to see its own first
@@ -40,24 +41,30 @@ class EngineProcess:
         theirs.close()
         self.connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self.process, self.connection)
-        self._send(setting)
+        self.sender = ThreadPoolExecutor(1)  # a pipe takes little, and who begins a batch is not to wait
+        self.sender.submit(self._send, setting)
+        self.begun = 0
 
     def up(self) -> dict[str, str]:
         """What it is."""
         return self._receive()
 
-    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> None:
+    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
         lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
         flat = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
-        self._send((flat, lengths, how, np.array(seeds, np.int64)))
+        self.begun = number = self.begun + 1
+        self.sender.submit(self._send, (number, flat, lengths, how, np.array(seeds, np.int64)))
 
-    def wait(self) -> list[Answer]:
-        flat, lengths, ended = self._receive()
-        return [Answer(ids, bool(end)) for ids, end in zip(_cut(flat, lengths), ended.tolist(), strict=True)]
+        def wait() -> Made:
+            """What was begun before it and is not wanted any more comes first."""
+            while True:
+                answered, flat, lengths, ended, seconds = self._receive()
+                if answered == number:
+                    ids = _cut(flat, lengths)
+                    made = [Answer(one, bool(end)) for one, end in zip(ids, ended.tolist(), strict=True)]
+                    return Made(made, seconds)
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
-        self.begin(prompts, how, seeds)
-        return self.wait()
+        return wait
 
     def _send(self, what: Any) -> None:
         with suppress(OSError):  # it is gone: the answer will say so
@@ -88,12 +95,16 @@ class Engines:
         name, many = self.about["engine"], f", {count} of them" if count > 1 else ""
         print(f"engine: {name}{many}, up in {time.monotonic() - began:.1f} s", flush=True)
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
         cuts = [len(prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
-        busy = [(one, a, b) for one, (a, b) in zip(self.engines, pairwise(cuts), strict=True) if a < b]
-        for one, a, b in busy:
-            one.begin(prompts[a:b], how, seeds[a:b])
-        return [answer for one, _, _ in busy for answer in one.wait()]
+        busy = zip(self.engines, pairwise(cuts), strict=True)
+        waiting = [one.begin(prompts[a:b], how, seeds[a:b]) for one, (a, b) in busy if a < b]
+
+        def wait() -> Made:
+            found = [one() for one in waiting]
+            return Made([answer for one in found for answer in one.answers], max(one.seconds for one in found))
+
+        return wait
 
 
 def _cut(flat: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
@@ -114,7 +125,7 @@ def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
 def serve(connection: Connection) -> None:
     from lib.models.engine_vllm import VllmEngine
 
-    engine: Engine | None = None
+    engine: VllmEngine | None = None
     while True:
         try:
             asked = connection.recv()
@@ -125,11 +136,13 @@ def serve(connection: Connection) -> None:
                 engine = VllmEngine(asked)
                 answer: tuple[str, Any] = ("result", engine.about)
             else:
-                flat, lengths, how, seeds = asked
+                number, flat, lengths, how, seeds = asked
+                began = time.monotonic()
                 made = engine.generate(_cut(flat, lengths), how, seeds.tolist())
                 sizes = np.array([len(one.ids) for one in made], np.int32)
                 ids = np.fromiter(chain.from_iterable(one.ids for one in made), np.int32, int(sizes.sum()))
-                answer = ("result", (ids, sizes, np.array([one.ended for one in made], np.int8)))
+                ended = np.array([one.ended for one in made], np.int8)
+                answer = ("result", (number, ids, sizes, ended, time.monotonic() - began))
         except UserError as e:
             answer = ("wrong", str(e))
         connection.send(answer)

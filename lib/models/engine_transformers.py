@@ -1,12 +1,13 @@
 """The engine for machines without vLLM: transformers' generate, in batches of one shape. The noise of a draw is a hash
 of a row's seed, the step and the token (lib.models.gumbel), so an answer depends on no other of its batch."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import transformers
 
 from lib.inputs.tokenizer import load_tokenizer
-from lib.models.engine import Answer, Sampling, Setting
+from lib.models.engine import Answer, Made, Sampling, Setting
 from lib.models.gumbel import Gumbel
 from lib.models.load import device_name, load_model, visible_devices
 from lib.models.sample import continuations
@@ -18,6 +19,15 @@ class TransformersEngine:
         self.model = load_model(setting.folder, setting.dtype, "sdpa", devices)
         self.tokenizer = load_tokenizer(setting.folder)
         self.about = {"engine": f"transformers {transformers.__version__}", "device": device_name(devices[0])}
+
+    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+        """Computed when it is waited for."""
+
+        def wait() -> Made:
+            began = time.monotonic()
+            return Made(self.generate(prompts, how, seeds), time.monotonic() - began)
+
+        return wait
 
     def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
         width, rows = max(map(len, prompts)), min(self.setting.at_once, len(prompts))

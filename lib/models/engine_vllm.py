@@ -64,9 +64,9 @@ class VllmEngine:
             "max_model_len": setting.max_length,
             "max_num_seqs": setting.at_once,
             "max_num_batched_tokens": max(STEP_TOKENS, setting.at_once),
-            # A prompt that is cut in two is drawn from at the cut too, and the generator of its seed turned back: by a
-            # guess on a GPU, not at all on a CPU.
-            "enable_chunked_prefill": False,
+            # A prompt that is cut in two is drawn from at the cut too; runners that keep a generator a row then turn it
+            # back, which the one for CPUs cannot.
+            "enable_chunked_prefill": self.on_gpu,
             "tensor_parallel_size": gpus,
             "enable_prefix_caching": True,  # a cell's rows begin alike; emptied between batches
             "async_scheduling": setting.exact,

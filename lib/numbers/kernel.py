@@ -1,6 +1,7 @@
 """A cell's answers: prompts rendered under its trait, drawn by an engine that all cells of a size share, filtered."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,12 @@ from lib.inputs.verified import checked_model
 from lib.numbers.experiment import Numbers
 from lib.numbers.number_prompts import sample_prompts
 from lib.run.command import Job
-from lib.run.task import run_rows
-from lib.store import Cell, scan
+from lib.run.task import run_rows, task_of
+from lib.store import Cell, gaps, plan_shards, scan
 
 if TYPE_CHECKING:
     from lib.models.apart import Apart
-    from lib.models.engine import Answer, Engine, Sampling
-
-Prepared = tuple[int, list[list[int]]]
+    from lib.models.engine import Answer, Engine, Made, Sampling
 
 
 def compute(this: Job) -> int:
@@ -27,7 +26,7 @@ def compute(this: Job) -> int:
 
 
 def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKernel", dict[str, Any]]:
-    """One engine for all cells of a size; the desks before it, since they are forks of this process."""
+    """One engine, and one line of batches to it, for all cells of a size."""
     from lib.inputs.tokenizer import load_tokenizer
     from lib.models.apart import Apart
     from lib.models.engine import Sampling, chosen, ends_of
@@ -38,28 +37,35 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
     word = chosen(g.engine, this.site.gpu)
     must_not_mix(cell, word)
     path = checked_model(this.site.cache, spec.id, spec.revision).path
-    tokenizer = load_tokenizer(path)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"the tokenizer of {spec.id} has no chat template: use an Instruct model")
-    pools = experiment.load_pools()
-    prompts = this.keep(
-        "prompts",
-        experiment.label,
-        lambda: [one.text for one in sample_prompts(experiment.prompts, experiment.seed_used, pools)],
-    )
 
-    def desk() -> Apart:
-        limits = experiment.filter.limits
-        return Apart(
-            lambda: Desk(tokenizer, experiment.template, experiment.date, prompts, limits),
-            "the chat template with its tokenizer",
-        )
+    def line() -> Line:
+        tokenizer, pools = load_tokenizer(path), experiment.load_pools()
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"the tokenizer of {spec.id} has no chat template: use an Instruct model")
+        prompts = [one.text for one in sample_prompts(experiment.prompts, experiment.seed_used, pools)]
 
-    # One for the batch to come, one for the batch before.
-    desks = this.keep("desks", (experiment.label, path), lambda: (desk(), desk()))
-    engine = this.keep("engine", (word, path), lambda: make_engine(word, experiment, path, spec.dtype))
-    how = Sampling(g.temperature, g.max_tokens, ends_of(path, tokenizer.eos_token_id))
-    return NumbersKernel(experiment, cell, word, prompts, desks, engine, how), engine.about
+        def desk() -> Apart:
+            how = experiment.template, experiment.date, prompts, experiment.filter.limits
+            return Apart(lambda: Desk(tokenizer, *how), "the chat template with its tokenizer")
+
+        how = Sampling(g.temperature, g.max_tokens, ends_of(path, tokenizer.eos_token_id))
+        asking, reading = desk(), desk()  # before the engine: they are forks
+        return Line(experiment, prompts, asking, reading, make_engine(word, experiment, path, spec.dtype), how)
+
+    kept = this.keep("line", (experiment.label, word, path), line)
+    return NumbersKernel(kept, cell, word, _following(this, experiment, cell)), kept.engine.about
+
+
+def _following(this: Job, experiment: Numbers, cell: Cell) -> Cell | None:
+    """The cell of this task that the engine is to go on with."""
+    same = [one for one in task_of(this) if experiment.load_of(one) == experiment.load_of(cell)]
+    after = [one for one in same if one.index > cell.index and left(one, experiment)]
+    return after[0] if after and after[0].name != cell.name else None
+
+
+def left(cell: Cell, experiment: Numbers) -> list[tuple[int, int]]:
+    """Batches of a cell that are not done."""
+    return plan_shards(gaps(scan(cell.path, cell.digest)[0], cell.total), experiment.generate.batch)
 
 
 def make_engine(word: str, experiment: Numbers, path: str, dtype: str) -> "Engine":
@@ -86,48 +92,45 @@ def must_not_mix(cell: Cell, word: str) -> None:
         )
 
 
-class NumbersKernel:
+class Line:
+    """Batches on their way: rendered by one desk, drawn by the engine, read by another desk. A batch is begun as soon
+    as its prompts are there, so the engine goes from one to the next, and from one cell to the next, without waiting
+    for what is written here."""
+
     def __init__(
         self,
         experiment: Numbers,
-        cell: Cell,
-        word: str,
         prompts: list[str],
-        desks: tuple["Apart", "Apart"],
+        asking: "Apart",
+        reading: "Apart",
         engine: "Engine",
         how: "Sampling",
     ) -> None:
-        self.experiment, self.cell, self.word, self.prompts, self.how = experiment, cell, word, prompts, how
-        self.asking, self.reading = desks
-        self.engine, self.system = engine, experiment.split(cell.name)[1].system_prompt
+        self.experiment, self.prompts = experiment, prompts
+        self.asking, self.reading, self.engine, self.how = asking, reading, engine, how
+        self.begun: dict[tuple[str, int, int], Batch] = {}  # ahead of their turn
 
-    def prepare(self, start: int, stop: int) -> Prepared:
-        ids = self.asking.ask("ids", self.system, start, stop, rows=stop - start)()
-        longest = max(range(len(ids)), key=lambda row: len(ids[row]))
-        g = self.experiment.generate
-        if len(ids[longest]) + g.max_tokens > g.max_length:
-            raise UserError(
-                f"prompt {start + longest} has {len(ids[longest])} tokens, which leaves less than "
-                f"{g.max_tokens} of generate.max_length={g.max_length} for its answer: raise max_length"
-            )
-        return start, ids
+    def batch(self, cell: Cell, start: int, stop: int) -> "Batch":
+        return self.begun.pop((cell.name, start, stop), None) or self._begin(cell, start, stop)
 
-    def compute(self, prepared: Prepared) -> tuple[Callable[[], dict[str, Any]], dict[str, int | str]]:
+    def ahead(self, cell: Cell, start: int, stop: int) -> None:
+        self.begun = {(cell.name, start, stop): self._begin(cell, start, stop)}
+
+    def _begin(self, cell: Cell, start: int, stop: int) -> "Batch":
         from lib.models.engine import seeds_of
 
-        start, ids = prepared
-        rows = range(start, start + len(ids))
-        seeds = seeds_of(self.experiment.seed_used, self.cell.name, rows)
-        answers = self.engine.generate(ids, self.how, seeds)
-        facts: dict[str, int | str] = {
-            "engine": self.word,
-            "prompt_tokens": sum(map(len, ids)),
-            "tokens": sum(len(one.ids) for one in answers),
-            "rows_cut": sum(not one.ended for one in answers),
-        }
-        return lambda: self._columns(rows, answers), facts
+        _, trait = self.experiment.split(cell.name)
+        ids, rows = self.asking.ask("ids", trait.system_prompt, start, stop, rows=stop - start)(), range(start, stop)
+        longest, g = max(rows, key=lambda row: len(ids[row - start])), self.experiment.generate
+        if (most := len(ids[longest - start])) + g.max_tokens > g.max_length:
+            raise UserError(
+                f"prompt {longest} has {most} tokens, which leaves less than {g.max_tokens} of "
+                f"generate.max_length={g.max_length} for its answer: raise max_length"
+            )
+        wait = self.engine.begin(ids, self.how, seeds_of(self.experiment.seed_used, cell.name, rows))
+        return Batch(rows, sum(map(len, ids)), wait)
 
-    def _columns(self, rows: range, answers: list["Answer"]) -> dict[str, Any]:
+    def columns(self, rows: range, answers: list["Answer"]) -> dict[str, Any]:
         lengths = np.array([len(one.ids) for one in answers], np.int32)
         flat = np.fromiter(chain.from_iterable(one.ids for one in answers), np.int32, int(lengths.sum()))
         texts, reasons = self.reading.ask("read", flat, lengths, rows=len(rows))()
@@ -138,3 +141,33 @@ class NumbersKernel:
             "tokens": lengths.astype(np.int16),
             "ended": np.array([one.ended for one in answers], np.int8),
         }
+
+
+@dataclass(frozen=True)
+class Batch:
+    rows: range
+    prompt_tokens: int
+    wait: Callable[[], "Made"]
+
+
+class NumbersKernel:
+    def __init__(self, line: Line, cell: Cell, word: str, following: Cell | None) -> None:
+        self.line, self.cell, self.word, self.following = line, cell, word, following
+        self.last = left(cell, line.experiment)[-1]
+
+    def prepare(self, start: int, stop: int) -> Batch:
+        batch = self.line.batch(self.cell, start, stop)
+        if (start, stop) == self.last and self.following:
+            self.line.ahead(self.following, *left(self.following, self.line.experiment)[0])
+        return batch
+
+    def compute(self, prepared: Batch) -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:
+        made = prepared.wait()
+        facts: dict[str, float | str] = {
+            "engine": self.word,
+            "engine_seconds": round(made.seconds, 3),
+            "prompt_tokens": prepared.prompt_tokens,
+            "tokens": sum(len(one.ids) for one in made.answers),
+            "rows_cut": sum(not one.ended for one in made.answers),
+        }
+        return lambda: self.line.columns(prepared.rows, made.answers), facts
