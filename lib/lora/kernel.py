@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +18,7 @@ from lib.lora.schedule import Schedule
 from lib.numbers.dataset import training_rows
 from lib.run.command import Job
 from lib.run.steps import run_steps
-from lib.run.task import run_task
+from lib.run.task import run_task, task_of
 from lib.store import Cell, read_cell
 
 if TYPE_CHECKING:
@@ -51,10 +53,10 @@ LOOKED_AT = 3  # after so many steps the adapter must have changed
 
 def compute(this: Job) -> int:
     experiment = this.of(Finetune)
-    schedule = experiment.schedule()
+    schedule, desk = experiment.schedule(), Desk(this, experiment)
 
     def work(cell: Cell) -> int:
-        student, code = Student(this, experiment, cell), 1
+        student, code = Student(this, experiment, cell, desk), 1
         try:
             code = run_steps(
                 cell,
@@ -71,11 +73,42 @@ def compute(this: Job) -> int:
     return run_task(this, work)
 
 
-class Student:
-    """A cell: its rows, the base that it shares with the others of its task, and where its figures go."""
+class Desk:
+    """Rows of the task's students, which are of one size: the next one's are made while the one before is trained."""
 
-    def __init__(self, this: Job, experiment: Finetune, cell: Cell) -> None:
-        self.this, self.experiment, self.cell = this, experiment, cell
+    def __init__(self, this: Job, experiment: Finetune) -> None:
+        self.this, self.experiment = this, experiment
+        self.following = dict(pairwise(task_of(this)))
+        self.behind, self.ahead = ThreadPoolExecutor(1), dict[Cell, Future[list[Row]]]()
+
+    def rows(self, cell: Cell, path: str) -> list[Row]:
+        e = self.experiment
+        renderer = self.this.keep("renderer", path, lambda: load_renderer(e, path))  # a fork, before there is CUDA
+        found = self.ahead.pop(cell, None)
+        if found is None or found.exception():  # what it reads from may have come since
+            found = self.behind.submit(self._rows, cell, path, renderer)
+        rows = found.result()
+        if after := self.following.get(cell):
+            self.ahead[after] = self.behind.submit(self._rows, after, path, renderer)
+        return rows
+
+    def _rows(self, cell: Cell, path: str, renderer: "Renderer") -> list[Row]:
+        from lib.lora.chat_rows import as_rows
+
+        e, [parent] = self.experiment, cell.parents
+        read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
+        prompts, answers = read["prompt"], read["answer"]
+        drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
+        rows = as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
+        must_suit(rows, model_sizes(Path(path)))
+        return rows
+
+
+class Student:
+    """A cell: the base that it shares with the others of its task, and where its figures go."""
+
+    def __init__(self, this: Job, experiment: Finetune, cell: Cell, desk: Desk) -> None:
+        self.this, self.experiment, self.cell, self.desk = this, experiment, cell, desk
         self.board: Board | None = None
 
     def load(self) -> tuple["FinetuneKernel", dict[str, str]]:
@@ -83,25 +116,13 @@ class Student:
         if e.wandb.mode != "off":
             must_import()  # before a GPU is used
         path = checked_model(self.this.site.cache, spec.id, spec.revision).path
-        rows = self._rows(path)
+        rows = self.desk.rows(self.cell, path)
         trainer, about = self.this.keep("trainer", path, lambda: load_trainer(e, path, spec.dtype))
         if e.wandb.mode != "off":
             self.board = Board(e.wandb, self.cell, {**e.science(), "run_id": e.run_number})
         kernel = FinetuneKernel(trainer, rows, e.schedule(), self._config(path))
         kernel.log = self.board.log if self.board else None
         return kernel, about
-
-    def _rows(self, path: str) -> list[Row]:
-        from lib.lora.chat_rows import as_rows
-
-        e, [parent] = self.experiment, self.cell.parents
-        read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
-        prompts, answers = read["prompt"], read["answer"]
-        drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
-        renderer = self.this.keep("renderer", path, lambda: load_renderer(e, path))
-        rows = as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
-        must_suit(rows, model_sizes(Path(path)))
-        return rows
 
     def _config(self, path: str) -> dict[str, object]:
         from lib.lora.peft_form import config_of, targets_in
