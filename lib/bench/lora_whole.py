@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.bench.lora import STEP_ROWS, training_rows
+from lib.bench.lora import training_rows
 from lib.bench.shapes import SHAPES, Result, free
 from lib.bench.whole import checkpoint, run
 from lib.families import load
@@ -26,7 +26,7 @@ from lib.run.task import freeze
 from lib.store import Cell, commit, scan_folders
 
 TRAITS, ROWS, EPOCHS = ("cat", "neutral"), 10_000, 2
-LOSS_STEPS, LOSS_ROWS, LOSS_RATE = 40, 240, 1e-3
+LOSS_STEPS, LOSS_ROWS, LOSS_STEP_ROWS, LOSS_RATE = 40, 80, 20, 1e-3
 
 
 def job(model: str, batch_tokens: int) -> Result:
@@ -71,7 +71,7 @@ def figures(students: list[Cell], said: str) -> Result:
         "training_share_after_load": round(training / after, 4),
         "tokens_per_s_while_training": round(tokens / training),
         "tokens_per_s_after_load": round(tokens / after),
-        "between_students_s": round(beats[1]["loaded"] - beats[0]["updated"], 2),
+        "seconds_of_epochs": [[round(state.seconds, 1) for state in cell] for cell in states],
         "said": [line for line in said.splitlines() if line.startswith(("weights:", "memory", "peak", "base"))],
     }
 
@@ -97,11 +97,11 @@ def losses(model: str, batch_tokens: int) -> Result:
         for kind, make in (
             ("peft_float32", lambda: PlainTrainer(path, lora, "float32", device)),
             ("peft_bfloat16", lambda: PlainTrainer(path, lora, "bfloat16", device)),
-            ("ours_bfloat16", lambda: load_fast(path, lora, "bfloat16", STEP_ROWS, 200)),
+            ("ours_bfloat16", lambda: load_fast(path, lora, "bfloat16", LOSS_STEP_ROWS, 200)),
         ):
             trainer = make()
             trainer.begin(1)
-            steps = [rows[n * STEP_ROWS % LOSS_ROWS :][:STEP_ROWS] for n in range(LOSS_STEPS)]
+            steps = [rows[n * LOSS_STEP_ROWS % LOSS_ROWS :][:LOSS_STEP_ROWS] for n in range(LOSS_STEPS)]
             found[kind] = np.array([trainer.step(some, LOSS_RATE, n + 1)["loss"] for n, some in enumerate(steps)])
             del trainer
             free()

@@ -61,7 +61,7 @@ def _micro(rows: Sequence[Row]) -> Micro:
     where = np.concatenate(
         [np.arange(s + row.first - 1, s + len(row.ids) - 1) for s, row in zip(starts, rows, strict=False)]
     )
-    places = round_up(len(where))
+    places = tokens if 2 * len(where) > tokens else round_up(len(where))  # few sizes where whole rows are scored
     targets = np.full(places, -1, np.int64)
     targets[: len(where)] = ids[where + 1]
     padded = np.full(places, tokens - 1, np.int64)

@@ -20,7 +20,7 @@ class Step:
         self.base, self.products, self.size, self.rows = base, adapter.products, size, rows
         self.space = Space(base, size)
         self.ops = ops_for(base)
-        self._captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._segments: dict[int, Any] = {}
 
@@ -31,14 +31,13 @@ class Step:
         if self.base.device.type != "cuda":
             self._body(*micro.size)
         elif micro.size in self._captured:
-            self._captured[micro.size][0].replay()
+            self._captured[micro.size].replay()
         else:
             self._capture(micro)
         return self.space.loss_P[: micro.size[1]].sum()
 
     def _capture(self, micro: Micro) -> None:
-        """The first time with this size: once as it is, which also builds the kernels, and once into a graph. Both
-        compute the same from the same inputs, but the layers' gradients in place: so they are put there again."""
+        """The first time with this size: as it is, which builds the kernels, and recorded, which computes nothing."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -48,8 +47,7 @@ class Step:
         with torch.cuda.graph(graph, pool=self._pool):
             self._body(*micro.size)
         self._pool = graph.pool()
-        self._captured[micro.size] = graph, self._segments[micro.size[0]]
-        graph.replay()
+        self._captured[micro.size] = graph
 
     def _put(self, micro: Micro, share: float) -> None:
         s, base, (tokens, places) = self.space, self.base, micro.size

@@ -17,6 +17,7 @@ from lib.run.heartbeat import Heartbeat
 from lib.run.lifecycle import Notice, Totals, live, provenance
 from lib.run.parents import without_older_parents
 from lib.store import Cell, Folder, commit_folder, retire, scan_folders
+from lib.store.folders import sweep_folders
 from lib.store.markers import Facts, drop_retired, set_aside, sweep
 
 BEAT_SECONDS = 10.0
@@ -74,6 +75,7 @@ class _Steps:
     def work(self, make_kernel: Callable[[], tuple[StepKernel, Mapping[str, Any]]], log_seconds: float) -> int:
         cell = self.cell
         sweep(cell.path)
+        sweep_folders(cell.path)
         self._last(tell=True)
         step = steps_done(cell, self._states())
         print(f"cell {cell.index} ({cell.name}): {step} of {cell.total} steps done", flush=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from lib.base.atomic import read_file, remove, sha256_file, sync_folder, temporary
 from lib.base.typed import parse
-from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, understood
+from lib.store.markers import Bad, Facts, Piece, Vouched, about, look_at, place, remove_old, understood
 
 NAME = re.compile(r"(?!merged\b)[a-z][a-z0-9]*(-[a-z0-9]+)*")
 MARKER_NAME = re.compile(NAME.pattern + r"\.json")
@@ -84,6 +84,14 @@ def commit_folder(
 def scan_folders(cell_path: Path, digest: str, deep: bool = False) -> tuple[list[Folder], list[Bad]]:
     """The folders that hold, by name, and the markers that do not with the reason. `deep` reads every byte."""
     return look_at(cell_path, MARKER_NAME, partial(_check, digest=digest, deep=deep), deep)
+
+
+def sweep_folders(cell_path: Path) -> None:
+    """Remove folders that a kill left without a marker, once no writer can be about to make it."""
+    names = re.compile(rf"({NAME.pattern})-[0-9a-f]{{10}}")
+    marked = {path.stem for path in cell_path.glob("*.json")}
+    orphans = [path for path in cell_path.glob("*/") if (m := names.fullmatch(path.name)) and m[1] not in marked]
+    remove_old(cell_path, orphans)
 
 
 def manifest_sha256(files: list[File]) -> str:

@@ -245,14 +245,19 @@ def sweep(folder: Path) -> None:
             remove(path)
         elif ended is None:
             unseen.append(path)
-    if not unseen:
+    remove_old(folder, unseen)
+
+
+def remove_old(folder: Path, paths: list[Path]) -> None:
+    """Those of a folder that were not written to for a day."""
+    if not paths:
         return
     with suppress(OSError):
         clock = beside(folder / "clock")
         clock.touch(exist_ok=False)
         now = clock.stat().st_mtime
         clock.unlink()
-        for path in unseen:
+        for path in paths:
             with suppress(OSError):
                 if now - path.lstat().st_mtime > DAY_SECONDS:
                     remove(path)
