@@ -106,6 +106,9 @@ def test_time_and_disk_follow_the_work(world):
     assert students(world, "epochs=6").estimate(cache, cell, "h200").seconds == pytest.approx(2 * one.seconds)
     assert students(world, "loss=completion").estimate(cache, cell, "h200").seconds < one.seconds
     parameters = adapter_parameters(world / "model-0", 4)
+    said = students(world).costs(cache, "h200")
+    assert re.search(r"12 steps: 1m \S+ min, an adapter \S+ MB; 2m", said)
+    assert f"an adapter {4 * parameters / 1e6:.3g} MB" in said
     assert one.bytes == 3 * 3 * 4 * parameters, "A, B and two moments of each, float32, three epochs"
 
 
