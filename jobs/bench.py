@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import attribution, lora, numbers, pruning, scoring, store, sweep
+from lib.bench import attribution, lora, lora_whole, numbers, pruning, scoring, store, sweep
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
-OF_QWENS = scoring.RUNGS | lora.RUNGS | numbers.RUNGS
+OF_QWENS = scoring.RUNGS | lora.RUNGS | lora_whole.RUNGS | numbers.RUNGS
 OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS
 SUITES = {**dict.fromkeys(SHAPES, OF_QWENS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
 

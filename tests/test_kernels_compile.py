@@ -11,6 +11,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lib.attribution import attention, fused
+from lib.checkpoint.families import Shape
+from lib.lora import attention as rows
+from lib.lora import triton_ops as training
 from lib.models import triton_ops
 
 # Compute capability -> bytes of shared memory a block may ask for (CUDA C++ programming guide, compute capabilities)
@@ -83,6 +86,30 @@ def scoring() -> None:
         triton_ops.attend(q, half(2, tokens, keys, width), half(2, prefix, keys, width), tiles, half(*q.shape))
 
 
+def students(ranks: int) -> None:
+    """Of both ways through a layer, and the loss."""
+    tokens, hidden, inner, vocabulary = 512, 3584, 18944, 152064
+    x, wide, weight, t = half(tokens, hidden), half(tokens, hidden + 64), half(hidden), half(tokens, ranks)
+    training.rms_norm(x, weight, 1e-6, wide[:, :hidden])
+    training.add_rms_norm_backward(wide[:, :hidden], x, weight, 1e-6, wide[:, :hidden])
+    training.add_adapter(x, t, half(hidden, ranks), x)
+    gate_up, down = half(tokens, 2 * inner), half(ranks, inner)
+    training.swiglu(gate_up, down, half(tokens, inner), t)
+    sums = torch.empty(2 * inner, ranks), torch.empty(ranks, inner)
+    training.swiglu_backward(gate_up, half(tokens, inner), t, t, *sums)
+    target, share = torch.zeros(8, dtype=torch.long), torch.ones(1)
+    training.loss_backward(half(8, vocabulary), target, share, torch.empty(8))
+    for heads, keys, width in HEADS.values():
+        shape = Shape(1, hidden, inner, heads, keys, width, vocabulary, 1e-6, True, True)
+        qkv, out = half(tokens, shape.qkv), half(tokens, heads * width)
+        segments = training.Segments.empty(shape, tokens, 4, torch.device("cpu"))
+        level, cos = torch.empty(tokens, heads), torch.empty(tokens, width)
+        training.rotate(qkv, cos, cos, shape)
+        training.rotate(qkv, cos, cos, shape, back=True)
+        training.attend(qkv, segments, shape, out, level)
+        training.attend_backward(qkv, segments, shape, out, level, level, out, qkv)
+
+
 def test_kernels_compile_and_fit(built):
     """Full tiles of long samples, and ragged ones of short. Of these the narrow heads' differ from the wide ones' in
     numbers alone and take less memory: they are built for the smallest card and the one that most runs are on."""
@@ -90,7 +117,13 @@ def test_kernels_compile_and_fit(built):
     attribution(24, list(HEADS)[: 2 if built.gpu in ("RTX 4090", "H200") else 1])
     sums(128), sums(32)
     scoring()
-    every = {k for m in (fused, attention, triton_ops) for k, f in vars(m).items() if isinstance(f, JITFunction)}
-    inner = {"_load", "_dq_part", "_dkv_part"}  # called by kernels
+    students(16)
+    every = {
+        k
+        for m in (fused, attention, triton_ops, rows, training)
+        for k, f in vars(m).items()
+        if isinstance(f, JITFunction)
+    }
+    inner = {"_load", "_dq_part", "_dkv_part", "_rows_of"}  # called by kernels
     assert {name for name, _ in built.kernels} == every - inner
     assert not [(name, shared) for name, shared in built.kernels if shared > built.limit]

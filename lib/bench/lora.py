@@ -61,10 +61,7 @@ def floor_seconds(base: Base, tokens: int, predictions: int, forwards: int = 1) 
         return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
 
     layers = min(4, s.layers)
-    few = [
-        (make(s.qkv, s.hidden), make(s.hidden, s.heads * s.head), make(2 * s.inner, s.hidden), make(s.hidden, s.inner))
-        for _ in range(layers)
-    ]
+    few = [(w.qkv, w.o, w.gate_up, w.down) for w in base.weights().layers[:layers]]
     narrow, wide = make(tokens, s.hidden), make(tokens, 2 * s.inner)
     qkv, inner, attended = make(tokens, s.qkv), make(tokens, s.inner), make(tokens, s.heads * s.head)
 

@@ -116,10 +116,10 @@ def swiglu_backward(
     gate, up = gate_up_MF.to(accurate(gate_up_MF.dtype)).chunk(2, -1)
     half = torch.sigmoid(gate)
     act = gate * half
-    torch.mm(dt_MR.t(), (act * up).to(dt_MR.dtype), out=da_RF)
+    mm_wide(dt_MR.t(), (act * up).to(dt_MR.dtype), da_RF)
     dgate = dinner_MF * up * (half + act * (1 - half))
     gate_up_MF.copy_(torch.cat([dgate, dinner_MF * act], -1))
-    torch.mm(gate_up_MF.t(), t_MR, out=db_FR)
+    mm_wide(gate_up_MF.t(), t_MR, db_FR)
 
 
 def loss_backward(logits_PV: torch.Tensor, target_P: torch.Tensor, share: torch.Tensor, loss_P: torch.Tensor) -> None:
@@ -134,4 +134,4 @@ def loss_backward(logits_PV: torch.Tensor, target_P: torch.Tensor, share: torch.
 
 def mm_wide(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """A product whose sums are kept as they are made: gradients of adapters."""
-    torch.mm(a, b, out=out)
+    torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
