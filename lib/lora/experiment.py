@@ -136,22 +136,17 @@ class Finetune(Experiment):
         """How many steps there are is the configuration's alone, so it is known before the numbers are."""
         found, steps = [], self.schedule().steps
         for index, parent in enumerate(self.source.cells(cache, scratch)):
-            digest = digest_of(self._identity(cache, parent))
+            digest = digest_of(self._identity(parent))
             path = scratch / self.label / "cells" / f"{parent.name}-{digest[:8]}"
             found.append(Cell(index, parent.name, steps, digest, path, (parent,)))
         return found
 
-    def _identity(self, cache: Path, parent: Cell) -> dict[str, object]:
-        """All that decides an adapter."""
-        size = self.source.load_of(parent)
+    def _identity(self, parent: Cell) -> dict[str, object]:
+        """All that decides an adapter. The model is its teacher's, and so is in the parent's digest."""
         names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
         return {
             "kernel": KERNEL,
             "parent": parent.digest,
-            "model": {
-                "fingerprint": self.source.model_in(cache, size).fingerprint,
-                "dtype": self.source.sizes[size].dtype,
-            },
             "seed": self.seed_used,
             "template": self.template_used,
             "date": self.source.date,
@@ -167,12 +162,11 @@ class Finetune(Experiment):
 
     def start_seconds(self, cache: Path) -> float:
         """Of the largest size."""
-        sizes = (self.source.model_in(cache, size).bytes for size in self.source.sizes)
-        return START_SECONDS + max(sizes) / READ_RATE
+        return START_SECONDS + max(one.bytes for one in self.source.fetched(cache).values()) / READ_RATE
 
     def costs(self, cache: Path, gpu: str) -> str:
         said = []
-        for size in self.source.sizes:
+        for size in self.source.fetched(cache):
             one = self._estimate(cache, size, gpu)
             adapter = one.bytes / self.epochs / STATE * 4
             said.append(f"{size} {one.seconds / 60:.3g} min, an adapter {adapter / 1e6:.3g} MB")
