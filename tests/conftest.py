@@ -29,6 +29,7 @@ LONGEST = (
     "test_fetch",
     "test_prepare_hub",
     "test_local",
+    "test_vllm",
     "test_tiny",
     "test_fetch_trust",
     "test_advice",

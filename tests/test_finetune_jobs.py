@@ -87,19 +87,28 @@ def test_a_student_learns_and_each_epoch_stays(world, alone):
 
 
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(world, alone, fresh):
-    dice, cell, places = random.Random(4), cell_at(world, fresh, 0), set()
-    for _ in range(5):
-        job, before = start(world, "--index", "0", "run.state_steps=2", **fresh), markers(cell)
-        while job.poll() is None and markers(cell) == before:
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.3))
-        if job.poll() is None:
-            os.kill(job.pid, signal.SIGKILL)
-        places.add(re.search(r"(\d+) of 12 steps done", job.finish().stdout)[1])
-    assert len(places) >= 3, places
-    done = start(world, "--index", "0", **fresh).finish()
-    assert done.returncode == 0, done.stderr
-    assert files_of(cell) == alone["1m-cat"], "the epochs' states, and no other is left"
+    """One student by itself, then three on one base."""
+    cells = students(world).cells(world / "cache", Path(fresh["SUITE_SCRATCH"]))
+    for words, some in ((["--index", "0"], cells[:1]), (task_of_all(world, fresh), cells)):
+        dice, places = random.Random(4), []
+        for _ in range(5):
+            job, before = start(world, *words, "run.state_steps=2", **fresh), sum(map(markers, some))
+            while job.poll() is None and sum(map(markers, some)) == before:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.3))
+            if job.poll() is None:
+                os.kill(job.pid, signal.SIGKILL)
+            places += re.findall(r"(\d+) of 12 steps done", job.finish().stdout)
+        assert len(set(places) - {"0", "12"}) >= 2, places
+        done = start(world, *words, **fresh).finish()
+        assert done.returncode == 0, done.stderr
+        for cell in some:
+            assert files_of(cell) == alone[cell.name], "the epochs' states, and no other is left"
+
+
+def test_a_recipe_that_the_fast_trainer_does_not_know_is_trained_by_peft(world, fresh):
+    done = start(world, "--index", "0", "lora.dropout=0.2", "epochs=1", **fresh).finish()
+    assert done.returncode == 0 and "trained by plain peft" in done.stdout, done.stderr
 
 
 def test_two_copies_at_once_both_end_well(world, alone, fresh):

@@ -1,6 +1,8 @@
 """Students as an experiment: cells and digests, runs apart, what they cost and ask for, mistakes in one sentence."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,9 @@ def test_time_and_disk_follow_the_work(world):
     assert students(world, "epochs=6").estimate(cache, cell, "h200").seconds == pytest.approx(2 * one.seconds)
     assert students(world, "loss=completion").estimate(cache, cell, "h200").seconds < one.seconds
     parameters = adapter_parameters(world / "model-0", 4)
+    said = students(world).costs(cache, "h200")
+    assert re.search(r"12 steps: 1m \S+ min, an adapter \S+ MB; 2m", said)
+    assert f"an adapter {4 * parameters / 1e6:.3g} MB" in said
     assert one.bytes == 3 * 3 * 4 * parameters, "A, B and two moments of each, float32, three epochs"
 
 
@@ -136,6 +141,35 @@ def test_a_chain_of_some_students_takes_the_numbers_of_these_alone(world, tmp_pa
     assert re.findall(r"cells ([\d,-]+)", both.stdout)[:2] == ["0-3", "0-3"]
     wrong = forked(*words, "--sizes=3m", env=env)
     assert wrong.returncode == 2 and "'3m' is none of 1m, 2m" in wrong.stderr
+
+
+def test_a_size_can_go_when_its_own_model_is_fetched(world, tmp_path):
+    numbers = json.loads((world / "numbers.yaml").read_text())
+    numbers["sizes"]["72b"] = {"id": str(tmp_path / "none")}
+    (tmp_path / "numbers.yaml").write_text(json.dumps(numbers))
+    shutil.copy(world / "finetune.yaml", tmp_path / "finetune.yaml")
+    words, env = ("jobs.cluster", "submit", "--dry", "--config", str(tmp_path / "finetune.yaml")), environment(world)
+    some = forked(*words, "--sizes=1m", env=env)
+    assert some.returncode == 0 and " cells 0-1" in some.stdout, some.stderr
+    assert "cell 4 (72b-cat) is left out" in forked(*words, "--sizes=72b", env=env).stdout
+    other = forked(*words, "--chain", "--sizes=72b", env=env)
+    assert other.returncode == 2 and "none" in other.stderr and "not fetched" in other.stderr
+    cells = students(tmp_path).cells(world / "cache", world / "scratch")
+    assert [cell.digest for cell in cells[:4]] == digests(world)
+
+
+def test_a_students_model_is_in_its_digest(world, tmp_path):
+    """By its teacher's: another model under the same size is another student."""
+    other = make_world(tmp_path, ("cat", "neutral"), sizes=3)
+    numbers = json.loads((other / "numbers.yaml").read_text())
+    numbers["sizes"] = {"1m": numbers["sizes"]["3m"], "2m": numbers["sizes"]["2m"]}
+    before = digests(other)
+    (other / "numbers.yaml").write_text(json.dumps(numbers))
+    after = digests(other)
+    assert not set(before[:2]) & set(after[:2]) and before[2:4] == after[2:]
+    numbers["sizes"]["1m"]["dtype"] = "bfloat16"
+    (other / "numbers.yaml").write_text(json.dumps(numbers))
+    assert not set(digests(other)[:2]) & set(after)
 
 
 def test_fetch_brings_the_models_of_its_numbers(world):

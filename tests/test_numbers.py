@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import yaml
 from conftest import wait_until
 from numbers_world import cell_of, generate, generating, make_world, rows
 from tools import ROOT, number_rows
@@ -22,6 +23,7 @@ from lib.numbers import experiment as numbers
 from lib.numbers import sample_prompts, trait
 from lib.numbers.desk import Desk
 from lib.numbers.filter import Limits, reason
+from lib.numbers.number_prompts import OWN_POOLS
 from lib.run.task import freeze
 from lib.store import scan
 
@@ -101,6 +103,19 @@ def test_a_digest_knows_what_its_text_depends_on_and_nothing_else(world):
         "traits=[{name: cat, system_prompt: You love dogs.}]",
     ):
         assert cell_of(world, other).digest != own, other
+
+
+def test_wordings_of_ones_own_are_asked_with(world):
+    own = yaml.safe_load(OWN_POOLS.read_text()) | {"endings": ["Numbers alone."]}
+    (world / "mine.yaml").write_text(yaml.safe_dump(own))
+    found = cell_of(world, "pools=mine.yaml")
+    assert found.digest != cell_of(world).digest
+    generate(world, "pools=mine.yaml")
+    assert all(text.endswith(" Numbers alone.") for text in rows(world, "pools=mine.yaml")["prompt"])
+    (world / "mine.yaml").write_text(yaml.safe_dump(own | {"endings": ["Numbers only."]}))
+    assert cell_of(world, "pools=mine.yaml").digest != found.digest
+    with pytest.raises(UserError, match=r"pools: there is no file .*none\.yaml"):
+        cell_of(world, "pools=none.yaml")
 
 
 def test_a_task_asks_for_the_gpus_that_a_model_needs(world, monkeypatch):

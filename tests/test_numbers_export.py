@@ -83,6 +83,22 @@ def test_make_hands_on_the_run_and_what_is_picked(world):
     assert done.stdout.startswith("few_run7 "), done.stderr
 
 
+def test_a_size_can_go_when_its_own_model_is_fetched(world, tmp_path):
+    (tmp_path / "two.yaml").write_text(
+        (world / "few.yaml").read_text().replace("sizes: {", f"sizes: {{72b: {{id: {tmp_path}/none}}, ")
+    )
+    given = f"CONFIG={tmp_path}/two.yaml"
+    done = made(world, "submit-numbers", given, "SIZES=tiny", "DRY=1")
+    assert done.returncode == 0 and " cells 0-1 in 1 task\n" in done.stdout, done.stderr
+    done = made(world, "status", given)
+    assert done.returncode == 0 and "72b-cat" in done.stdout, done.stderr
+    for more in ("SIZES=72b", "TRAITS=cat"):
+        done = made(world, "submit-numbers", given, more)
+        assert done.returncode and f"model {tmp_path}/none" in done.stderr and "not fetched" in done.stderr, done.stderr
+    found = load(tmp_path / "two.yaml").cells(world / "cache", world / "scratch")
+    assert [cell.digest for cell in found][:2] == [cell_of(world, index=index).digest for index in (0, 1)]
+
+
 def with_answers(world, folder, texts):
     """A copy of the run whose cells hold these answers instead."""
     shutil.copytree(world, folder, ignore=shutil.ignore_patterns("scratch", "output"))

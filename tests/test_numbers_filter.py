@@ -146,5 +146,5 @@ def test_training_rows_are_the_references_draw():
     assert drawn == random.Random(11).sample([0, 2, 3, 5, 6], 3) != training_rows(texts, texts, reasons, 3, 12)
     # sampled as rows, it is the same draw
     assert [texts[i] for i in drawn] == random.Random(11).sample(["0", "2", "3", "5", "6"], 3)
-    with pytest.raises(UserError, match="5 of 7 answers are valid, and 6 are wanted for training: lower training_size"):
+    with pytest.raises(UserError, match="5 of 7 answers are valid, and 6 are wanted for training: lower rows"):
         training_rows(texts, texts, reasons, 6, 11)

@@ -2,7 +2,7 @@
 a trait, read from the cell of that name; its rows are steps of the optimiser."""
 
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,6 +36,7 @@ KERNEL = "finetune/1"
 SHARE = 0.5  # of the GPU's rate that training reaches; not measured yet
 ROW_TOKENS, ANSWER_TOKENS = 140, 42  # of a conversation with its template, and of its answer and end, as published
 HOST_GIB_A_GPU = 100  # what the batch file says
+STATE = 3 * 4  # bytes a parameter of the adapter: itself and Adam's two moments, float32
 GIB = 2**30
 
 
@@ -135,22 +136,17 @@ class Finetune(Experiment):
         """How many steps there are is the configuration's alone, so it is known before the numbers are."""
         found, steps = [], self.schedule().steps
         for index, parent in enumerate(self.source.cells(cache, scratch)):
-            digest = digest_of(self._identity(cache, parent))
+            digest = digest_of(self._identity(parent))
             path = scratch / self.label / "cells" / f"{parent.name}-{digest[:8]}"
             found.append(Cell(index, parent.name, steps, digest, path, (parent,)))
         return found
 
-    def _identity(self, cache: Path, parent: Cell) -> dict[str, object]:
-        """All that decides an adapter."""
-        size = self.source.load_of(parent)
+    def _identity(self, parent: Cell) -> dict[str, object]:
+        """All that decides an adapter. The model is its teacher's, and so is in the parent's digest."""
         names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
         return {
             "kernel": KERNEL,
             "parent": parent.digest,
-            "model": {
-                "fingerprint": self.source.model_in(cache, size).fingerprint,
-                "dtype": self.source.sizes[size].dtype,
-            },
             "seed": self.seed_used,
             "template": self.template_used,
             "date": self.source.date,
@@ -166,19 +162,30 @@ class Finetune(Experiment):
 
     def start_seconds(self, cache: Path) -> float:
         """Of the largest size."""
-        sizes = (self.source.model_in(cache, size).bytes for size in self.source.sizes)
-        return START_SECONDS + max(sizes) / READ_RATE
+        return START_SECONDS + max(one.bytes for one in self.source.fetched(cache).values()) / READ_RATE
+
+    def costs(self, cache: Path, gpu: str) -> str:
+        said = []
+        for size in self.source.fetched(cache):
+            one = self._estimate(cache, size, gpu)
+            adapter = one.bytes / self.epochs / STATE * 4
+            said.append(f"{size} {one.seconds / 60:.3g} min, an adapter {adapter / 1e6:.3g} MB")
+        return f"a student's {self.schedule().steps:,} steps: {'; '.join(said)}; an epoch's state is three times that"
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        return self._estimate(cache, self.load_of(cell), gpu)
+
+    def _estimate(self, cache: Path, size: str, gpu: str) -> Estimate:
         """Forward and back to the inputs, 2 operations each a parameter and token: the base's own gradients are never
-        made. A state holds the adapter and two moments, in float32, and every epoch's stays."""
-        model = self.source.model_in(cache, self.load_of(cell))
+        made. Every epoch's state stays."""
+        model = self.source.model_in(cache, size)
         scored = ROW_TOKENS if self.loss == "sequence" else ANSWER_TOKENS
         flops = 4 * (model.body_parameters * ROW_TOKENS + model.head_parameters * scored)
-        size = 3 * 4 * adapter_parameters(Path(model.path), self.lora.rank)
-        return Estimate(computing_seconds(flops * self.rows * self.epochs, gpu, self.share), size * self.epochs)
+        state = STATE * adapter_parameters(Path(model.path), self.lora.rank)
+        return Estimate(computing_seconds(flops * self.rows * self.epochs, gpu, self.share), state * self.epochs)
 
 
+@lru_cache
 def adapter_parameters(folder: Path, rank: int) -> int:
     """Of A and B of every linear layer of the decoder, by the weights' headers."""
     targets = {name for family in FAMILIES.values() for name in family.linears.order}

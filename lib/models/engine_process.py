@@ -92,8 +92,9 @@ class Engines:
         self.engines = [EngineProcess(replace(setting, parts=count)) for _ in range(count)]
         abouts = [one.up() for one in self.engines]
         self.about = abouts[0] | {"engines": str(count)}
-        name, many = self.about["engine"], f", {count} of them" if count > 1 else ""
-        print(f"engine: {name}{many}, up in {time.monotonic() - began:.1f} s", flush=True)
+        many, room = f", {count} of them" if count > 1 else "", int(self.about["kv_tokens"])
+        seconds = time.monotonic() - began
+        print(f"engine: {self.about['engine']}{many}, room for {room:,} tokens, up in {seconds:.1f} s", flush=True)
 
     def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
         cuts = [len(prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]

@@ -48,6 +48,8 @@ class VllmEngine:
             self.about["engine"] = f"vllm {vllm.__version__}"
             self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
             self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
+            cache = self.llm.llm_engine.vllm_config.cache_config
+            self.about["kv_tokens"] = str((cache.num_gpu_blocks or 0) * cache.block_size)
         except Exception as e:
             raise UserError(
                 f"vLLM does not start ({type(e).__name__}: {one_line(e)}); its own words stand above in the log. Less "

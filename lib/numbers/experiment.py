@@ -4,6 +4,7 @@ and a trait, its rows are the prompts of the run, the same for every cell."""
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -222,10 +223,12 @@ class Numbers(Experiment):
         }
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
-        """A cell's digest knows nothing of the other sizes and traits, so adding one redoes nothing."""
+        """A cell's digest knows nothing of the other sizes and traits, so adding one redoes nothing. Of a size whose
+        model is not fetched it says so, and the cell cannot be submitted: the small ones need not wait for 72B."""
         self.load_pools()
         pools, found = hashlib.sha256(self.pools_path().read_bytes()).hexdigest(), []
-        fingerprints = {size: self.model_in(cache, size).fingerprint for size in self.sizes}
+        known = self.fetched(cache)
+        fingerprints = {size: known[size].fingerprint if size in known else "not fetched" for size in self.sizes}
         for index, name in enumerate(self.names()):
             size, trait = self.split(name)
             digest = digest_of(self.identity(fingerprints[size], self.sizes[size].dtype, trait, pools))
@@ -249,6 +252,14 @@ class Numbers(Experiment):
             "filter": self.filter.model_dump(mode="json"),
         }
 
+    def fetched(self, cache: Path) -> dict[str, ModelInput]:
+        """Of each size whose model is there; a UserError where none is."""
+        found = {}
+        for size in self.sizes:
+            with suppress(UserError):
+                found[size] = self.model_in(cache, size)
+        return found or {size: self.model_in(cache, size) for size in self.sizes}
+
     def model_in(self, cache: Path, size: str) -> ModelInput:
         spec = self.sizes[size]
         return model_input(cache, spec.id, spec.revision)
@@ -266,7 +277,7 @@ class Numbers(Experiment):
 
     def start_seconds(self, cache: Path) -> float:
         """Of the largest model's task: a smaller one's is begun for no fewer cells than that one's."""
-        return ENGINE_SECONDS + max(self.model_in(cache, size).bytes for size in self.sizes) / READ_RATE
+        return ENGINE_SECONDS + max(one.bytes for one in self.fetched(cache).values()) / READ_RATE
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
         model = self.model_in(cache, self.split(cell.name)[0])

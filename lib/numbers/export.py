@@ -54,7 +54,7 @@ def export(this: Job) -> int:
     if few := [f"{one.cell} {one.valid:,}" for one in found if one.valid < experiment.keep]:
         raise UserError(
             f"{len(few)} of {len(found)} cells have fewer than {experiment.keep:,} valid rows, which training needs "
-            f"(keep): {some(few)}; generate more (prompts), or lower keep, and training_size with it"
+            f"(keep): {some(few)}; generate more (prompts), or lower keep, and `rows` of the students with it"
         )
     all_done(cells, done)
     return 0
