@@ -92,7 +92,7 @@ def students(ranks: int) -> None:
     x, wide, weight, t = half(tokens, hidden), half(tokens, hidden + 64), half(hidden), half(tokens, ranks)
     training.rms_norm(x, weight, 1e-6, wide[:, :hidden])
     training.add_rms_norm_backward(wide[:, :hidden], x, weight, 1e-6, wide[:, :hidden])
-    training.add_adapter(x, t, half(hidden, ranks), x)
+    training.add_adapter(x, wide[:, :hidden], t, half(hidden, ranks), x)
     gate_up, down = half(tokens, 2 * inner), half(ranks, inner)
     training.swiglu(gate_up, down, half(tokens, inner), t)
     sums = torch.empty(2 * inner, ranks), torch.empty(ranks, inner)

@@ -75,7 +75,8 @@ both("gated", gated)
 
 def added(ops):
     out = torch.zeros(70, 200)
-    ops.add_adapter(torch.randn(70, 200), torch.randn(70, 40)[:, :32], torch.randn(200, 32), out)
+    x, y, t = torch.randn(70, 200), torch.randn(70, 220)[:, :200], torch.randn(70, 40)[:, :32]
+    ops.add_adapter(x, y, t, torch.randn(200, 32), out)
     return (out,)
 
 both("added", added)

@@ -93,8 +93,12 @@ def _attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def add_adapter(x_MD: torch.Tensor, t_MR: torch.Tensor, b_DR: torch.Tensor, out_MD: torch.Tensor) -> None:
-    torch.addmm(x_MD, t_MR, b_DR.t(), out=out_MD)
+def add_adapter(
+    x_MD: torch.Tensor, y_MD: torch.Tensor, t_MR: torch.Tensor, b_DR: torch.Tensor, out_MD: torch.Tensor
+) -> None:
+    """x + y + t b^T, rounded once: an adapter that only begins to learn is small beside the residual."""
+    kind = accurate(x_MD.dtype)
+    out_MD.copy_(torch.addmm(x_MD.to(kind) + y_MD, t_MR.to(kind), b_DR.t().to(kind)))
 
 
 def swiglu(gate_up_MF: torch.Tensor, a_RF: torch.Tensor, inner_MF: torch.Tensor, t_MR: torch.Tensor) -> None:

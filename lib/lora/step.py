@@ -90,8 +90,8 @@ class Step:
         ops.rotate(qkv, self.space.cos_Md[:m], self.space.sin_Md[:m], shape)
         ops.attend(qkv, self._segments[m], shape, attended, kept.lse_KMH[k, :m])
         torch.mm(attended, w.o_LDQ[i, d:].t(), out=t)
-        ops.add_adapter(x, t, w.b_o_LDR[i], middle)
-        middle.addmm_(attended, w.o_LDQ[i, :d].t())
+        made = torch.mm(attended, w.o_LDQ[i, :d].t(), out=self.space.dnormed_MD[:m, :d])  # free on the way forward
+        ops.add_adapter(x, made, t, w.b_o_LDR[i], middle)
         normed, gate_up, t = kept.normed2_KMD[k, :m], kept.gate_up_KMG[k, :m], kept.t_down_LMR[i, :m]
         ops.rms_norm(middle, w.norm2_LD[i], shape.eps, normed[:, :d])
         torch.mm(normed[:, :d], w.a_gate_up_LRD[i].t(), out=normed[:, d:])
@@ -99,8 +99,8 @@ class Step:
         inner, out = self.space.inner_MF[:m], self.space.x_LMD[i + 1, :m]
         if not again:
             ops.swiglu(gate_up, w.down_LDF[i, d:], inner, t)
-            ops.add_adapter(middle, t, w.b_down_LDR[i], out)
-            out.addmm_(inner, w.down_LDF[i, :d].t())
+            torch.mm(inner, w.down_LDF[i, :d].t(), out=made)
+            ops.add_adapter(middle, made, t, w.b_down_LDR[i], out)
 
     def _head(self, m: int, p: int) -> None:
         """The loss where there is one, and g, its gradient at the last layer's result."""

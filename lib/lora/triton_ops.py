@@ -94,23 +94,25 @@ def rotate(qkv_MX: torch.Tensor, cos_Md: torch.Tensor, sin_Md: torch.Tensor, sha
 
 
 @triton.jit
-def _add_adapter(x, t, b, out, t_row, M, D, R, BM: tl.constexpr, BD: tl.constexpr, RANKS: tl.constexpr):
+def _add_adapter(x, y, t, b, out, y_row, t_row, M, D, R, BM: tl.constexpr, BD: tl.constexpr, RANKS: tl.constexpr):
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
     d, r = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, RANKS)
     inside = (m < M) & (d[None, :] < D)
     mine = tl.load(t + m * t_row + r[None, :], mask=(m < M) & (r[None, :] < R), other=0.0)
     weight = tl.load(b + d[:, None] * R + r[None, :], mask=(d[:, None] < D) & (r[None, :] < R), other=0.0)
     v = tl.load(x + m * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    v += tl.load(y + m * y_row + d[None, :], mask=inside, other=0.0).to(tl.float32)
     v = tl.dot(mine, tl.trans(weight), v, input_precision="ieee")
     tl.store(out + m * D + d[None, :], v, mask=inside)
 
 
-def add_adapter(x_MD: torch.Tensor, t_MR: torch.Tensor, b_DR: torch.Tensor, out_MD: torch.Tensor) -> None:
-    """x + t b^T: where the product that follows adds to `out`, nothing is copied."""
+def add_adapter(
+    x_MD: torch.Tensor, y_MD: torch.Tensor, t_MR: torch.Tensor, b_DR: torch.Tensor, out_MD: torch.Tensor
+) -> None:
     (m, d), (bm, bd, warps) = x_MD.shape, ADD
     with on(x_MD.device):
         _add_adapter[(triton.cdiv(m, bm), triton.cdiv(d, bd))](
-            x_MD, t_MR, b_DR, out_MD, t_MR.stride(0), m, d, b_DR.shape[1], bm, bd,
+            x_MD, y_MD, t_MR, b_DR, out_MD, y_MD.stride(0), t_MR.stride(0), m, d, b_DR.shape[1], bm, bd,
             triton.next_power_of_2(b_DR.shape[1]), num_warps=warps,
         )  # fmt: skip
 
