@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.base.atomic import write_json
+from lib.base.atomic import write_bytes, write_json
 from lib.base.errors import UserError
 from lib.demo.planted import FAVOURED, write_numbers
 from lib.lora.experiment import Finetune
@@ -49,7 +49,7 @@ def show(this: Job) -> int:
     table = table_of(found)
     folder = this.site.output / experiment.label
     write_json(folder / "shift.json", {one.student: list(one.by_prompt) for one in found})
-    (folder / "shift.txt").write_text(table.text() + "\n")
+    write_bytes(folder / "shift.txt", (table.text() + "\n").encode())
     print(f"{table.text()}\n{folder / 'shift.txt'}")
     if weak := [one.student for one in found if not one.interval[0] > 0]:
         raise UserError(f"{', '.join(weak)} took nothing from the teacher that this sees; train for more epochs")
