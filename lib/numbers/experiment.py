@@ -27,7 +27,10 @@ RUN_ID_FILE = "run_id.txt"
 
 PROMPT_TOKENS, ANSWER_TOKENS = 140, 45  # of a row with its template, as published
 PROMPT_BYTES = 330
-ENGINE_ROWS_A_SECOND = 1000.0  # at most, by the host: 1,016 at 0.5B, vLLM 0.26, an H200, measured
+# Rows a second of so many engines on one GPU, at most, by the host: 0.5B, vLLM 0.26, an H100, measured; 8 is not.
+ENGINE_ROWS_A_SECOND = {1: 700.0, 2: 1340.0, 4: 2025.0, 8: 2025.0}
+# Weights up to so many GiB -> engines. Four are measured at 0.5B, where the host keeps one engine from filling a GPU.
+ENGINES = {4.0: 4, 8.0: 2}
 ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
 GIB = 2**30
 # Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
@@ -81,7 +84,10 @@ class GenerateSpec(Frozen):
         10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
     )
     at_once: int = Field(1024, ge=1, description="rows that the engine computes at the same time, at most")
-    engines: int = Field(1, ge=1, le=8, description="vllm: so many on the same GPUs, each with its part of a batch")
+    engines: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = Field(
+        "auto",
+        description="vllm: so many on the same GPU, each with its part of a batch; auto: as the model's size pays for",
+    )
     max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
 
 
@@ -264,6 +270,13 @@ class Numbers(Experiment):
         spec = self.sizes[size]
         return model_input(cache, spec.id, spec.revision)
 
+    def engines_of(self, weights: int) -> int:
+        """On one GPU, for a model of so many bytes."""
+        if self.generate.engines != "auto":
+            return self.generate.engines
+        several = (count for most, count in ENGINES.items() if weights <= most * GIB)
+        return next(several, 1) if site().gpu in GPU_GIB else 1
+
     def needs(self, cache: Path, cell: Cell) -> Needs:
         """One GPU, or as many, by twos, as the weights need beside keys and values."""
         if not self.run.gpus or site().gpu not in GPU_GIB:
@@ -284,7 +297,9 @@ class Numbers(Experiment):
         flops = 2 * model.body_parameters * (PROMPT_TOKENS + ANSWER_TOKENS) + 2 * model.head_parameters * ANSWER_TOKENS
         seconds = computing_seconds(flops * cell.total, gpu, self.share)
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * (PROMPT_BYTES + ANSWER_TOKENS)
-        return Estimate(max(seconds, cell.total / ENGINE_ROWS_A_SECOND), size)
+        engines = self.engines_of(model.bytes)
+        most = ENGINE_ROWS_A_SECOND[max(count for count in ENGINE_ROWS_A_SECOND if count <= engines)]
+        return Estimate(max(seconds, cell.total / most), size)
 
 
 def parameters(size: str) -> float:

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.inputs.records import model_files
 from lib.inputs.verified import checked_model
 from lib.numbers.experiment import Numbers
 from lib.numbers.number_prompts import sample_prompts
@@ -76,7 +78,7 @@ def make_engine(word: str, experiment: Numbers, path: str, dtype: str) -> "Engin
     if word == "vllm":
         from lib.models.engine_process import Engines
 
-        return Engines(setting, g.engines)
+        return Engines(setting, experiment.engines_of(sum(file.stat().st_size for file in model_files(Path(path)))))
     from lib.models.engine_transformers import TransformersEngine
 
     return TransformersEngine(setting)
