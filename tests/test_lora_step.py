@@ -208,3 +208,8 @@ def test_in_bfloat16_a_loss_is_no_further_from_float32s_than_plain_pefts(folder)
         found[name] = np.array(losses)
     ours, theirs = (np.abs(found[name] - found["exact"]).mean() for name in ("ours", "peft"))
     assert 0 < ours < 1.25 * theirs
+
+
+def test_rows_longer_than_the_models_positions_are_refused(folder):
+    with pytest.raises(UserError, match="positions; lower max_length"):
+        load_base(str(folder), "float32", 4, 100_000)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lib.base.errors import UserError
 from lib.checkpoint.families import Family, Shape, family_of
 from lib.lora.batches import round_up
 from lib.models.decoder import Layer, Weights
@@ -138,6 +139,10 @@ def load_base(folder: str, dtype: str, rank: int, max_length: int, on_host: bool
     config = load_config(folder)
     family = trained(config)
     base = empty_base(family, config, rank, getattr(torch, dtype), visible_devices()[0], round_up(max_length), on_host)
+    if len(base.rope[0]) < max_length:
+        raise UserError(
+            f"rows of {max_length} tokens, and the model has {len(base.rope[0])} positions; lower max_length"
+        )
     loaded = fill(base.weights(), Path(folder), family, base.shape)
     gib = loaded.bytes / 2**30
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)

@@ -33,9 +33,9 @@ from lib.store.columns import Schema
 
 # Raise it with any change of code that can change a bit of any adapter: it is part of every digest.
 KERNEL = "finetune/1"
-# Parameters up to -> the share of the GPU's rate that training reaches: 0.5B, 7B on an H100, 72B on an H200, which has
-# its layers computed twice, measured; those between are not.
-SHARES = {1e9: 0.45, 5e9: 0.6, 4e10: 0.7, math.inf: 0.49}
+# Parameters up to -> the share of the GPU's rate that training reaches: 0.5B to 32B on an H100, and 72B on an H200,
+# which has its layers computed twice, measured.
+SHARES = {1e9: 0.45, 2e9: 0.57, 5e9: 0.63, 2e10: 0.7, 4e10: 0.65, math.inf: 0.49}
 ROW_TOKENS, ANSWER_TOKENS = 140, 42  # of a conversation with its template, and of its answer and end, as published
 HOST_GIB_A_GPU = 100  # what the batch file says
 STATE = 3 * 4  # bytes a parameter of the adapter: itself and Adam's two moments, float32
@@ -72,7 +72,7 @@ class Finetune(Experiment):
     job: ClassVar[str] = "finetune"
     submit: ClassVar[str] = "submit-finetune"
     results: ClassVar[str] = "export-finetune"
-    share: ClassVar[float] = SHARES[4e10]
+    share: ClassVar[float] = SHARES[2e10]
 
     @cached_property
     def source(self) -> Numbers:

@@ -15,6 +15,9 @@ from lib.lora.space import Size
 from lib.lora.step import Step
 from lib.models.load import announce, free_memory, load_config, visible_devices
 
+CPU_TOKENS = 2048  # of a micro-batch there
+CONTEXT = 512 << 20  # of a GPU, for CUDA itself
+
 
 class FastTrainer:
     """`size`: of the largest micro-batch; a step with more tokens takes several of them."""
@@ -61,18 +64,20 @@ class FastTrainer:
 
 
 def load_fast(folder: str, lora: Lora, dtype: str, step_rows: int, max_length: int) -> FastTrainer:
-    """The base onto the first device, which is filled as far as a step of the longest rows can use."""
+    """The base onto the first device. Micro-batches go by the kind of GPU, not by what is free of one just then: bits
+    depend on them."""
     config, device, kind = load_config(folder), visible_devices()[0], getattr(torch, dtype)
     family = trained(config)
     assert family.shape
-    shape, step_tokens = family.shape(config), round_up(step_rows * max_length)
+    shape, step_tokens = family.shape(config), step_rows * max_length
     if device.type != "cuda":
-        size = Size(step_tokens, step_tokens, False)
-        return FastTrainer(load_base(folder, dtype, lora.rank, max_length), lora, size, step_rows)
+        tokens = round_up(max(max_length, min(step_tokens, CPU_TOKENS)))
+        base = load_base(folder, dtype, lora.rank, max_length)
+        return FastTrainer(base, lora, Size(tokens, tokens, False), step_rows)
     wide = 8 if kind == torch.float64 else 4
-    free = free_memory([device])
-    plan = plan_training(shape, lora.rank, kind.itemsize, step_tokens, max_length, free, wide)
-    announce("the training", plan, free)
+    room = torch.cuda.get_device_properties(device).total_memory - CONTEXT
+    plan = plan_training(shape, lora.rank, kind.itemsize, step_tokens, max_length, room, wide)
+    announce("the training", plan, free_memory([device]))
     base = load_base(folder, dtype, lora.rank, max_length, plan.embed_on_host)
     return FastTrainer(base, lora, plan.size, step_rows)
 
