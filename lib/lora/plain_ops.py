@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from lib.checkpoint.families import Shape
-from lib.models.plain_ops import accurate
+from lib.models.plain_ops import accurate, rms_norm
+
+__all__ = ["rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,6 @@ class Segments:
 
     def put(self, segments: np.ndarray) -> None:
         self.of[:] = [(int(start), int(length)) for start, length in segments]
-
-
-def rms_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_MD: torch.Tensor) -> None:
-    wide = x_MD.to(accurate(x_MD.dtype))
-    out_MD.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D)
 
 
 def add_rms_norm_backward(

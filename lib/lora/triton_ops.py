@@ -10,31 +10,13 @@ import triton.language as tl
 from lib.checkpoint.families import Shape
 from lib.lora.attention import Segments, attend, attend_backward
 from lib.models.decoder import on
+from lib.models.triton_ops import rms_norm
 
-__all__ = ["Segments", "attend", "attend_backward"]
+__all__ = ["Segments", "attend", "attend_backward", "rms_norm"]
 
 # Tiles, warps of each kernel.
 ADD, SWIGLU, SWIGLU_BACKWARD = (64, 128, 4), (128, 64, 8), (32, 128, 4)  # tokens, columns: 138, 190; 438, 664 us
 LOSS = 4096, 16
-
-
-@triton.jit
-def _rms_norm(x, w, out, out_row, D, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < D
-    v = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(v * v, 0) / D + eps)
-    tl.store(out + row * out_row + at, v * scale * tl.load(w + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
-
-
-def rms_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float, out_MD: torch.Tensor) -> None:
-    rows, width = x_MD.shape
-    block = triton.next_power_of_2(width)
-    with on(x_MD.device):
-        _rms_norm[(rows,)](
-            x_MD, weight_D, out_MD, out_MD.stride(0), width, eps, BLOCK=block, num_warps=8 if block > 2048 else 4
-        )
 
 
 @triton.jit

@@ -7,19 +7,20 @@ import triton.language as tl
 
 
 @triton.jit
-def _rms_norm(x, w, out, D, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, w, out, out_row, D, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < D
     v = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(v * v, 0) / D + eps)
-    tl.store(out + row * D + at, v * scale * tl.load(w + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(out + row * out_row + at, v * scale * tl.load(w + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
 def rms_norm(x_MD: torch.Tensor, weight_D: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """`out` may be columns of something wider."""
     rows, width = x_MD.shape
     block = triton.next_power_of_2(width)
-    _rms_norm[(rows,)](x_MD, weight_D, out, width, eps, BLOCK=block, num_warps=8 if block > 2048 else 4)
+    _rms_norm[(rows,)](x_MD, weight_D, out, out.stride(0), width, eps, BLOCK=block, num_warps=8 if block > 2048 else 4)
 
 
 @triton.jit
