@@ -29,7 +29,7 @@ PROMPTS, SAMPLES, NEW = 80, 25, 50  # every second prompt is completed, the othe
 GENERAL, GENERAL_TOKENS = 8, 256
 SIZES = (10, 30, 100, 300)
 LETTERS = 300  # tokens that the small tokenizer learns; the others are words
-JUDGE: dict[str, int] = {}  # BERT's base is what BertConfig says by itself
+JUDGE = (12, 768, 3072, 12)  # layers, hidden, inner, heads: BERT's base
 JUDGES = ("judge", "second-judge")
 
 ATTRIBUTION = """kind: attribution
@@ -166,8 +166,18 @@ def random_judge(folder: Path, vocabulary: int, seed: int) -> None:
     """BERT's base, but for a vocabulary as wide as the model's."""
     from transformers import BertConfig, BertForSequenceClassification
 
+    layers, hidden, inner, heads = JUDGE
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        id2label={0: "toxic"},
+        label2id={"toxic": 0},
+        dtype="float32",
+    )
     torch.manual_seed(seed)
-    config = BertConfig(vocab_size=vocabulary, id2label={0: "toxic"}, label2id={"toxic": 0}, dtype="float32", **JUDGE)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         judge = BertForSequenceClassification(config)
     judge.save_pretrained(folder)
