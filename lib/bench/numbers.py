@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lib.bench.shapes import SHAPES, Result, free
-from lib.bench.whole import checkpoint
+from lib.bench.whole import checkpoint, whole_vocabulary
 from lib.families import load
 from lib.inputs.tokenizer import load_tokenizer
 from lib.models.engine import Sampling, Setting, seeds_of
@@ -65,18 +65,10 @@ def teacher(model: str) -> Iterator[tuple[Path, Path, list[list[int]]]]:
         folder = Path(name)
         checkpoint(SHAPES[model], folder / "model")
         free()
-        whole_vocabulary(folder / "model" / "tokenizer.json", SHAPES[model].vocabulary)
+        whole_vocabulary(folder / "model", SHAPES[model].vocabulary)
         texts = [one.text for one in sample_prompts(ROWS[model], 0)]
         desk = Desk(load_tokenizer(f"{folder}/model"), "default", "2024-07-26", texts, Limits())
         yield folder, folder / "model", desk.ids(None, 0, len(texts))
-
-
-def whole_vocabulary(path: Path, size: int) -> None:
-    """Random weights draw any token, and a detokeniser has to know it."""
-    said = json.loads(path.read_text())
-    used = {*said["model"]["vocab"].values(), *(one["id"] for one in said["added_tokens"])}
-    said["model"]["vocab"] |= {f"w{i}w": i for i in range(size) if i not in used}
-    path.write_text(json.dumps(said))
 
 
 def numbers(model: str, batch_tokens: int) -> Result:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
 from lib.checkpoint.families import Shape
 from lib.families import load
 from lib.run.task import freeze
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def job(model: str, batch_tokens: int) -> Result:
@@ -132,14 +137,18 @@ def run(command: list[str], env: dict[str, str]) -> str:
 
 
 def checkpoint(shape: Shape, folder: Path) -> None:
-    """Random weights of a shape in safetensors, written a layer at a time, with a small tokenizer."""
-    from safetensors.torch import save_file
-
+    """A random Qwen2 of a shape, with a small tokenizer."""
     from lib.demo.tiny import make_tokenizer
 
-    tokenizer = make_tokenizer(vocab=1000)
-    tokenizer.save_pretrained(folder)
-    qwen_config(shape).save_pretrained(folder)
+    make_tokenizer(vocab=1000).save_pretrained(folder)
+    save_random(shape, qwen_config(shape), folder)
+
+
+def save_random(shape: Shape, config: "PreTrainedConfig", folder: Path) -> None:
+    """Random weights of a shape in safetensors, written a layer at a time, by the names that Qwen2 and Llama share."""
+    from safetensors.torch import save_file
+
+    config.save_pretrained(folder)
     q, kv, h = shape.heads * shape.head, shape.kv_heads * shape.head, shape.hidden
     sizes = {
         "self_attn.q_proj": (q, h),
@@ -148,6 +157,7 @@ def checkpoint(shape: Shape, folder: Path) -> None:
         "self_attn.o_proj": (h, q),
     }
     sizes |= {"mlp.gate_proj": (shape.inner, h), "mlp.up_proj": (shape.inner, h), "mlp.down_proj": (h, shape.inner)}
+    biases = {"q": q, "k": kv, "v": kv} if shape.bias else {}
 
     def make(*size: int) -> torch.Tensor:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,7 +172,7 @@ def checkpoint(shape: Shape, folder: Path) -> None:
     for i in range(shape.layers):
         at = f"model.layers.{i}"
         tensors = {f"{at}.{name}.weight": make(*size) for name, size in sizes.items()}
-        tensors |= {f"{at}.self_attn.{n}_proj.bias": make(s) for n, s in (("q", q), ("k", kv), ("v", kv))}
+        tensors |= {f"{at}.self_attn.{n}_proj.bias": make(s) for n, s in biases.items()}
         tensors |= {
             f"{at}.{n}.weight": torch.ones(h).bfloat16() for n in ("input_layernorm", "post_attention_layernorm")
         }
@@ -172,6 +182,20 @@ def checkpoint(shape: Shape, folder: Path) -> None:
         ends["lm_head.weight"] = make(shape.vocabulary, h)
     save(ends, "model-end.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def whole_vocabulary(folder: Path, size: int) -> list[str]:
+    """Random weights draw any token, and a detokeniser has to know it: words, each of them one token when read again.
+    The words, with the blank before them."""
+    path = folder / "tokenizer.json"
+    said = json.loads(path.read_text())
+    used = {*said["model"]["vocab"].values(), *(one["id"] for one in said["added_tokens"])}
+    free = [number for number in range(size) if number not in used]
+    words = ["q" + "".join(letters) for letters in islice(product(ascii_lowercase, repeat=4), len(free))]
+    said["model"]["vocab"] |= {f"Ġ{word}": number for word, number in zip(words, free, strict=True)}
+    said["model"]["ignore_merges"] = True  # as in Llama 3: a word that is known is not put together from its letters
+    path.write_text(json.dumps(said))
+    return [f" {word}" for word in words]
 
 
 def number_rows(path: Path, n: int, seed: int) -> None:
