@@ -17,6 +17,7 @@ from lib.models.load import announce, free_memory, load_config, visible_devices
 
 CPU_TOKENS = 2048  # of a micro-batch there
 CONTEXT = 512 << 20  # of a GPU, for CUDA itself
+MOST_RANK, HEADS = 64, (16, 32, 64, 128)  # that the kernels are built for; beyond 16 their speed is not measured
 
 
 class FastTrainer:
@@ -84,5 +85,9 @@ def load_fast(folder: str, lora: Lora, dtype: str, step_rows: int, max_length: i
 
 def trains_fast(folder: str, lora: Lora) -> bool:
     """Whether this trainer knows the family, and all that the recipe asks for."""
-    family = family_of(load_config(folder).model_type, "is not trained here; these are")
-    return lora.dropout == 0 and is_trained(family)
+    config = load_config(folder)
+    family = family_of(config.model_type, "is not trained here; these are")
+    if lora.dropout or lora.rank > MOST_RANK or not is_trained(family):
+        return False
+    assert family.shape
+    return family.shape(config).head in HEADS
