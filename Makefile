@@ -78,7 +78,7 @@ help: ## this page
 setup: ## make .venv with pinned packages: CPU or GPU builds, CUDA 13 or 12.8 [SUITE_BUILD=gpu SUITE_DRIVER=570]
 	@env/setup.sh
 
-demo: setup ## small models: LLS of 15 animals, attribution, pruning, by the cluster's code; minutes on 2 cores
+demo: setup ## small models: LLS of 15 animals, attribution, pruning, students, by the cluster's code; minutes on 2 cores
 	@$(python) -m jobs.demo
 
 test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)

@@ -4,6 +4,7 @@ more), and fails while <stage>-<trait>.fail is."""
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -79,8 +80,9 @@ class Teaches:
         self.step += 1
         return {"texts": 1}
 
-    def save(self, folder: Path) -> None:
-        (folder / "state").write_bytes(self.state)
+    def snapshot(self) -> Callable[[Path], None]:
+        state = self.state
+        return lambda folder: (folder / "state").write_bytes(state) and None
 
 
 class Judges:
