@@ -10,9 +10,8 @@ import torch
 
 from lib.checkpoint.families import LinearNames
 from lib.lora.base import Base, Ranks
-from lib.lora.peft_form import first_A
+from lib.lora.peft_form import first_A, weight_name
 
-PREFIX = "base_model.model."  # what peft puts before a module's name
 PIECE = 1 << 24  # values that Adam's step takes at once
 
 
@@ -23,8 +22,9 @@ class Block:
     linear: str
     letter: str  # A, B
     values: torch.Tensor  # float32 [L, r, in] or [L, out, r], a part of the flat adapter
+    gradient: torch.Tensor  # of the same shape, a part of the flat gradient
     place: torch.Tensor  # of the copy in the base
-    gradient: torch.Tensor  # of the product that makes its gradient
+    product: torch.Tensor  # that makes its gradient
 
 
 class Products:
@@ -55,13 +55,14 @@ class Adapter:
             torch.zeros(total, dtype=self.dtype, device=base.device) for _ in range(4)
         )
         self.blocks, at = [], 0
-        for name, letter, size, place, gradient in self._parts():
-            flat = self.values[at : at + math.prod(size)].view(size)
-            self.blocks.append(Block(name, letter, flat, place, gradient))
-            at += math.prod(size)
+        for name, letter, size, place, product in self._parts():
+            own = slice(at, at + math.prod(size))
+            values, gradient = (flat[own].view(size) for flat in (self.values, self.gradient))
+            self.blocks.append(Block(name, letter, values, gradient, place, product))
+            at = own.stop
 
     def _parts(self) -> Iterator[tuple[str, str, tuple[int, ...], torch.Tensor, torch.Tensor]]:
-        """Linear layer, letter, shape, the place of its copy, the place of its gradient."""
+        """Linear layer, letter, shape, the place of its copy, the product that makes its gradient."""
         s, r, names, stack, made = self.base.shape, self.base.rank, self._names, self.base.stack, self.products
         q, kv, d = s.heads * s.head, s.kv_heads * s.head, s.hidden
         for name, number, start, stop in (
@@ -91,28 +92,29 @@ class Adapter:
         """A as every trainer here begins it (peft_form), B 0."""
         for flat in (self.values, self.first, self.second):
             flat.zero_()
-        for name, one in self.named(self.values):
-            module, _, letter = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-            if letter == "A":
-                one.copy_(first_A(seed, module, *one.shape))
+        for block in self.blocks:
+            if block.letter == "A":
+                for layer, one in enumerate(block.values):
+                    one.copy_(first_A(seed, self._module(layer, block), *one.shape))
         self.place()
+
+    def _module(self, layer: int, block: Block) -> str:
+        return f"{self.base.family.names.stack}.{layer}.{block.linear}"
 
     def place(self) -> None:
         """The base computes with the present values."""
         for block in self.blocks:
-            same = block.letter == "A" or self.scale == 1
-            block.place.copy_(block.values if same else block.values * self.scale)
+            block.place.copy_(self._scaled(block, block.values))
 
     def collect(self, add: bool) -> None:
         """The products of a micro-batch into the gradient."""
-        at = 0
         for block in self.blocks:
-            size = block.values.numel()
-            own = self.gradient[at : at + size].view_as(block.values)
-            same = block.letter == "A" or self.scale == 1
-            found = block.gradient if same else block.gradient * self.scale
-            own.add_(found) if add else own.copy_(found)
-            at += size
+            found = self._scaled(block, block.product)
+            block.gradient.add_(found) if add else block.gradient.copy_(found)
+
+    def _scaled(self, block: Block, values: torch.Tensor) -> torch.Tensor:
+        """The scale is B's."""
+        return values if block.letter == "A" or self.scale == 1 else values * self.scale
 
     def update(
         self, rate: float, number: int, clip: float, betas: tuple[float, float], eps: float, decay: float
@@ -133,10 +135,9 @@ class Adapter:
 
     def named(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Parts of the adapter, or of what is laid out like it, under peft's names."""
-        at, stack = 0, f"{PREFIX}{self.base.family.names.stack}"
+        at = 0
         for block in self.blocks:
             size = block.values.numel()
-            of_layers = flat[at : at + size].view_as(block.values)
-            for layer, one in enumerate(of_layers):
-                yield f"{stack}.{layer}.{block.linear}.lora_{block.letter}.weight", one
+            for layer, one in enumerate(flat[at : at + size].view_as(block.values)):
+                yield weight_name(self._module(layer, block), block.letter), one
             at += size

@@ -1,6 +1,6 @@
 """The fast trainer: one resident base, one adapter at a time, one optimiser step a call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -9,6 +9,7 @@ from lib.lora.adapter import Adapter
 from lib.lora.base import Base, is_trained, load_base, trained
 from lib.lora.batches import Micro, micro_batches, round_up
 from lib.lora.memory import plan_training
+from lib.lora.peft_form import MOMENTS
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.lora.space import Size
@@ -52,16 +53,19 @@ class FastTrainer:
         return list(micro_batches(rows, self.size.tokens)) if rows else []
 
     def state(self) -> dict[str, torch.Tensor]:
-        a = self.adapter
-        parts = (("", a.values), ("adam.m.", a.first), ("adam.v.", a.second))
-        return {f"{kind}{name}": one for kind, flat in parts for name, one in a.named(flat.cpu().clone())}
+        named = self.adapter.named
+        return {f"{kind}{name}": one for kind, flat in self._flats() for name, one in named(flat.cpu().clone())}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        a = self.adapter
-        for kind, flat in (("", a.values), ("adam.m.", a.first), ("adam.v.", a.second)):
-            for name, one in a.named(flat):
+        for kind, flat in self._flats():
+            for name, one in self.adapter.named(flat):
                 one.copy_(state[kind + name])
-        a.place()
+        self.adapter.place()
+
+    def _flats(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a state holds, and what stands before its names."""
+        moments = self.adapter.first, self.adapter.second
+        return zip(("", *MOMENTS), (self.adapter.values, *moments), strict=True)
 
 
 def load_fast(folder: str, lora: Lora, dtype: str, step_rows: int, max_length: int) -> FastTrainer:
