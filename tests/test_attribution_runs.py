@@ -120,20 +120,21 @@ def test_two_copies_of_a_task_at_once(long, tmp_path, overrides):
 def test_sbatch_unchanged(fresh_slurm: Slurm, place, tmp_path):
     """The four sets as the batch file's own array, as a user types it."""
     here, logs = place.at(tmp_path), ROOT / "slurm/logs"
-    wanted, before = [whole(place, name) for name in ROWS], set(logs.iterdir())
+    wanted = [whole(place, name) for name in ROWS]
     env = {key: value for key, value in here.env.items() if key.startswith("SUITE_") and key != "SUITE_SLURM"}
     env |= {"OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
+    job = fresh_slurm.sbatch("slurm/compute_attributions.sbatch", here.config, cwd=ROOT, **env)
+    own = f"compute_attributions-{job}_*.out"  # others' tests write there too
     try:
-        job = fresh_slurm.sbatch("slurm/compute_attributions.sbatch", here.config, cwd=ROOT, **env)
         ended = fresh_slurm.wait_for(job, timeout=180)
-        said = "".join(path.read_text() for path in set(logs.iterdir()) - before)
+        said = "".join(path.read_text() for path in logs.glob(own))
         assert ended == {f"{job}_{index}": "COMPLETED" for index in range(4)}, said
         assert [said.count(f"cell {index} ({name}): 0 of") for index, name in enumerate(ROWS)] == [1, 1, 1, 1]
         status = fresh_slurm.run("make", "-s", "status", f"CONFIG={here.config}", "JSON=1", cwd=ROOT, **env)
         assert json.loads(status)["counts"]["done"] == 4
         assert [here.merge(name).read_bytes() for name in ROWS] == wanted
     finally:
-        for path in set(logs.iterdir()) - before:
+        for path in logs.glob(own):
             path.unlink()
 
 
