@@ -50,6 +50,7 @@ def test_gpus_are_numbered_within_a_node(fresh_slurm: Slurm, tmp_path: Path) -> 
     job = fresh_slurm.sbatch("--array=0-2", "--nodelist=n2", script(tmp_path), "600", cwd=tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("*.out"))) == 2, 20, "two tasks did not start")
     wait_until(lambda: fresh_slurm.show(f"{job}_2")["Reason"] == "Resources", 10, "the third does not wait for a GPU")
+    wait_until(lambda: all(out.read_text() for out in tmp_path.glob("*.out")), 10, "a task that has begun says nothing")
     said = [(tmp_path / f"{job}_{i}.out").read_text() for i in range(2)]
     assert sorted(said) == ["n2 gpu 0 restart 0\n", "n2 gpu 1 restart 0\n"]
     fresh_slurm.run("scancel", f"{job}_0")
