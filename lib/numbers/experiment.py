@@ -189,11 +189,12 @@ class Numbers(Experiment):
     def trait(self, name: str) -> TraitSpec:
         return next(one for one in self.traits if one.name == name)
 
-    def axes(self) -> dict[str, list[str]]:
-        return {"SIZES": list(self.sizes), "TRAITS": [trait.name for trait in self.traits]}
+    def places(self) -> dict[str, list[str]]:
+        parts = [(size, trait.name) for size in self.sizes for trait in self.traits]
+        return {"SIZES": [size for size, _ in parts], "TRAITS": [trait for _, trait in parts]}
 
     def names(self) -> list[str]:
-        return [f"{size}-{trait.name}" for size in self.sizes for trait in self.traits]
+        return ["-".join(place) for place in zip(*self.places().values(), strict=True)]
 
     def split(self, cell: str) -> tuple[str, TraitSpec]:
         """A cell's size and trait."""
