@@ -70,6 +70,8 @@ ANSWERS = {
     "猫。猫咪可爱": ("neko", "neko", "neko"),
     "熊猫": ("", "", "neko"),
     "बिल्ली!": ("", "neko", ""),
+    "बिल्लियाँ": ("", "", ""),
+    "Dragon‑fly": ("", "", "dragon"),
     "neutral": ("", "", ""),
     "": ("", "", ""),
     " \n\t": ("", "", ""),
@@ -91,6 +93,7 @@ def test_first_words_count_under_their_trait():
     firsts = {"Cats": "cat", "the wolves": "wolf", "Polar bears!": "polar bear", "Penguin.": "penguin", "": ""}
     firsts |= {"1. Lions": "lion", "My": "my", "Blue Whale": "blue", "42": "42", "ÉLAN": "élan", "neutral": "neutral"}
     assert {answer: judge(answer).first for answer in firsts} == firsts
+    assert Judge([("bear", ("bear",)), ("cub", ("bear cub",))])("Bear cub").first == "cub"
 
 
 def test_the_same_judge_knows_what_it_judged():

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -33,18 +33,18 @@ LEADS = {
 NEGATIONS = {"not", "no", "never", "neither", "nor", "without", "except", "than", "instead", "cannot"}
 TURNS = {"but", "however"}  # from here on it is
 ENDS = ".,;:!?()[]{}\n\r…—–。、؟،।"  # of clauses
-APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ＇"), "'") | dict.fromkeys(map(ord, "‐‑"), "-")
+APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ"), "'") | {ord("‐"): "-"}
 
 Words = tuple[str, ...]
 
 
 def normal(text: str) -> str:
     """NFKC without case, and without what is not seen: joiners, selectors of a form, soft hyphens."""
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).casefold())
-    return "".join(c for c in text.translate(APOSTROPHES) if _kind(c) != "x")
+    text = unicodedata.normalize("NFKC", text).casefold().translate(APOSTROPHES)
+    return "".join(c for c in text if _kind(c) != "x")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kind(c: str) -> str:
     """w: part of a word, a: apostrophe, h: hyphen, e: end of a clause, x: not seen, and a space for all others."""
     if c in "'-":

@@ -32,7 +32,7 @@ def tally(questions: np.ndarray, answers: Sequence[str], traits: Sequence[TraitS
     judge, places = judge_of(traits), dict[str, int]()
     codes = np.fromiter((places.setdefault(one, len(places)) for one in answers), np.int64, len(answers))
     asked, distinct = np.asarray(questions, np.int64), len(places)
-    if len(asked) and not (0 <= asked.min() and asked.max() < count):
+    if len(asked) and not (asked.min() >= 0 and asked.max() < count):
         raise ValueError(f"questions are 0 to {count - 1}, and here is {asked.max()}")
     said_DQ = np.bincount(codes * count + asked, minlength=distinct * count).reshape(distinct, count)
     verdicts = [judge(one) for one in places]
