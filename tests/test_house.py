@@ -16,12 +16,12 @@ SOURCES = sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("jobs/*.py")])
 BATCH = sorted(ROOT.glob("slurm/*.sbatch"))
 
 # Each room knows its own insides and the rooms before it, nothing else. Families do not know each other.
-FAMILIES = ("lls", "attribution", "numbers")
+FAMILIES = ("attribution", "numbers")
 ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
-    ("pruning", "lora"),
-    *("families", "demo", "bench"),
+    ("pruning", "lls"),  # which read from those
+    *("lora", "families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
 LIGHT = ("base", "config", "checkpoint", "store", "run", "cluster", "families")  # status answers in a moment
