@@ -8,6 +8,7 @@ from lib.lls.experiment import LLS, LLSCross
 from lib.lls.numbers import LLSNumbers
 from lib.lora.experiment import Finetune
 from lib.numbers.experiment import Numbers
+from lib.preferences.experiment import Logprobs, Preferences
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
@@ -23,6 +24,8 @@ KINDS: dict[str, type[Experiment]] = {
     "sparsity": Sparsity,
     "numbers": Numbers,
     "finetune": Finetune,
+    "preference_logprobs": Logprobs,
+    "preferences": Preferences,
 }
 
 

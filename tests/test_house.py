@@ -20,8 +20,10 @@ FAMILIES = ("attribution", "numbers")
 ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
-    ("pruning", "lls"),  # which read from those
-    *("lora", "families", "demo", "bench"),
+    ("pruning", "lls"),
+    "lora",
+    ("preferences", "publish"),
+    *("families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
 LIGHT = ("base", "config", "checkpoint", "store", "run", "cluster", "families")  # status answers in a moment
