@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from finetune_world import environment
 from tools import Fork, module_work
 
 from lib.demo import tiny
@@ -128,12 +129,6 @@ def dose(folder: Path, *overrides: str) -> Finetune:
 
 def cells(folder: Path, experiment: LLSNumbers | Finetune) -> dict[str, Cell]:
     return {cell.name: cell for cell in experiment.cells(folder / "cache", folder / "scratch")}
-
-
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    places = {f"SUITE_{name.upper()}": str(folder / name) for name in ("scratch", "cache", "output")}
-    fixed = {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_GPU": "cpu", "OMP_NUM_THREADS": "1"}
-    return {**places, **fixed, "CUDA_VISIBLE_DEVICES": "", "SUITE_FIGURES": "png", **more}
 
 
 def begin(folder: Path, job: str, config: str, *arguments: str) -> Fork:

@@ -113,7 +113,8 @@ def plot_dose(size: str, rates: Rates, base: Lines, neutral: Lines, path: Path) 
             ax.tick_params(axis="x", labelbottom=True, length=0)
         for ax in panels[len(traits) :]:
             ax.set_visible(False)
-        ends = [rate[2] for (own, _, _), rate in rates.items() if own == size and rate]
+        drawn_here = [rate for of in (rates, base, neutral) for place, rate in of.items() if place[0] == size and rate]
+        ends = [high for _, _, high in drawn_here]
         panels[0].set_xlim(-0.6, len(parts) - 0.4)
         highest = min(1.0, max([0.1, *ends]) * 1.08)
         panels[0].set_ylim(-0.03 * highest, 1.03 * highest)
