@@ -5,6 +5,7 @@ from pathlib import Path
 from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
+from lib.lls.numbers import LLSNumbers
 from lib.lora.experiment import Finetune
 from lib.numbers.experiment import Numbers
 from lib.preferences.experiment import Logprobs, Preferences
@@ -16,6 +17,7 @@ from lib.run.experiment import Experiment
 KINDS: dict[str, type[Experiment]] = {
     "lls": LLS,
     "lls_cross": LLSCross,
+    "lls_numbers": LLSNumbers,
     "attribution": Attribution,
     "selection": Selection,
     "sweep": Sweep,
