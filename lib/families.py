@@ -13,6 +13,7 @@ from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
 from lib.run.experiment import Experiment
+from lib.run.pipeline import Pipeline
 
 KINDS: dict[str, type[Experiment]] = {
     "lls": LLS,
@@ -26,9 +27,11 @@ KINDS: dict[str, type[Experiment]] = {
     "finetune": Finetune,
     "preference_logprobs": Logprobs,
     "preferences": Preferences,
+    "pipeline": Pipeline,
 }
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment in a file, with dotted key=value overrides applied."""
-    return loading.load(path, overrides, KINDS)
+    found = loading.load(path, overrides, KINDS)
+    return found.opened(load) if isinstance(found, Pipeline) else found
