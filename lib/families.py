@@ -10,6 +10,7 @@ from lib.numbers.experiment import Numbers
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
+from lib.publish.experiment import Publish
 from lib.run.experiment import Experiment
 
 KINDS: dict[str, type[Experiment]] = {
@@ -21,6 +22,7 @@ KINDS: dict[str, type[Experiment]] = {
     "sparsity": Sparsity,
     "numbers": Numbers,
     "finetune": Finetune,
+    "publish": Publish,
 }
 
 
