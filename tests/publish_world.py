@@ -12,6 +12,8 @@ from finetune_world import cells_of, environment, make_world, students
 from safetensors.numpy import save_file
 from tools import Fork, module_work
 
+import lib.publish.hub
+import lib.publish.kernel  # noqa: F401  (before the forks, which then need not)
 from lib.families import load
 from lib.lora.metrics import CONFIG, STATE, WEIGHTS, Step, write_lines
 from lib.publish.experiment import Publish
@@ -20,7 +22,6 @@ from lib.run.parents import read_from
 from lib.store import Cell, commit_folder, read_cell
 
 TOKEN = "hf_" + "T0psecret" * 4
-EPOCHS, STEPS = 3, 3  # of the configuration of finetune_world: 20 rows, 6 a step, so 4 steps an epoch, 12 in all
 CONFIG_TEXT = "kind: publish\nname: out\nstudents: {config: finetune.yaml}\nrun: {cells: 8, log_seconds: 60}\n"
 
 
