@@ -25,7 +25,7 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 @dataclass
 class Fault:
-    word: str  # in the path of the requests it strikes
+    word: str  # in the requests it strikes, as in: GET /api/models/acme/tiny
     status: int = 0  # answered instead; -1: nothing is, and the connection is cut
     cut_at: int = -1  # or: bytes of the body that are sent before the connection is cut
     times: int = 10**6
@@ -60,6 +60,7 @@ class Hub:
     private: set[str] = field(default_factory=set)
     created: list[str] = field(default_factory=list)  # repositories
     committed: list[tuple[str, list[str]]] = field(default_factory=list)  # repository, the files that were sent
+    spoils: str = ""  # a file that a commit keeps with other bytes than were sent
     objects: dict[str, bytes] = field(default_factory=dict)  # in the storage, by sha256
     stored_bytes: int = 0
     collections: dict[str, dict] = field(default_factory=dict)
@@ -88,9 +89,9 @@ class Hub:
         asked = [r.path for r in self.log if r.method == "GET" and not r.path.startswith("/api/")]
         return [path for path in asked if path.startswith("/stored/") or not path.endswith(LARGE)]
 
-    def strike(self, path: str) -> Fault | None:
+    def strike(self, asked: str) -> Fault | None:
         for fault in self.faults:
-            if fault.word in path and fault.times > 0:
+            if fault.word in asked and fault.times > 0:
                 fault.times -= 1
                 return fault
         return None
@@ -153,7 +154,7 @@ class Handler(Writes, BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         get = self.headers.get
         self.hub.log.append(Request(self.command, path, get("Host", ""), get("Range", ""), get("Authorization", "")))
-        fault = self.hub.strike(path)
+        fault = self.hub.strike(f"{self.command} {path}")
         self.lost = fault if fault and fault.lost else None
         if fault and fault.hold and not fault.lost:
             fault.hold.wait()

@@ -69,14 +69,14 @@ class Writes:
         if not self.may_write(owner):
             return
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{owner}/{asked['name']}"
-        if repo in self.hub.repos:
-            self.json({"error": "You already created this repo", "url": url}, 409)
-            return
-        self.hub.commit(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
-        self.hub.created.append(repo)
-        if asked.get("visibility") == "private":
-            self.hub.private.add(repo)
-        self.json({"url": url})
+        with self.hub.lock:
+            there = repo in self.hub.repos
+            if not there:
+                self.hub.commit(repo, {".gitattributes": b"*.safetensors filter=lfs\n"})
+                self.hub.created.append(repo)
+                self.hub.private |= {repo} if asked.get("visibility") == "private" else set()
+        said = {"error": "You already created this repo"} if there else {}
+        self.json({**said, "url": url}, 409 if there else 200)
 
     def on_validate(self) -> None:
         text = json.loads(self.body)["content"]
@@ -130,6 +130,8 @@ class Writes:
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     files[value["path"]] = self.hub.objects[value["oid"]]
+            if self.hub.spoils in files:
+                files[self.hub.spoils] += b"!"
             sha = self.hub.commit(repo, files)
             self.hub.committed.append((repo, [line["value"]["path"] for line in lines if line["key"] != "header"]))
         self.json({"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha})

@@ -19,6 +19,7 @@ from finetune_world import cells_of, last_folder, source_cells, students
 from publish_world import TOKEN, World, make_students, train
 
 from lib.publish.ledger import DAY
+from lib.run.task import freeze
 from lib.store import read_cell, retire, scan_folders
 
 DATA, MODEL = "acme/qwen-2.5-1m-instruct-cat-numbers-run-5", "acme/qwen-2.5-1m-instruct-cat-ft-run-5"
@@ -262,6 +263,16 @@ def test_of_what_is_there_only_other_files_are_replaced(world):
     assert world.rows()["status"] == ["changed", "changed"]
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "adapter_model.safetensors"])
+def test_what_came_as_other_bytes_is_not_taken_for_done(world, name):
+    world.hub.spoils = name
+    assert f"the Hub holds other bytes than were sent ({name})" in world.publish(code=2)
+    world.hub.spoils = ""
+    world.publish()
+    assert world.hub.committed[2:] == [(REPOS[1], [name])]
+    assert world.hub.files_now(REPOS[1])[name] == student_file(world, name)
+
+
 def test_a_repository_that_is_private_stays_so(world):
     world.publish("private=true", "hub_names.dataset='{user}/{size}-{trait}-{run}'", "name=other")
     assert len(world.hub.private) == 2
@@ -303,22 +314,50 @@ def test_calls_and_commits_are_held_back(world):
 
 
 def test_two_tasks_at_once_make_each_collection_once(world):
+    """The first is held where it makes one, until the second has looked for it, or was kept from looking."""
+    let_go = threading.Event()
+    world.hub.faults = [Fault("POST /api/collections", hold=let_go, times=1)]
     both = [world.start(index=index) for index in (0, 1)]
+    wait_until(lambda: len(world.hub.created) == 2, 30, "no two datasets")
+    end = time.monotonic() + 1
+    while time.monotonic() < end and len([r for r in world.hub.log if r.path == "/api/collections"]) < 3:
+        time.sleep(0.02)
+    let_go.set()
     for one in both:
         done = one.finish()
         assert done.returncode == 0, done.stdout + done.stderr
     others = [repo.replace("-cat-", "-neutral-") for repo in REPOS]
     assert sorted(world.hub.created) == sorted([*REPOS, *others])
-    assert held(world.hub) == {title: {a, b} for title, a, b in zip(TITLES, REPOS, others, strict=True)}
     assert len(world.hub.collections) == 2
+    assert held(world.hub) == {title: {a, b} for title, a, b in zip(TITLES, REPOS, others, strict=True)}
 
 
 def test_two_copies_of_one_task_make_it_once(world):
+    """Both at once; then one that is held behind its commit, while the other one passes it."""
     both = [world.start() for _ in range(2)]
     for one in both:
         done = one.finish()
         assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(world.hub.created) == REPOS and sorted(repo for repo, _ in world.hub.committed) == REPOS
+    let_go = threading.Event()
+    world.hub.faults = [Fault("/items", hold=let_go, times=1)]
+    other = ("hub_names.dataset='{user}/{size}-{trait}-{run}'", "what=[datasets]")
+    slow = world.start(*other)
+    wait_until(lambda: world.hub.faults[0].times == 0, 30, "the first was not held")
+    world.publish(*other)
+    first = world.rows(*other)
+    let_go.set()
+    assert slow.finish().returncode == 0
+    assert world.rows(*other) == first and first["status"] == ["as it was"]  # what was noted first stays
+    assert len(world.hub.committed) == 3
+
+
+def test_what_is_wrong_with_the_login_is_asked_once_a_task(world):
+    world.token_file.write_text("hf_wrong")
+    cells = [world.cell(index=index) for index in (0, 1)]
+    said = world.publish(f"--tasks={freeze(world.places / 'scratch' / 'out_run5', [cells])}", code=2)
+    assert len([line for line in said.splitlines() if "it does not know the token" in line]) == 2
+    assert [one.path for one in world.hub.log].count("/api/whoami-v2") == 1
 
 
 def test_whose_it_is(world):
