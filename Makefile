@@ -113,7 +113,7 @@ submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES
 	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry) \
 	  $(call flag,CHAIN,--chain)
 
-submit-publish: setup ## numbers and students to the Hub, by a job without a GPU: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
+submit-publish: setup ## numbers and students to the Hub, with collections: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry)
 
 submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]

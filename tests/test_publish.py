@@ -19,6 +19,7 @@ from finetune_world import cells_of, last_folder, source_cells, students
 from publish_world import TOKEN, World, make_students, train
 
 from lib.publish.ledger import DAY
+from lib.publish.plan import Plan
 from lib.run.task import freeze
 from lib.store import read_cell, retire, scan_folders
 
@@ -414,18 +415,17 @@ def test_a_student_that_is_made_again_is_published_again(world):
 
 
 def test_the_plan_is_said_before_anything_is_sent(world):
-    world.hub.role = "read"
+    def plan() -> Plan:
+        scratch, e = world.places / "scratch", world.experiment("epochs=all")
+        return e.plan(world.places / "cache", scratch, [world.cell("epochs=all")], "acme")
+
+    world.hub.faults = [Fault("/api/repos/create", 403, text="no", times=1)]
     said = world.publish("epochs=all", code=2)
-    assert "to publish: 4 repositories, USER/qwen-2.5-1m-instruct-cat-numbers-run-5 ... USER/qwen-" in said
-    world.hub.role = "write"
-    planned = world.experiment("epochs=all").plan(
-        world.places / "cache", world.places / "scratch", [world.cell("epochs=all")]
-    )
+    assert f"to publish: 4 repositories, {DATA} ... {MODEL}-epoch-2\n" in said
+    assert [one.path for one in world.hub.writes] == ["/api/repos/create"]
+    planned = plan()
     world.publish("epochs=all")
     calls = [one for one in world.hub.log if not one.path.startswith("/put/")]
     assert len(planned.ids) == len(world.hub.created) == 4
     assert len(calls) <= planned.calls == 4 * 11 + 6
-    left = world.experiment("epochs=all").plan(
-        world.places / "cache", world.places / "scratch", [world.cell("epochs=all")]
-    )
-    assert left.text() == "to publish: nothing"
+    assert plan().text() == "to publish: nothing" and plan().spent == 4

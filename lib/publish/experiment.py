@@ -17,7 +17,7 @@ from lib.config.plain import parse_yaml
 from lib.inputs.specs import ModelSpec
 from lib.lora.experiment import Finetune, adapter_parameters
 from lib.numbers.experiment import ANSWER_TOKENS, PROMPT_BYTES
-from lib.publish.ledger import DAY, HUB, NEW, Ledger
+from lib.publish.ledger import DAY, NEW, ledger_of
 from lib.publish.names import USER, Names, Type, repository
 from lib.publish.plan import Plan
 from lib.run.experiment import Estimate, Experiment, Needs, Reads, RunSpec, Stage
@@ -235,19 +235,18 @@ class Publish(Experiment):
 
     def costs(self, cache: Path, gpu: str) -> str:
         scratch = site().scratch
-        return self.plan(cache, scratch, self.cells(cache, scratch)).text()
+        return f"all cells, {self.plan(cache, scratch, self.cells(cache, scratch), self.owner).text()}"
 
-    def plan(self, cache: Path, scratch: Path, cells: list[Cell]) -> Plan:
+    def plan(self, cache: Path, scratch: Path, cells: list[Cell], owner: str) -> Plan:
         """What is left to publish of these cells; on the Hub some of it may be as it should be."""
         left = [(cell, item) for cell in cells for item in self._left(cell)]
         sizes = [self.item_bytes(cache, cell.name, item) for cell, item in left]
-        known = Ledger(scratch / HUB / f"{self.owner}.json") if self.owner else None
         return Plan(
-            ids=[self.repository(cell.name, item, self.owner or "USER") for cell, item in left],
+            ids=[self.repository(cell.name, item, owner or "USER") for cell, item in left],
             calls=CALLS * len(left) + LOOKS,
             bytes=sum(sizes),
             largest=max(sizes, default=0),
-            spent=known.spent(NEW, DAY) if known else 0,
+            spent=ledger_of(scratch, owner).spent(NEW, DAY) if owner else 0,
             run=self.run,
         )
 

@@ -11,7 +11,7 @@ from lib.base.errors import UserError
 from lib.publish.contents import Contents
 from lib.publish.experiment import Item, Publish
 from lib.publish.files import File
-from lib.publish.ledger import HUB, Ledger
+from lib.publish.ledger import HUB, ledger_of
 from lib.run.command import Job
 from lib.run.rows import Columns
 from lib.run.task import run_rows, task_of
@@ -37,22 +37,19 @@ def compute(this: Job) -> int:
 
 def login(this: Job, experiment: Publish) -> "tuple[Hub, str] | UserError":
     """The Hub, and who owns what is made there. An error is kept too: the next cell's would be the same."""
-    cells = task_of(this)
-    print(experiment.plan(this.site.cache, this.site.scratch, cells).text(), flush=True)
     os.environ.setdefault(
         "HF_HUB_DISABLE_XET", "1"
     )  # plain requests, which are counted and, where they break, repeated
+    scratch, run = this.site.scratch, experiment.run
     try:
         from lib.publish.hub import Hub  # reads HF_* when it is imported
 
-        hub = Hub(experiment.run, experiment.run.wait_minutes, lambda user: ledger_of(this, user))
-        return hub, hub.open(experiment.owner)
+        hub = Hub(run, run.wait_minutes, lambda user: ledger_of(scratch, user))
+        owner = hub.open(experiment.owner)
     except UserError as e:
         return e
-
-
-def ledger_of(this: Job, user: str) -> Ledger:
-    return Ledger(this.site.scratch / HUB / f"{user}.json")
+    print(experiment.plan(this.site.cache, scratch, task_of(this), owner).text(), flush=True)
+    return hub, owner
 
 
 @dataclass(frozen=True)

@@ -79,3 +79,7 @@ def _until(entries: list[Entry], excess: int, now: float, window: float) -> floa
         if excess <= 0:
             return max(wait, 0.01)
     return 0.0
+
+
+def ledger_of(scratch: Path, user: str) -> Ledger:
+    return Ledger(scratch / HUB / f"{user}.json")

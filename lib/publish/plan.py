@@ -40,12 +40,13 @@ class Plan:
         if not self.ids:
             return "to publish: nothing"
         count, run = len(self.ids), self.run
+        things = f"{count:,} repositories" if count > 1 else "1 repository"
         part = "" if run.share == "1" else f" (share {run.share} of {run.repos_a_day})"
         hours = max(count / run.commits_an_hour, self.calls / run.calls / 12)
         many = f" ... {self.ids[-1]}" if count > 1 else ""
         return (
-            f"to publish: {count:,} repositories, {self.ids[0]}{many}\n"
-            f"at most {count:,} commits, {self.calls:,} calls, about {self.bytes / 1e6:,.3g} MB "
+            f"to publish: {things}, {self.ids[0]}{many}\n"
+            f"at most {count:,} commit{'s' * (count > 1)}, {self.calls:,} calls, about {self.bytes / 1e6:,.3g} MB "
             f"(the largest {self.largest / 1e6:,.3g} MB)\n"
             f"new repositories: {run.new_repositories} a day here{part}, {self.spent} made in the last 24 hours: "
             f"{self.days} {'day' if self.days == 1 else 'days'}\n"
