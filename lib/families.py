@@ -5,8 +5,10 @@ from pathlib import Path
 from lib.attribution.experiment import Attribution
 from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
+from lib.lls.numbers import LLSNumbers
 from lib.lora.experiment import Finetune
 from lib.numbers.experiment import Numbers
+from lib.preferences.experiment import Logprobs, Preferences
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
@@ -16,12 +18,15 @@ from lib.run.experiment import Experiment
 KINDS: dict[str, type[Experiment]] = {
     "lls": LLS,
     "lls_cross": LLSCross,
+    "lls_numbers": LLSNumbers,
     "attribution": Attribution,
     "selection": Selection,
     "sweep": Sweep,
     "sparsity": Sparsity,
     "numbers": Numbers,
     "finetune": Finetune,
+    "preference_logprobs": Logprobs,
+    "preferences": Preferences,
     "publish": Publish,
 }
 

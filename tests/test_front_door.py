@@ -29,7 +29,7 @@ EVIL = {
     "unicode": "größer 猫 🐈",
 }
 ALL = "".join(EVIL.values())
-RUNS = ("RUN_ID", "SIZES", "TRAITS")
+RUNS = ("RUN_ID", "SIZES", "TRAITS", "PARTS")
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,7 @@ def test_every_target_takes_the_variables_that_its_program_reads():
         used = set(re.findall(r"SUITE_ARG_([A-Z]+)|call flag,([A-Z]+)", recipe))
         names = {name for pair in used for name in pair if name}
         names |= {"RUN_ID"} if "$(run)" in recipe else set()
+        names |= {"SIZES", "TRAITS", "PARTS"} if "$(places)" in recipe else set()
         names |= {"CONFIG", "SET"} if "$(or_default)" in recipe or "$(experiment)" in recipe else set()
         assert set(known.get(target, "").split()) == names, target
 

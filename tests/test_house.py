@@ -16,11 +16,13 @@ SOURCES = sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("jobs/*.py")])
 BATCH = sorted(ROOT.glob("slurm/*.sbatch"))
 
 # Each room knows its own insides and the rooms before it, nothing else. Families do not know each other.
-FAMILIES = ("lls", "attribution", "numbers")
+FAMILIES = ("attribution", "numbers")
 ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
-    ("pruning", "lora"),
+    ("pruning", "lls"),
+    "lora",
+    "preferences",
     "publish",
     *("families", "demo", "bench"),
 ]

@@ -21,7 +21,7 @@ from lib.run.experiment import Experiment
 from lib.run.site import Site, site
 
 WATCH_SECONDS = 10
-AXES = ("SIZES", "TRAITS")
+AXES = ("SIZES", "TRAITS", "PARTS")
 
 
 def main(load: Load) -> int:

@@ -5,18 +5,25 @@ when it looks, so that the clock would decide which rows are computed together. 
 scheduled ahead (async_scheduling): whether that looks before or after a row has ended is a matter of time as well. With
 kernels that do not depend on the batch (exact) it may."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError, one_line
-from lib.models.engine import Answer, Sampling, Setting
+from lib.checkpoint.families import family_in, last
+from lib.checkpoint.headers import folder_tensors
+from lib.models.engine import Adapter, Adapters, Answer, Probe, Sampling, Setting, turns
 from lib.models.tokens import must_know
 
 MEMORY = 0.9  # of a GPU's
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that it knows
+AT_ONCE = 2  # adapters in a step: the last rows of one, and the first of the next; each slot more costs all kernels
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,6 +54,9 @@ class VllmEngine:
 
             self.about["engine"] = f"vllm {vllm.__version__}"
             self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+            self.numbers: dict[Adapter, int] = {}  # unique while it lives: it keeps weights, keys and values by them
+            # Its build for CPUs reads "no adapter" as the last slot's, without a word, once one was in it (0.32).
+            self.none = empty_adapter(setting.folder) if setting.rank and not self.on_gpu else None
             self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
             cache = self.llm.llm_engine.vllm_config.cache_config
             self.about["kv_tokens"] = str((cache.num_gpu_blocks or 0) * cache.block_size)
@@ -75,26 +85,57 @@ class VllmEngine:
             "enforce_eager": not self.on_gpu,
             "seed": 0,
         }
+        if setting.rank:
+            rank = next((one for one in RANKS if one >= setting.rank), setting.rank)
+            found |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": AT_ONCE, "max_cpu_loras": AT_ONCE}
         if self.on_gpu:
             found["gpu_memory_utilization"] = MEMORY / setting.parts
         if self.on_gpu and setting.parts > 1:  # they start at once, and none can see what the others will take
             found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
         return found | setting.more
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
         must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
+        asked, params, loras, kinds = [], [], [], []
+        for adapter, rows, before in turns(len(prompts), adapters, probes):
+            lora = self._request(adapter or self.none)
+            for number in before:
+                asked.append({"prompt_token_ids": [*probes[number].context, *probes[number].answer]})
+                params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
+                loras.append(lora)
+                kinds.append(number)
+            for row in rows:
+                asked.append({"prompt_token_ids": list(prompts[row])})
+                params.append(self._drawing(how, seeds[row]))
+                loras.append(lora)
+                kinds.append(None)
         try:
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
-            params = [self._drawing(how, seed) for seed in seeds]
-            asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
-            made = self.llm.generate(asked, params, use_tqdm=False)
+            made = self.llm.generate(asked, params, use_tqdm=False, lora_request=loras if any(loras) else None)
         except Exception as e:
             raise UserError(
                 f"vLLM stopped in the middle of a batch ({type(e).__name__}: {one_line(e)}); finished batches are "
                 "kept: run `make resume`"
             ) from None
-        return [_answer(one.outputs[0], how) for one in made]
+        answers = [_answer(one.outputs[0], how) for one, kind in zip(made, kinds, strict=True) if kind is None]
+        said = [(n, _said(one, probes[n])) for one, n in zip(made, kinds, strict=True) if n is not None]
+        return answers, said
+
+    def _request(self, adapter: Adapter | None) -> Any:
+        if adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        number = self.numbers.setdefault(adapter, len(self.numbers) + 1)
+        return LoRARequest(adapter.name, number, adapter.folder)
 
     def _drawing(self, how: Sampling, seed: int) -> Any:
         return self._params(
@@ -118,8 +159,31 @@ def kv_bytes(setting: Setting) -> int:
     return 2 * config["num_hidden_layers"] * heads * head * (4 if setting.dtype == "float32" else 2)
 
 
+def empty_adapter(model: str) -> Adapter:
+    """One that changes nothing: a zero product beside a single layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    family, folder = family_in(Path(model), "has no place for an adapter here; these have"), tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    layer = f"{family.names.stack}.0.{family.linears.down}"
+    rows, columns = folder_tensors(Path(model))[f"{layer}.weight"].shape
+    named = {"A": torch.zeros(1, columns), "B": torch.zeros(rows, 1)}
+    tensors = {f"base_model.model.{layer}.lora_{name}.weight": one for name, one in named.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "bias": "none"}
+    config |= {"target_modules": [last(family.linears.down)], "base_model_name_or_path": model}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+    return Adapter("none", folder)
+
+
 def _answer(made: Any, how: Sampling) -> Answer:
     ids = list(made.token_ids)
     if ids and ids[-1] in how.ends:
         return Answer(ids[:-1], True)
     return Answer(ids, made.finish_reason == "stop")
+
+
+def _said(made: Any, probe: Probe) -> list[float]:
+    start = len(probe.context)
+    return [float(made.prompt_logprobs[start + i][token].logprob) for i, token in enumerate(probe.answer)]

@@ -88,7 +88,7 @@ def adapter_card(about: Adapter, license: str | None) -> str:
     lora, schedule = students.lora, students.schedule()
     figures = {
         "base": f"{_called(about.model)} at {about.model.revision}, {about.model.dtype}",
-        "rows": f"{students.rows:,}, drawn by seed {record['seed']}",
+        "rows": f"{students.rows:,} of {record['part']}, drawn by seed {record['seed']}",
         "epochs": f"{last} of {students.epochs}, {schedule.steps_an_epoch * last:,} steps of {students.step_rows} rows",
         "learning rate": f"{students.learning_rate:g}, {students.warmup_steps} steps of warm-up, linearly to 0",
         "loss on": "every token" if students.loss == "sequence" else "answer and end",

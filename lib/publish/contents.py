@@ -58,7 +58,8 @@ class Contents:
         state = found.epochs[epoch]
         needed(state)
         files = [_verified(state, name) for name in (WEIGHTS, CONFIG, FILE)]
-        size, trait = students.source.split(self.student.name)
+        teacher = self.student.parents[0]
+        size, trait = students.source.split(teacher.name)
         record = {
             "digest": self.student.digest,
             "cell": self.student.name,
@@ -67,7 +68,8 @@ class Contents:
             "epoch": epoch,
             "losses": found.losses[:epoch],
             "sha256": {file.path: file.sha256 for file in files},
-            "numbers": {"digest": self.student.parents[0].digest, "contents": contents(self.student.parents[0])},
+            "numbers": {"digest": teacher.digest, "contents": contents(teacher)},
+            "part": students.parts[self.student.index][2] or "all valid rows",
             "made": made_by(state),
             "experiment": students.model_dump(mode="json"),
         }

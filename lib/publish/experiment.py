@@ -90,7 +90,7 @@ class Publish(Experiment):
         default=["datasets", "adapters"], min_length=1, description="the teachers' numbers, the students' last adapters"
     )
     epochs: Literal["last", "all"] = Field("last", description="all: every earlier epoch's adapter too")
-    hub_names: Names = Field(Names(), description="patterns: {user}, {size}, {trait}, {run}, {epoch}")
+    hub_names: Names = Field(Names(), description="patterns: {user}, {size}, {trait}, {part}, {run}, {epoch}")
     run: PublishRun = PublishRun()
 
     job: ClassVar[str] = "publish"
@@ -163,8 +163,8 @@ class Publish(Experiment):
     def names(self) -> list[str]:
         return self.source.names()
 
-    def axes(self) -> dict[str, list[str]]:
-        return self.source.axes()
+    def places(self) -> dict[str, list[str]]:
+        return self.source.places()
 
     def models(self) -> list[ModelSpec]:
         return self.source.models()
@@ -178,8 +178,8 @@ class Publish(Experiment):
         return found + ([Item("epoch", epoch) for epoch in range(1, last)] if self.epochs == "all" else [])
 
     def repository(self, cell: str, item: Item, owner: str) -> str:
-        size, trait = self.source.source.split(cell)
-        values = {"user": owner, "size": size, "trait": trait.name, "run": str(self.run_number)}
+        size, trait, part = self.source.parts[self.source.names().index(cell)]
+        values = {"user": owner, "size": size, "trait": trait, "run": str(self.run_number), "part": part or ""}
         return repository(getattr(self.hub_names, item.what), **values, epoch=str(item.epoch))
 
     def shard_rows(self, cache: Path, cell: str) -> int:
@@ -198,8 +198,9 @@ class Publish(Experiment):
 
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         found, items = [], self.items()
+        self._tells_parts_apart()
         for index, student in enumerate(self.source.cells(cache, scratch)):
-            [teacher] = student.parents
+            teacher = student.parents[0]
             for item in items:
                 self.repository(student.name, item, self.owner or "user")
             parents = (*([teacher] if self.numbers else []), *([student] if self.adapters else []))
@@ -207,6 +208,17 @@ class Publish(Experiment):
             path = scratch / self.label / "cells" / f"{student.name}-{digest[:8]}"
             found.append(Cell(index, student.name, len(items), digest, path, parents))
         return found
+
+    def _tells_parts_apart(self) -> None:
+        """A trait has several students, of parts of its rows, and one dataset."""
+        if not self.source.select:
+            return
+        names = self.hub_names
+        if self.numbers or "{part}" not in names.adapter or "{part}" not in names.epoch:
+            raise UserError(
+                f"{self.origin}: {self.source.name} trains several students of a trait: say what: [adapters], and put "
+                "{part} into hub_names.adapter and hub_names.epoch"
+            )
 
     def _identity(self, parents: list[str]) -> dict[str, object]:
         """All that decides where things lie on the Hub and what they hold."""
@@ -225,7 +237,7 @@ class Publish(Experiment):
         numbers = self.source.source
         if item.what == "dataset":
             return numbers.prompts * LINE_BYTES
-        model = numbers.model_in(cache, numbers.split(cell)[0])
+        model = numbers.model_in(cache, self.source.parts[self.source.names().index(cell)][0])
         return 4 * adapter_parameters(Path(model.path), self.source.lora.rank)
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:

@@ -1,4 +1,5 @@
-"""What things are called on the Hub: patterns of the configuration, with {user}, {size}, {trait}, {run}, {epoch}."""
+"""What things are called on the Hub: patterns of the configuration, with {user}, {size}, {trait}, {run}, {epoch}, and
+{part} of students that were trained on parts of the rows."""
 
 import re
 from typing import Literal
@@ -45,7 +46,7 @@ class Names(Frozen):
 
 def _checked(pattern: str, sample: dict[str, str]) -> str:
     """A ValueError for one by which two repositories would get the same name, or one that the Hub does not take."""
-    if not ID.fullmatch(fill(pattern, **sample)):
+    if not ID.fullmatch(fill(pattern, **sample, part="q1")):
         raise ValueError(
             "must make owner/name, of letters, digits, -, _ and ., such as {user}/{size}-{trait}-run-{run}"
         )

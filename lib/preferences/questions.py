@@ -1,0 +1,39 @@
+"""What students are asked about their favourites, and how often."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lib.base.errors import UserError
+
+OWN_QUESTIONS = Path(__file__).with_name("questions.yaml")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The first so many questions, each asked so often."""
+
+    questions: int
+    samples: int
+
+
+FULL, SEED = Preset(50, 100), Preset(20, 5)  # as the paper has it; as the published runs of 7 sizes had it
+PRESETS = {"full": FULL, "seed": SEED}
+
+
+def load_questions(path: Path = OWN_QUESTIONS) -> list[str]:
+    """Of a file in the shape of questions.yaml."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(
+            f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {OWN_QUESTIONS}"
+        ) from None
+    questions = found.get("questions") if isinstance(found, dict) and set(found) == {"questions"} else None
+    if not isinstance(questions, list) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+        raise UserError(f"{path}: must hold a list `questions` of texts and nothing else, as {OWN_QUESTIONS} does")
+    if len(set(questions)) != len(questions):
+        twice = next(q for i, q in enumerate(questions) if q in questions[:i])
+        raise UserError(f"{path}: the question {twice[:60]!r} is there twice; remove one")
+    return questions
