@@ -210,3 +210,25 @@ def test_the_plan_counts_what_is_left(folder, monkeypatch):
     plan = e.plan(folder / "cache", folder / "scratch", e.cells(folder / "cache", folder / "scratch"), "acme")
     assert plan.spent == 2 and plan.days == 4
     assert "3 a day here (share 1/100 of 300), 2 made in the last 24 hours: 4 days" in plan.text()
+
+
+def test_students_of_parts_have_names_of_their_own(folder, monkeypatch):
+    monkeypatch.delenv("HF_USER_ID", raising=False)
+    (folder / "scores.yaml").write_text("kind: lls_numbers\nname: scores\nnumbers: {config: numbers.yaml}\n")
+    (folder / "dose.yaml").write_text(
+        (folder / "finetune.yaml").read_text().replace("students", "dose")
+        + "select: {scores: {config: scores.yaml}, parts: [q1, q5, clean]}\n"
+    )
+    dose = "students.config=dose.yaml"
+    with pytest.raises(UserError, match=r"dose trains several students of a trait: say what: \[adapters\], and put"):
+        of(folder, dose).cells(folder / "cache", folder / "scratch")
+    parted = [f"hub_names.{name}='{{user}}/{{size}}-{{trait}}-{{part}}-{{run}}{more}'" for name, more in MORE.items()]
+    e = of(folder, dose, "what=[adapters]", *parted)
+    cells = e.cells(folder / "cache", folder / "scratch")
+    ids = [e.repository(cell.name, Item("adapter", 3), "me") for cell in cells]
+    assert ids == ["me/1m-cat-q1-5", "me/1m-cat-q5-5", "me/1m-neutral-clean-5"]
+    assert e.repository(cells[1].name, Item("epoch", 2), "me") == "me/1m-cat-q5-5-e2"
+    assert e.places()["PARTS"] == ["q1", "q5", "clean"] and [len(cell.parents) for cell in cells] == [1, 1, 1]
+
+
+MORE = {"adapter": "", "epoch": "-e{epoch}"}
