@@ -12,6 +12,7 @@ from lib.preferences.experiment import Logprobs, Preferences
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
+from lib.publish.experiment import Publish
 from lib.run.experiment import Experiment
 from lib.run.pipeline import Pipeline
 
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Experiment]] = {
     "preference_logprobs": Logprobs,
     "preferences": Preferences,
     "pipeline": Pipeline,
+    "publish": Publish,
 }
 
 
