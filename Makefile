@@ -108,7 +108,7 @@ submit-sparc3: setup ## a sweep after all it reads from: attributions, selection
 submit-numbers: setup ## teachers write numbers: RUN_ID=1 (or run_id.txt) [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry)
 
-submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [CHAIN=1] [DRY=1]
+submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES=7b] [TRAITS="cat fox"] [PARTS=q1] [CHAIN=1] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) \
 	  $(call flag,CHAIN,--chain)
 
