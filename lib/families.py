@@ -12,7 +12,9 @@ from lib.preferences.experiment import Logprobs, Preferences
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
+from lib.publish.experiment import Publish
 from lib.run.experiment import Experiment
+from lib.run.pipeline import Pipeline
 
 KINDS: dict[str, type[Experiment]] = {
     "lls": LLS,
@@ -26,9 +28,12 @@ KINDS: dict[str, type[Experiment]] = {
     "finetune": Finetune,
     "preference_logprobs": Logprobs,
     "preferences": Preferences,
+    "pipeline": Pipeline,
+    "publish": Publish,
 }
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment in a file, with dotted key=value overrides applied."""
-    return loading.load(path, overrides, KINDS)
+    found = loading.load(path, overrides, KINDS)
+    return found.opened(load) if isinstance(found, Pipeline) else found

@@ -22,7 +22,8 @@ ROOMS = [
     FAMILIES,
     ("pruning", "lls"),
     "lora",
-    ("preferences", "publish"),
+    "preferences",
+    "publish",
     *("families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
