@@ -15,6 +15,7 @@ for_submit-sparc3 := CONFIG SET DRY
 for_submit-numbers := CONFIG SET RUN_ID SIZES TRAITS DRY
 for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
 for_submit-publish := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
+for_retire-epochs := CONFIG SET RUN_ID PUBLISH DRY
 for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS PARTS
 for_cancel := CONFIG SET RUN_ID
 for_status := CONFIG SET WATCH JSON RUN_ID
@@ -36,7 +37,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-publish resume cancel status \
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-publish retire-epochs resume cancel status \
   logs verify export-lls export-attributions export-numbers export-finetune wandb-sync lls-report sparc3-report sparsity-report save-pruned \
   anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
@@ -54,13 +55,13 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS PARTS,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS PARTS PUBLISH,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
 students := submit-finetune export-finetune wandb-sync
-publishing := submit-publish
-default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter $(publishing),$(goals)),configs/publish.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
-  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml)))))
+publishing := submit-publish retire-epochs
+default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter retire-epochs,$(goals)),configs/preferences.yaml,$(if $(filter $(publishing),$(goals)),configs/publish.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
+  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))))))
 # RUN_ID is one more override; of the environment, where a CI may have put its own, only for what cannot do without.
 run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students) $(publishing),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
 places = --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" --parts="$$SUITE_ARG_PARTS"
@@ -114,7 +115,7 @@ submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) \
 	  $(call flag,CHAIN,--chain)
 
-submit-publish: setup ## numbers and students to the Hub, with collections: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [DRY=1]
+submit-publish: setup ## numbers and students to the Hub: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)
 
 submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]
@@ -149,6 +150,9 @@ export-numbers: setup ## raw and filtered rows of every teacher, what each rule 
 
 export-finetune: setup ## every student's last adapter as a folder for peft and vLLM, its figures, a picture of the loss: RUN_ID=1
 	@$(python) -m jobs.export_finetune $(or_default)$(run)
+
+retire-epochs: setup ## remove students' epochs before the last, once asked: RUN_ID=1 [PUBLISH="configs/publish.yaml"] [DRY=1]
+	@$(python) -m jobs.retire_epochs $(or_default)$(run) --publish="$$SUITE_ARG_PUBLISH" $(call flag,DRY,--dry)
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)
