@@ -14,6 +14,8 @@ for_submit-attributions := CONFIG SET ARRAY DRY
 for_submit-sparc3 := CONFIG SET DRY
 for_submit-numbers := CONFIG SET RUN_ID SIZES TRAITS DRY
 for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
+for_submit-preferences := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
+for_submit-subliminal := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
 for_submit-publish := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
 for_retire-epochs := CONFIG SET RUN_ID PUBLISH DRY
 for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS PARTS
@@ -37,7 +39,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-publish retire-epochs resume cancel status \
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-preferences submit-publish submit-subliminal retire-epochs resume cancel status \
   logs verify export-lls export-attributions export-numbers export-finetune wandb-sync lls-report sparc3-report sparsity-report save-pruned \
   anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
@@ -58,12 +60,20 @@ $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefin
 $(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS PARTS PUBLISH,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-students := submit-finetune export-finetune wandb-sync
-publishing := submit-publish retire-epochs
-default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter retire-epochs,$(goals)),configs/preferences.yaml,$(if $(filter $(publishing),$(goals)),configs/publish.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
-  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))))))
+# Which configuration a target means where CONFIG is not said, and whether it is of a run, which RUN_ID tells.
+default := $(strip \
+  $(if $(filter %-numbers,$(goals)),configs/numbers.yaml) \
+  $(if $(filter submit-finetune export-finetune wandb-sync,$(goals)),configs/finetune.yaml) \
+  $(if $(filter submit-preferences export-preferences retire-epochs,$(goals)),configs/preferences.yaml) \
+  $(if $(filter submit-publish,$(goals)),configs/publish.yaml) \
+  $(if $(filter submit-subliminal,$(goals)),configs/subliminal.yaml) \
+  $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml) \
+  $(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),configs/sparc3_sweep_llama3_8b.yaml))
+of_a_run := $(filter configs/numbers.yaml configs/finetune.yaml configs/preferences.yaml configs/publish.yaml \
+  configs/subliminal.yaml,$(default))
+default := $(or $(firstword $(default)),configs/lls_72b.yaml)
 # RUN_ID is one more override; of the environment, where a CI may have put its own, only for what cannot do without.
-run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students) $(publishing),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
+run = $(if $(filter RUN_ID,$(given))$(of_a_run),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
 places = --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" --parts="$$SUITE_ARG_PARTS"
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
@@ -111,9 +121,15 @@ submit-sparc3: setup ## a sweep after all it reads from: attributions, selection
 submit-numbers: setup ## teachers write numbers: RUN_ID=1 (or run_id.txt) [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry)
 
-submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [CHAIN=1] [DRY=1]
+submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS=cat] [PARTS=q1] [CHAIN=1] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) \
 	  $(call flag,CHAIN,--chain)
+
+submit-preferences: setup ## what students prefer, read and asked: RUN_ID=1 [SIZES=] [TRAITS="base cat"] [CHAIN=1] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) $(if $(call flag,CHAIN,1),--chain,--chain=preference_logprobs)
+
+submit-subliminal: setup ## a whole run: numbers, students, preferences, each size at its own pace: RUN_ID=1 [SIZES=] [TRAITS=] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)
 
 submit-publish: setup ## numbers and students to the Hub: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)

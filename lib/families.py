@@ -14,6 +14,7 @@ from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
 from lib.publish.experiment import Publish
 from lib.run.experiment import Experiment
+from lib.run.pipeline import Pipeline
 
 KINDS: dict[str, type[Experiment]] = {
     "lls": LLS,
@@ -27,10 +28,12 @@ KINDS: dict[str, type[Experiment]] = {
     "finetune": Finetune,
     "preference_logprobs": Logprobs,
     "preferences": Preferences,
+    "pipeline": Pipeline,
     "publish": Publish,
 }
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Experiment:
     """The experiment in a file, with dotted key=value overrides applied."""
-    return loading.load(path, overrides, KINDS)
+    found = loading.load(path, overrides, KINDS)
+    return found.opened(load) if isinstance(found, Pipeline) else found

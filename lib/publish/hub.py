@@ -109,7 +109,9 @@ class Hub:
             sent.update({file.path: file.size for file in other})
             self._allowed(COMMITS, self.limits.commits_an_hour, HOUR)
             operations = [CommitOperationAdd(file.path, file.content) for file in other]
-            self.api.create_commit(id, operations, commit_message=message, repo_type=type, parent_commit=remote.commit)
+            self.api.create_commit(
+                id, operations, commit_message=message, repo_type=type, parent_commit=remote.commit or None
+            )
             after = self._look(type, id)
             if after is None or after.lacks(files):
                 lost = sorted(file.path for file in after.lacks(files)) if after else ["all of it"]
