@@ -40,7 +40,7 @@ LOGIN = "log in with `.venv/bin/hf auth login`, by a token of https://huggingfac
 class Sent:
     """What became of a repository."""
 
-    status: str  # new, changed, or as it was
+    outcome: str  # new, changed, or as it was
     commit: str
     files: int
     bytes: int  # of the files that were sent
@@ -121,8 +121,8 @@ class Hub:
             return after
 
         commit = self._patiently(what, once).commit
-        status = "new" if new else "changed" if sent else "as it was"
-        return Sent(status, commit, len(files), sum(sent.values()))
+        outcome = "new" if new else "changed" if sent else "as it was"
+        return Sent(outcome, commit, len(files), sum(sent.values()))
 
     def _look(self, type: Type, id: str) -> Remote | None:
         try:
