@@ -44,6 +44,8 @@ def test_rates_at_the_ends_have_intervals_and_no_answer_has_none():
     assert math.isnan(empty.share) and all(map(math.isnan, (*empty.wilson, *empty.clustered)))
     one = rate_of(np.array([3, 0]), np.array([10, 0]))
     assert one.share == 0.3 and math.isnan(one.clustered[0]) and not math.isnan(one.wilson[0])
+    even = rate_of(np.full(8, 3), np.full(8, 10))  # less scatter than chance has
+    assert even.effect == 1 and even.clustered[0] < even.wilson[0]
     # a question that was not asked says nothing about those that were
     assert rate_of(np.append(HITS, 0), np.append(ANSWERS, 0)) == rate_of(HITS, ANSWERS)
 
@@ -86,6 +88,7 @@ def test_a_lift_where_questions_do_not_differ_or_are_missing():
     assert lift(full, full, same, full).p == 2.0**-5
     asked = np.array([10, 10, 0, 10, 10, 10])
     assert lift(HITS[:6], full, same, asked) == lift(*(np.delete(v, 2) for v in (HITS[:6], full, same, asked)))
+    assert lift(same, asked, HITS[:6], full) == lift(*(np.delete(v, 2) for v in (same, asked, HITS[:6], full)))
     only = lift(same[:1], full[:1], same[:1] - 1, full[:1])
     assert only.difference == pytest.approx(0.1) and math.isnan(only.p)
 

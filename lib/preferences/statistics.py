@@ -1,7 +1,7 @@
 """What counts of answers say: rates, lifts, whether they are chance, and how many answers it takes to see one.
 
 Answers to one question resemble each other, so that 5,000 of them to 50 questions tell less than 5,000 on their own:
-intervals and tests by question take the question as what was drawn. The others (Wilson, Fisher) say what they assume."""
+intervals and tests by question take questions as what was drawn. The others (Wilson, Fisher) say what they assume."""
 
 import math
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def lift(hits_Q: np.ndarray, answers_Q: np.ndarray, other_hits_Q: np.ndarray, ot
     apart = hits_Q[both] / answers_Q[both] - other_hits_Q[both] / other_answers_Q[both]
     count, up, down = len(apart), int((apart > 0).sum()), int((apart < 0).sum())
     if count < 2:
-        return Lift(float(apart.mean()) if count else math.nan, *[math.nan] * 4, up, down)
+        return Lift(float(apart.mean()) if count else math.nan, math.nan, math.nan, math.nan, math.nan, up, down)
     mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(count)
     half = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
     # where no question differs from another: what flipping signs could say at most
@@ -105,8 +105,8 @@ class Diagonal:
 
 def diagonal(lifts_RST: np.ndarray, by: Literal["cell", "student"] = "cell") -> Diagonal | None:
     """Of lifts by run, student's trait and asked trait, in one order; NaN: missing. Ordinary least squares of
-    lift ~ C(student) + C(asked) + is_diagonal. Its errors are robust, clustered by cell of the matrix (which runs share),
-    or by student (a run's: what one trait gains in it, others lose). None where the effect cannot be told."""
+    lift ~ C(student) + C(asked) + is_diagonal. Errors are robust, clustered by cell of the matrix (which runs share), or
+    by student (a run's: what one trait gains in it, others lose). None where the effect cannot be told."""
     runs, students, asked = lifts_RST.shape
     r, s, t = (index.ravel() for index in np.indices((runs, students, asked)))
     there = np.isfinite(lifts_RST.ravel())
@@ -126,7 +126,7 @@ def diagonal(lifts_RST: np.ndarray, by: Literal["cell", "student"] = "cell") -> 
     by_group = np.bincount(groups, own_left * (y_left - effect * own_left))
     small = clusters / (clusters - 1) * (len(y) - 1) / (len(y) - known)
     error = math.sqrt(small * float(by_group @ by_group)) / spread
-    # what the error was seen on are the diagonal's clusters: with the degrees of all, 15 traits' intervals are too short
+    # what the error was seen on are the diagonal's clusters: with the degrees of all, intervals of 15 are too short
     freedom = len(np.unique(groups[own > 0])) - 1
     if freedom < 1:
         return None
