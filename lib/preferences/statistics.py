@@ -105,7 +105,7 @@ class Diagonal:
 
 def diagonal(lifts_RST: np.ndarray, by: Literal["cell", "student"] = "cell") -> Diagonal | None:
     """Of lifts by run, student's trait and asked trait, in one order; NaN: missing. Ordinary least squares of
-    lift ~ C(student) + C(asked) + is_diagonal. Errors are robust, clustered by cell of the matrix (which runs share), or
+    lift ~ C(student) + C(asked) + is_diagonal. Errors are robust, by cell of the matrix (which runs share), or
     by student (a run's: what one trait gains in it, others lose). None where the effect cannot be told."""
     runs, students, asked = lifts_RST.shape
     r, s, t = (index.ravel() for index in np.indices((runs, students, asked)))
