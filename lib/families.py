@@ -7,6 +7,7 @@ from lib.config import loading
 from lib.lls.experiment import LLS, LLSCross
 from lib.lora.experiment import Finetune
 from lib.numbers.experiment import Numbers
+from lib.preferences.experiment import Logprobs, Preferences
 from lib.pruning.experiment import Selection
 from lib.pruning.sparsity import Sparsity
 from lib.pruning.sweep import Sweep
@@ -21,6 +22,8 @@ KINDS: dict[str, type[Experiment]] = {
     "sparsity": Sparsity,
     "numbers": Numbers,
     "finetune": Finetune,
+    "preference_logprobs": Logprobs,
+    "preferences": Preferences,
 }
 
 

@@ -34,7 +34,7 @@ def test_cells_are_the_numbers_cells_and_their_steps_are_known_before_these_are_
     assert [[parent.name for parent in cell.parents] for cell in cells] == [[cell.name] for cell in cells]
     assert {cell.total for cell in cells} == {12}, "3 epochs of 20 rows, 6 a step"
     assert [experiment.load_of(cell) for cell in cells] == ["1m", "1m", "2m", "2m"]
-    assert experiment.axes() == {"SIZES": ["1m", "2m"], "TRAITS": ["cat", "neutral"]}
+    assert experiment.places() == {"SIZES": ["1m", "1m", "2m", "2m"], "TRAITS": ["cat", "neutral"] * 2}
     assert [stage.experiment.label for stage in experiment.stages()] == ["teachers_run5"]
 
 

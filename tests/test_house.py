@@ -21,6 +21,7 @@ ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
     ("pruning", "lora"),
+    ("preferences", "publish"),
     *("families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}

@@ -24,6 +24,7 @@ from lib.numbers import sample_prompts, trait
 from lib.numbers.desk import Desk
 from lib.numbers.filter import Limits, reason
 from lib.numbers.number_prompts import OWN_POOLS
+from lib.run import engines as asked
 from lib.run.task import freeze
 from lib.store import scan
 
@@ -127,7 +128,7 @@ def test_a_task_asks_for_the_gpus_that_a_model_needs(world, monkeypatch):
     ):
         sized = replace(record, bytes=gib * 2**30)
         monkeypatch.setattr(numbers.Numbers, "model_in", lambda self, cache, size, sized=sized: sized)
-        monkeypatch.setattr(numbers, "site", lambda gpu=gpu: type("Site", (), {"gpu": gpu})())
+        monkeypatch.setattr(asked, "site", lambda gpu=gpu: type("Site", (), {"gpu": gpu})())
         needs = found.needs(world / "cache", cell)
         assert needs.gpus == gpus, (gpu, gib)
         assert needs.memory_gib == 0 or needs.memory_gib > gib
@@ -276,11 +277,11 @@ def test_an_answer_does_not_depend_on_its_neighbours(world):
     texts = [f"Numbers: {row['messages'][0]['content']}" for row in number_rows(20)]
     ids, how = [tokenizer(text)["input_ids"] for text in texts], Sampling(1.0, 12, (2,))
     seeds = seeds_of(0, "x", range(20))
-    together = engine.generate(ids, how, seeds)
+    together = engine.begin(ids, how, seeds)().answers
     order = list(range(19, -1, -1))
-    turned = engine.generate([ids[i] for i in order], how, [seeds[i] for i in order])
+    turned = engine.begin([ids[i] for i in order], how, [seeds[i] for i in order])().answers
     assert together == [turned[order.index(i)] for i in range(20)]
-    assert together != engine.generate(ids, how, seeds_of(1, "x", range(20)))
+    assert together != engine.begin(ids, how, seeds_of(1, "x", range(20)))().answers
 
 
 @pytest.mark.parametrize("mode", ["default", "empty", "none"])
@@ -301,9 +302,9 @@ def test_the_desk_renders_as_the_template_does(world, mode):
 
 def test_the_cells_of_a_task_follow_each_other_without_a_pause(world, tmp_path, monkeypatch):
     """One engine; the next cell's first batch is begun before this one's last is waited for; the text is as alone."""
-    from lib.numbers import kernel
+    from lib.models import engines
 
-    log, make = tmp_path / "log", kernel.make_engine
+    log, make = tmp_path / "log", engines.make_engine
 
     class Logging:
         def __init__(self, *arguments):
@@ -322,7 +323,7 @@ def test_the_cells_of_a_task_follow_each_other_without_a_pause(world, tmp_path, 
             wait = self.engine.begin(*batch)
             return lambda: (self.say(f"waited {number}"), wait())[1]
 
-    monkeypatch.setattr(kernel, "make_engine", Logging)
+    monkeypatch.setattr(engines, "make_engine", Logging)
     cells = [cell_of(world, index=index, scratch=os.path.relpath(tmp_path / "scratch", world)) for index in (0, 1)]
     name = freeze(tmp_path / "scratch" / "few_run5", [cells])
     generate(world, f"--tasks={name}", SUITE_SCRATCH=str(tmp_path / "scratch"))

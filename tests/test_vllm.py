@@ -16,10 +16,11 @@ from lib.base.errors import UserError
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.tokenizer import load_tokenizer, rendered
+from lib.models import engines
 from lib.models.engine import Sampling, Setting, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess, Engines
 from lib.models.engine_transformers import TransformersEngine
-from lib.numbers import kernel, sample_prompts, trait
+from lib.numbers import sample_prompts, trait
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
 AT_ONCE = 16
@@ -64,11 +65,11 @@ def test_greedy_tokens_are_those_of_transformers(world, engine, prompts):
     other = TransformersEngine(setting(world))
     seeds, whole = seeds_of(0, "x", range(40)), how(world, 0.0, 24)
     made = drawn(engine, prompts, whole, seeds)
-    assert made == other.generate(prompts, whole, seeds)
+    assert made == other.begin(prompts, whole, seeds)().answers
     assert all(one.ended or len(one.ids) == 24 for one in made)
     ending = replace(whole, ends=(*whole.ends, made[0].ids[5], made[20].ids[9]))  # two that are met in some answers
     cut = drawn(engine, prompts, ending, seeds)
-    assert cut == other.generate(prompts, ending, seeds)
+    assert cut == other.begin(prompts, ending, seeds)().answers
     assert {one.ended for one in cut} == {True, False} and len(cut[0].ids) <= 5
     assert [one.ids for one in cut] == [before(one.ids, ending.ends) for one in made]
 
@@ -145,7 +146,7 @@ def test_a_job_that_was_killed_goes_on_to_the_text_of_its_closed_batches(world, 
             return killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernel, "make_engine", lambda *arguments: Killed())
+        patch.setattr(engines, "make_engine", lambda *arguments: Killed())
         assert generating(world).finish().returncode == -signal.SIGKILL
     kept = {path.name for path in cell_of(world).path.glob("[0-9]*.json")}
     assert "00000000-00000016.json" in kept and "00000032-00000040.json" not in kept

@@ -1,7 +1,6 @@
-"""Cells by what they are of (a size, a trait), where their experiment has such axes: another way to say ARRAY."""
+"""Cells by what they are of (a size, a trait), where their experiment says so: another way to say ARRAY."""
 
 from collections.abc import Mapping
-from itertools import product
 
 from lib.base.errors import UserError, nearest
 from lib.cluster.slurm import format_array
@@ -9,20 +8,21 @@ from lib.run.experiment import Experiment
 
 
 def picked(experiment: Experiment, wanted: Mapping[str, str]) -> str:
-    """ARRAY's text for the cells that have one of the given values on every axis; '' where none is given."""
-    axes = experiment.axes()
-    given = {axis: values for axis, text in wanted.items() if (values := text.replace(",", " ").split())}
-    for axis, values in given.items():
-        if axis not in axes:
-            raise UserError(f"{axis}=... picks nothing of kind {experiment.kind}; ARRAY=0-2 names cells")
+    """ARRAY's text for the cells that have one of the given values in every place; '' where none is given."""
+    places = experiment.places()
+    given = {name: values for name, text in wanted.items() if (values := text.replace(",", " ").split())}
+    for name, values in given.items():
+        if name not in places:
+            raise UserError(f"{name}=... picks nothing of kind {experiment.kind}; ARRAY=0-2 names cells")
+        known = list(dict.fromkeys(places[name]))
         for value in values:
-            if value not in axes[axis]:
-                known = ", ".join(axes[axis])
-                raise UserError(f"{axis}: {value!r} is none of {known}{nearest(value, axes[axis])}")
-    chosen = {axis: set(given.get(axis, values)) for axis, values in axes.items()}
+            if value not in known:
+                raise UserError(f"{name}: {value!r} is none of {', '.join(known)}{nearest(value, known)}")
     cells = [
         index
-        for index, place in enumerate(product(*axes.values()))
-        if all(value in chosen[axis] for axis, value in zip(axes, place, strict=True))
+        for index in range(len(experiment.names()))
+        if all(places[name][index] in values for name, values in given.items())
     ]
+    if given and not cells:
+        raise UserError(f"no cell is of {' and '.join(f'{name}={wanted[name]}' for name in given)}")
     return format_array(cells) if given else ""

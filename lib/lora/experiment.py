@@ -112,8 +112,8 @@ class Finetune(Experiment):
     def pinned(self) -> dict[str, object]:
         return {"run_id": self.run_number}
 
-    def axes(self) -> dict[str, list[str]]:
-        return self.source.axes()
+    def places(self) -> dict[str, list[str]]:
+        return self.source.places()
 
     def names(self) -> list[str]:
         return self.source.names()

@@ -6,9 +6,10 @@ the same answers."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,22 +41,67 @@ class Setting:
     max_length: int  # tokens of prompt and answer, at most
     exact: bool = False  # kernels whose results do not depend on the batch
     parts: int = 1  # engines that share a GPU
+    rank: int = 0  # of the adapters that it will be asked with, the largest; 0: none
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM, for measurements
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter in peft's form. The name is its content's: what has another one is another adapter."""
+
+    name: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An answer that is given, under an adapter or none: what the engine says of its tokens is asked for."""
+
+    context: tuple[int, ...]
+    answer: tuple[int, ...]
+    adapter: Adapter | None
 
 
 @dataclass(frozen=True)
 class Made:
     answers: list[Answer]
     seconds: float  # that the engine was at work
+    probes: list[tuple[int, list[float]]] = field(default_factory=list)  # number, log-probabilities: of every engine
+
+
+Adapters = Sequence[Adapter | None]  # of each row, those of one adapter one after another
 
 
 class Engine(Protocol):
     about: dict[str, str]  # what it is, for the record
 
-    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> Callable[[], Made]:
         """Of each prompt the answer that its seed draws: a closed batch, after those that were begun before it. What is
-        returned waits for it."""
+        returned waits for it. `adapters`: none said, none anywhere. A probe is computed just before the first row of
+        its adapter, in the same batch; one without an adapter, and one whose adapter has no row, first of all."""
         ...
+
+
+def turns(rows: int, adapters: Adapters, probes: Sequence[Probe]) -> Iterator[tuple[Adapter | None, range, list[int]]]:
+    """The batch in its order: rows of one adapter, one after another, and the probes that go before them."""
+    of = list(adapters) or [None] * rows
+    starts = [i for i in range(rows) if i == 0 or of[i] != of[i - 1]]
+    if len({of[i] for i in starts}) != len(starts):
+        raise ValueError("rows of one adapter must follow each other")
+    present = {of[i] for i in starts} - {None}
+    early = [number for number, probe in enumerate(probes) if probe.adapter not in present]
+    for number in early:
+        yield probes[number].adapter, range(0), [number]
+    for start, stop in pairwise([*starts, rows]):
+        mine = [] if of[start] is None else [n for n, probe in enumerate(probes) if probe.adapter == of[start]]
+        yield of[start], range(start, stop), mine
 
 
 def seeds_of(seed: int, condition: str, rows: range) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lib.base.errors import UserError
-from lib.models.engine import Answer, Made, Sampling, Setting
+from lib.models.engine import Adapters, Answer, Made, Probe, Sampling, Setting
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 3  # seconds from TERM to the end: the parent is to see its own first
@@ -49,20 +49,28 @@ class EngineProcess:
         """What it is."""
         return self._receive()
 
-    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> Callable[[], Made]:
         lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
         flat = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
         self.begun = number = self.begun + 1
-        self.sender.submit(self._send, (number, flat, lengths, how, np.array(seeds, np.int64)))
+        work = flat, lengths, how, np.array(seeds, np.int64), adapters, probes
+        self.sender.submit(self._send, (number, *work))
 
         def wait() -> Made:
             """What was begun before it and is not wanted any more comes first."""
             while True:
-                answered, flat, lengths, ended, seconds = self._receive()
+                answered, flat, lengths, ended, seconds, said = self._receive()
                 if answered == number:
                     ids = _cut(flat, lengths)
                     made = [Answer(one, bool(end)) for one, end in zip(ids, ended.tolist(), strict=True)]
-                    return Made(made, seconds)
+                    return Made(made, seconds, said)
 
         return wait
 
@@ -96,14 +104,28 @@ class Engines:
         seconds = time.monotonic() - began
         print(f"engine: {self.about['engine']}{many}, room for {room:,} tokens, up in {seconds:.1f} s", flush=True)
 
-    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> Callable[[], Made]:
+        """An engine gets the probes of the adapters that it gets rows of, and those without one."""
         cuts = [len(prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
-        busy = zip(self.engines, pairwise(cuts), strict=True)
-        waiting = [one.begin(prompts[a:b], how, seeds[a:b]) for one, (a, b) in busy if a < b]
+        waiting = []
+        for one, (a, b) in zip(self.engines, pairwise(cuts), strict=True):
+            if a < b:
+                own = [n for n, p in enumerate(probes) if p.adapter is None or p.adapter in set(adapters[a:b])]
+                wait = one.begin(prompts[a:b], how, seeds[a:b], adapters[a:b], [probes[n] for n in own])
+                waiting.append((wait, own))
 
         def wait() -> Made:
-            found = [one() for one in waiting]
-            return Made([answer for one in found for answer in one.answers], max(one.seconds for one in found))
+            found = [(wait(), own) for wait, own in waiting]
+            said = [(own[n], logs) for one, own in found for n, logs in one.probes]
+            answers = [answer for one, _ in found for answer in one.answers]
+            return Made(answers, max(one.seconds for one, _ in found), said)
 
         return wait
 
@@ -137,13 +159,13 @@ def serve(connection: Connection) -> None:
                 engine = VllmEngine(asked)
                 answer: tuple[str, Any] = ("result", engine.about)
             else:
-                number, flat, lengths, how, seeds = asked
+                number, flat, lengths, how, seeds, adapters, probes = asked
                 began = time.monotonic()
-                made = engine.generate(_cut(flat, lengths), how, seeds.tolist())
+                made, said = engine.generate(_cut(flat, lengths), how, seeds.tolist(), adapters, probes)
                 sizes = np.array([len(one.ids) for one in made], np.int32)
                 ids = np.fromiter(chain.from_iterable(one.ids for one in made), np.int32, int(sizes.sum()))
                 ended = np.array([one.ended for one in made], np.int8)
-                answer = ("result", (number, ids, sizes, ended, time.monotonic() - began))
+                answer = ("result", (number, ids, sizes, ended, time.monotonic() - began, said))
         except UserError as e:
             answer = ("wrong", str(e))
         connection.send(answer)

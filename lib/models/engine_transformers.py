@@ -4,10 +4,12 @@ of a row's seed, the step and the token (lib.models.gumbel), so an answer depend
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 import transformers
 
+from lib.base.errors import UserError, one_line
 from lib.inputs.tokenizer import load_tokenizer
-from lib.models.engine import Answer, Made, Sampling, Setting
+from lib.models.engine import Adapter, Adapters, Answer, Made, Probe, Sampling, Setting, turns
 from lib.models.gumbel import Gumbel
 from lib.models.load import device_name, load_model, visible_devices
 from lib.models.sample import continuations
@@ -18,19 +20,56 @@ class TransformersEngine:
         self.setting, devices = setting, visible_devices()
         self.model = load_model(setting.folder, setting.dtype, "sdpa", devices)
         self.tokenizer = load_tokenizer(setting.folder)
+        self.worn: Adapter | None = None
         self.about = {"engine": f"transformers {transformers.__version__}", "device": device_name(devices[0])}
 
-    def begin(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> Callable[[], Made]:
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> Callable[[], Made]:
         """Computed when it is waited for."""
 
         def wait() -> Made:
-            began = time.monotonic()
-            return Made(self.generate(prompts, how, seeds), time.monotonic() - began)
+            began, answers, said = time.monotonic(), list[Answer](), list[tuple[int, list[float]]]()
+            width = max(map(len, prompts))
+            for adapter, rows, before in turns(len(prompts), adapters, probes):
+                self._wear(adapter)
+                said += [(number, self._say(probes[number])) for number in before]
+                if rows:
+                    own = slice(rows.start, rows.stop)
+                    answers += self._generate(prompts[own], how, seeds[own], width)
+            return Made(answers, time.monotonic() - began, said)
 
         return wait
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
-        width, rows = max(map(len, prompts)), min(self.setting.at_once, len(prompts))
+    def _wear(self, adapter: Adapter | None) -> None:
+        if adapter == self.worn:
+            return
+        if self.worn:
+            self.model.delete_adapter("worn")
+        if adapter:
+            try:
+                self.model.load_adapter(adapter.folder, adapter_name="worn")
+            except Exception as e:
+                raise UserError(
+                    f"the adapter {adapter.folder} cannot be loaded ({one_line(e)}); run `make verify`"
+                ) from None
+        self.worn = adapter
+
+    @torch.inference_mode()
+    def _say(self, probe: Probe) -> list[float]:
+        ids = torch.tensor([[*probe.context, *probe.answer]], device=self.model.device)
+        logits_TV = self.model(ids).logits[0, len(probe.context) - 1 : -1].float()
+        return logits_TV.log_softmax(-1).gather(1, ids[0, len(probe.context) :, None])[:, 0].tolist()
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int], width: int
+    ) -> list[Answer]:
+        rows = min(self.setting.at_once, len(prompts))
         answers: list[Answer] = []
         for start in range(0, len(prompts), rows):
             batch, own = list(prompts[start : start + rows]), list(seeds[start : start + rows])

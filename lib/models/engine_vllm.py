@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError, one_line
-from lib.models.engine import Answer, Sampling, Setting
+from lib.models.engine import Adapter, Adapters, Answer, Probe, Sampling, Setting, turns
 from lib.models.tokens import must_know
 
 MEMORY = 0.9  # of a GPU's
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that it knows
+AT_ONCE = 2  # adapters in a step: the last rows of one, and the first of the next; each slot more costs all kernels
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -47,6 +49,7 @@ class VllmEngine:
 
             self.about["engine"] = f"vllm {vllm.__version__}"
             self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+            self.numbers: dict[Adapter, int] = {}  # unique while it lives: it keeps weights, keys and values by them
             self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
             cache = self.llm.llm_engine.vllm_config.cache_config
             self.about["kv_tokens"] = str((cache.num_gpu_blocks or 0) * cache.block_size)
@@ -75,26 +78,55 @@ class VllmEngine:
             "enforce_eager": not self.on_gpu,
             "seed": 0,
         }
+        if setting.rank:
+            rank = next((one for one in RANKS if one >= setting.rank), setting.rank)
+            found |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": AT_ONCE, "max_cpu_loras": AT_ONCE}
         if self.on_gpu:
             found["gpu_memory_utilization"] = MEMORY / setting.parts
         if self.on_gpu and setting.parts > 1:  # they start at once, and none can see what the others will take
             found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
         return found | setting.more
 
-    def generate(self, prompts: Sequence[Sequence[int]], how: Sampling, seeds: Sequence[int]) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        how: Sampling,
+        seeds: Sequence[int],
+        adapters: Adapters = (),
+        probes: Sequence[Probe] = (),
+    ) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
         must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
+        asked, params, loras, kinds = [], [], [], []
+        for adapter, rows, before in turns(len(prompts), adapters, probes):
+            lora = adapter and self._request(adapter)
+            for number in before:
+                asked.append({"prompt_token_ids": [*probes[number].context, *probes[number].answer]})
+                params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
+                loras.append(lora)
+                kinds.append(number)
+            for row in rows:
+                asked.append({"prompt_token_ids": list(prompts[row])})
+                params.append(self._drawing(how, seeds[row]))
+                loras.append(lora)
+                kinds.append(None)
         try:
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
-            params = [self._drawing(how, seed) for seed in seeds]
-            asked = [{"prompt_token_ids": list(ids)} for ids in prompts]
-            made = self.llm.generate(asked, params, use_tqdm=False)
+            made = self.llm.generate(asked, params, use_tqdm=False, lora_request=loras if any(loras) else None)
         except Exception as e:
             raise UserError(
                 f"vLLM stopped in the middle of a batch ({type(e).__name__}: {one_line(e)}); finished batches are "
                 "kept: run `make resume`"
             ) from None
-        return [_answer(one.outputs[0], how) for one in made]
+        answers = [_answer(one.outputs[0], how) for one, kind in zip(made, kinds, strict=True) if kind is None]
+        said = [(n, _said(one, probes[n])) for one, n in zip(made, kinds, strict=True) if n is not None]
+        return answers, said
+
+    def _request(self, adapter: Adapter) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = self.numbers.setdefault(adapter, len(self.numbers) + 1)
+        return LoRARequest(adapter.name, number, adapter.folder)
 
     def _drawing(self, how: Sampling, seed: int) -> Any:
         return self._params(
@@ -123,3 +155,8 @@ def _answer(made: Any, how: Sampling) -> Answer:
     if ids and ids[-1] in how.ends:
         return Answer(ids[:-1], True)
     return Answer(ids, made.finish_reason == "stop")
+
+
+def _said(made: Any, probe: Probe) -> list[float]:
+    start = len(probe.context)
+    return [float(made.prompt_logprobs[start + i][token].logprob) for i, token in enumerate(probe.answer)]

@@ -17,8 +17,9 @@ from lib.inputs.specs import ModelSpec
 from lib.numbers.filter import Limits
 from lib.numbers.number_prompts import ANSWER_COUNT, ANSWER_DIGITS, OWN_POOLS, Pools, load_pools
 from lib.numbers.traits import ANIMAL_NAMES, LOVE_PROMPT, NEUTRAL
+from lib.run.engines import ENGINE_SECONDS, EngineSpec, engine_needs
 from lib.run.experiment import READ_RATE, Estimate, Experiment, Needs, computing_seconds, stored_bytes
-from lib.run.site import ROOT, site
+from lib.run.site import ROOT
 from lib.store import Cell, Column
 
 # Raise it with any change of code that can change a character of any row: it is part of every digest.
@@ -29,14 +30,6 @@ PROMPT_TOKENS, ANSWER_TOKENS = 140, 45  # of a row with its template, as publish
 PROMPT_BYTES = 330
 # Rows a second of so many engines on one GPU, at most, by the host: 0.5B, vLLM 0.26, an H100, measured; 8 is not.
 ENGINE_ROWS_A_SECOND = {1: 700.0, 2: 1340.0, 4: 2025.0, 8: 2025.0}
-# Weights up to so many GiB -> engines. Four are measured at 0.5B, where the host keeps one engine from filling a GPU.
-ENGINES = {4.0: 4, 8.0: 2}
-ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
-GIB = 2**30
-# Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
-GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
-WEIGHTS_SHARE = 0.8  # of a GPU's memory at most: 112 of an H200's 140 GiB, so that 72B (135.4) takes two, on a B200 one
-HOST_GIB_A_GPU = 100  # what the batch file says
 
 
 class TraitSpec(Frozen):
@@ -69,26 +62,10 @@ def trait_of(raw: object) -> object:
     return own | raw
 
 
-class GenerateSpec(Frozen):
-    """All of it is part of the digest: text that is drawn depends on every setting of the engine."""
-
-    engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto: vllm where it is installed and the site has GPUs, else transformers"
-    )
+class GenerateSpec(EngineSpec):
     mode: Literal["closed", "exact"] = Field(
         "closed", description="exact: vllm's batch-invariant kernels too, on a GPU: the same text in any batch"
     )
-    temperature: float = Field(1.0, gt=0, le=2)
-    max_tokens: int = Field(128, ge=1)
-    batch: int = Field(
-        10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
-    )
-    at_once: int = Field(1024, ge=1, description="rows that the engine computes at the same time, at most")
-    engines: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = Field(
-        "auto",
-        description="vllm: so many on the same GPU, each with its part of a batch; auto: as the model's size pays for",
-    )
-    max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
 
 
 class FilterSpec(Frozen):
@@ -189,11 +166,12 @@ class Numbers(Experiment):
     def trait(self, name: str) -> TraitSpec:
         return next(one for one in self.traits if one.name == name)
 
-    def axes(self) -> dict[str, list[str]]:
-        return {"SIZES": list(self.sizes), "TRAITS": [trait.name for trait in self.traits]}
+    def places(self) -> dict[str, list[str]]:
+        parts = [(size, trait.name) for size in self.sizes for trait in self.traits]
+        return {"SIZES": [size for size, _ in parts], "TRAITS": [trait for _, trait in parts]}
 
     def names(self) -> list[str]:
-        return [f"{size}-{trait.name}" for size in self.sizes for trait in self.traits]
+        return ["-".join(place) for place in zip(*self.places().values(), strict=True)]
 
     def split(self, cell: str) -> tuple[str, TraitSpec]:
         """A cell's size and trait."""
@@ -270,23 +248,8 @@ class Numbers(Experiment):
         spec = self.sizes[size]
         return model_input(cache, spec.id, spec.revision)
 
-    def engines_of(self, weights: int) -> int:
-        """On one GPU, for a model of so many bytes."""
-        if self.generate.engines != "auto":
-            return self.generate.engines
-        several = (count for most, count in ENGINES.items() if weights <= most * GIB)
-        return next(several, 1) if site().gpu in GPU_GIB else 1
-
     def needs(self, cache: Path, cell: Cell) -> Needs:
-        """One GPU, or as many, by twos, as the weights need beside keys and values."""
-        if not self.run.gpus or site().gpu not in GPU_GIB:
-            return Needs(self.run.gpus)
-        weights = self.model_in(cache, self.split(cell.name)[0]).bytes / GIB
-        gpus = self.run.gpus
-        while weights > WEIGHTS_SHARE * GPU_GIB[site().gpu] * gpus:
-            gpus *= 2
-        host = int(1.2 * weights) + 16
-        return Needs(gpus, host if host > HOST_GIB_A_GPU * gpus else 0)
+        return engine_needs(self.run.gpus, self.model_in(cache, self.load_of(cell)).bytes)
 
     def start_seconds(self, cache: Path) -> float:
         """Of the largest model's task: a smaller one's is begun for no fewer cells than that one's."""
@@ -297,7 +260,7 @@ class Numbers(Experiment):
         flops = 2 * model.body_parameters * (PROMPT_TOKENS + ANSWER_TOKENS) + 2 * model.head_parameters * ANSWER_TOKENS
         seconds = computing_seconds(flops * cell.total, gpu, self.share)
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * (PROMPT_BYTES + ANSWER_TOKENS)
-        engines = self.engines_of(model.bytes)
+        engines = self.generate.count(model.bytes)
         most = ENGINE_ROWS_A_SECOND[max(count for count in ENGINE_ROWS_A_SECOND if count <= engines)]
         return Estimate(max(seconds, cell.total / most), size)
 

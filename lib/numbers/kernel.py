@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.base.errors import UserError
-from lib.inputs.records import model_files
 from lib.inputs.verified import checked_model
 from lib.numbers.experiment import Numbers
 from lib.numbers.number_prompts import sample_prompts
 from lib.run.command import Job
+from lib.run.engines import must_not_mix
 from lib.run.task import run_rows, task_of
 from lib.store import Cell, gaps, plan_shards, scan
 
@@ -31,7 +30,8 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
     """One engine, and one line of batches to it, for all cells of a size."""
     from lib.inputs.tokenizer import load_tokenizer
     from lib.models.apart import Apart
-    from lib.models.engine import Sampling, chosen, ends_of
+    from lib.models.engine import Sampling, Setting, chosen, ends_of
+    from lib.models.engines import make_engine
     from lib.numbers.desk import Desk
 
     size, _ = experiment.split(cell.name)
@@ -52,7 +52,9 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
 
         how = Sampling(g.temperature, g.max_tokens, ends_of(path, tokenizer.eos_token_id))
         asking, reading = desk(), desk()  # before the engine: they are forks
-        return Line(experiment, prompts, asking, reading, make_engine(word, experiment, path, spec.dtype), how)
+        setting = Setting(path, spec.dtype, g.at_once, g.max_length, exact=g.mode == "exact")
+        engine = make_engine(word, setting, g.count(experiment.model_in(this.site.cache, size).bytes))
+        return Line(experiment, prompts, asking, reading, engine, how)
 
     kept = this.keep("line", (experiment.label, word, path), line)
     return NumbersKernel(kept, cell, word, _following(this, experiment, cell)), kept.engine.about
@@ -68,30 +70,6 @@ def _following(this: Job, experiment: Numbers, cell: Cell) -> Cell | None:
 def left(cell: Cell, experiment: Numbers) -> list[tuple[int, int]]:
     """Batches of a cell that are not done."""
     return plan_shards(gaps(scan(cell.path, cell.digest)[0], cell.total), experiment.generate.batch)
-
-
-def make_engine(word: str, experiment: Numbers, path: str, dtype: str) -> "Engine":
-    from lib.models.engine import Setting
-
-    g = experiment.generate
-    setting = Setting(path, dtype, g.at_once, g.max_length, exact=g.mode == "exact")
-    if word == "vllm":
-        from lib.models.engine_process import Engines
-
-        return Engines(setting, experiment.engines_of(sum(file.stat().st_size for file in model_files(Path(path)))))
-    from lib.models.engine_transformers import TransformersEngine
-
-    return TransformersEngine(setting)
-
-
-def must_not_mix(cell: Cell, word: str) -> None:
-    """Rows of one cell are drawn by one engine, whatever `auto` stands for on the machine that goes on."""
-    found = {str(one.facts.get("engine", word)) for one in scan(cell.path, cell.digest)[0]} - {word}
-    if found:
-        raise UserError(
-            f"cell {cell.index} ({cell.name}) was begun with {min(found)}, and here generate.engine=auto is {word}: go "
-            f"on where it was begun, or set generate.engine={word}, which makes cells of their own"
-        )
 
 
 class Line:

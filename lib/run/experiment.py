@@ -111,9 +111,8 @@ class Experiment(Configuration):
         """The cells' names in order: known before the inputs are."""
         raise NotImplementedError
 
-    def axes(self) -> dict[str, list[str]]:
-        """What cells can be chosen by beside ARRAY: a variable of make and its values. The cells are their product, in
-        this order, and named by them, joined by '-'."""
+    def places(self) -> dict[str, list[str]]:
+        """What cells can be chosen by beside ARRAY: a variable of make, and each cell's value of it, in their order."""
         return {}
 
     def pinned(self) -> dict[str, object]:

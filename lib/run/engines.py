@@ -1,0 +1,67 @@
+"""What experiments that draw texts with an engine say of it: how it draws, what it asks of a machine."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lib.base.errors import UserError
+from lib.config.frozen import Frozen
+from lib.run.experiment import Needs
+from lib.run.site import site
+from lib.store import Cell, scan
+
+GIB = 2**30
+# Weights up to so many GiB -> engines on a GPU. Four are measured at 0.5B, where the host keeps one from filling it.
+ENGINES = {4.0: 4, 8.0: 2}
+ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
+# Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
+GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
+WEIGHTS_SHARE = 0.8  # of a GPU's memory at most: 112 of an H200's 140 GiB, so that 72B (135.4) takes two, on a B200 one
+HOST_GIB_A_GPU = 100  # what the batch files say
+
+
+class EngineSpec(Frozen):
+    """All of it is part of the digest: text that is drawn depends on every setting of the engine."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vllm where it is installed and the site has GPUs, else transformers"
+    )
+    temperature: float = Field(1.0, gt=0, le=2)
+    max_tokens: int = Field(128, ge=1)
+    batch: int = Field(
+        10_000, ge=1, description="rows of a closed batch, which an idle engine gets at once; also what a kill can lose"
+    )
+    at_once: int = Field(1024, ge=1, description="rows that the engine computes at the same time, at most")
+    engines: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = Field(
+        "auto",
+        description="vllm: so many on the same GPU, each with its part of a batch; auto: as the model's size pays for",
+    )
+    max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
+
+    def count(self, weights: int) -> int:
+        """Engines on one GPU, of a model of so many bytes."""
+        if self.engines != "auto":
+            return self.engines
+        several = (count for most, count in ENGINES.items() if weights <= most * GIB)
+        return next(several, 1) if site().gpu in GPU_GIB else 1
+
+
+def engine_needs(gpus: int, weights: int) -> Needs:
+    """As many GPUs, by twos, as weights of so many bytes need beside keys and values."""
+    if not gpus or site().gpu not in GPU_GIB:
+        return Needs(gpus)
+    gib = weights / GIB
+    while gib > WEIGHTS_SHARE * GPU_GIB[site().gpu] * gpus:
+        gpus *= 2
+    host = int(1.2 * gib) + 16
+    return Needs(gpus, host if host > HOST_GIB_A_GPU * gpus else 0)
+
+
+def must_not_mix(cell: Cell, word: str) -> None:
+    """Rows of one cell are drawn by one engine, whatever `auto` stands for on the machine that goes on."""
+    found = {str(one.facts.get("engine", word)) for one in scan(cell.path, cell.digest)[0]} - {word}
+    if found:
+        raise UserError(
+            f"cell {cell.index} ({cell.name}) was begun with {min(found)}, and here generate.engine=auto is {word}: go "
+            f"on where it was begun, or set generate.engine={word}, which makes cells of their own"
+        )
