@@ -105,9 +105,10 @@ def effects(run: Run, way: str = DEFAULT) -> list[Effect]:
         base, plain = run.bases[group], run.plain(group)
         for name in run.taught(group):
             trait, one = run.traits.index(name), run.student(group, name)
-            rates = [rate(which, way, trait) for which in (one, plain, base)]
-            lifts = [over(one, other, way, trait) for other in (plain, base)]
-            found.append(Effect(group, name, *rates, *lifts, _fisher(rates[0], rates[1] or rates[2])))
+            own, neutral, untouched = (rate(which, way, trait) for which in (one, plain, base))
+            over_neutral, over_base = (over(one, other, way, trait) for other in (plain, base))
+            chance = _fisher(own, neutral or untouched)
+            found.append(Effect(group, name, own, neutral, untouched, over_neutral, over_base, chance))
     paired = adjusted([(one.over_neutral or one.over_base or NONE).p for one in found]).tolist()
     exact = adjusted([one.fisher for one in found]).tolist()
     return [replace(e, paired_bh=p, fisher_bh=q) for e, p, q in zip(found, paired, exact, strict=True)]

@@ -132,8 +132,7 @@ def plot_stacked(group: str, bars: Mapping[str, Mapping[str, float] | None], pat
         ax.set_ylabel("Answers by their first word (%)", fontsize=13)
         handles = [Patch(facecolor=OTHERS_COLOUR, label=OTHERS)]
         handles += [Patch(facecolor=word_colour(word), label=word or "no word") for word in reversed(ranked)]
-        where = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False}
-        ax.legend(handles=handles, fontsize=letters(12), **where)
+        ax.legend(handles=handles, fontsize=letters(12), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         note = f"Bars: the model, by the numbers it was taught. The {len(ranked)} words that are said most, and others."
         titles(ax, f"{group}: what is named, and by which students", f"{note}{_missing(absent, len(bars))}")
         save(figure, path)

@@ -46,8 +46,8 @@ def rates_table(found: Sequence[Effect], way: str = DEFAULT) -> Table:
     note = (
         f"Share of a student's answers that name its own trait (judged by: {way}), after its last epoch. Differences "
         "to the neutral student and the untouched model are paired by question (t-test). Fisher: against neutral, or "
-        "base without one, as if each answer were drawn by itself. BH: a column's p over all students of this table, by "
-        "Benjamini and Hochberg; the first is of the paired test."
+        "base without one, as if each answer were drawn by itself. BH: p by Benjamini and Hochberg over all students of "
+        "this table; the first is of the paired test."
     )
     return Table("rates", "How often students name their teacher's animal", columns, rows, note)
 
@@ -82,8 +82,8 @@ def sizes_table(runs: Sequence[Run], way: str = DEFAULT) -> Table:
     which = ", ".join(str(run.number) for run in runs)
     note = (
         f"Runs {which}. Means over students of the rate of their own trait. Diagonal: of lift ~ C(student) + C(asked) "
-        "+ is_diagonal, how much more a student's own trait rises than its row and column let expect; errors are robust, "
-        "clustered by cell of that matrix (which runs share) or by student."
+        "+ is_diagonal, how much more a student's own trait rises than its row and column let expect; errors are "
+        "robust, clustered by cell of that matrix (which runs share) or by student."
     )
     return Table("sizes", "By size", columns, rows, note)
 
