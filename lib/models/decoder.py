@@ -17,6 +17,7 @@ import torch
 from lib.base.errors import UserError
 from lib.checkpoint.families import Shape
 from lib.models import plain_ops
+from lib.models.low_rank import LowRank, Pair, add_low_rank
 from lib.models.packing import Batch, prefix_batch
 from lib.models.tokens import must_know
 
@@ -89,6 +90,7 @@ class Decoder:
         self.table, self.positions = rope, len(rope[0])
         self.rope = {d: (rope[0].to(d), rope[1].to(d)) for d in self.devices}
         self.space: dict[tuple[torch.device, int], Workspace] = {}
+        self.adapter: list[LowRank] = []  # of each layer; none: the model itself
         if self.fused:
             from lib.models import triton_ops
 
@@ -150,26 +152,32 @@ class Decoder:
                 space.x.copy_(before, non_blocking=True)
             cached = prefix.cache[number] if prefix and prefix.length else None
             with on(device):
-                kv = self._layer(layer, space, plan, cached)
+                kv = self._layer(layer, space, plan, cached, self.adapter[number] if self.adapter else None)
             if keep is not None:
                 keep.append(kv)
         return space.x
 
-    def _layer(self, w: Layer, s: Workspace, plan: "_Plan", cached: torch.Tensor | None) -> torch.Tensor:
+    def _layer(
+        self, w: Layer, s: Workspace, plan: "_Plan", cached: torch.Tensor | None, low: LowRank | None
+    ) -> torch.Tensor:
         """One layer, in place on s.x; returns the keys and values of the batch's own tokens."""
         shape, ops = self.shape, self.ops
         ops.rms_norm(s.x, w.norm1, shape.eps, s.normed)
         matmul(s.normed, w.qkv, s.qkv, w.qkv_bias)
+        if low:
+            add_low_rank(s.qkv, s.normed, low.qkv)
         if w.head_norms is not None:
             self._norm_heads(w.head_norms, s.qkv)
         kv = torch.empty(2, len(s.x), shape.kv_heads, shape.head, dtype=s.x.dtype, device=s.x.device)
         ops.split_qkv(s.qkv, s.q, kv[0], kv[1], plan.cos, plan.sin)
         ops.attend(s.q, kv, cached, plan.parts, s.attended)
-        add_matmul(s.x, s.attended.flatten(1), w.o)
+        add_matmul(s.x, s.attended.flatten(1), w.o, low.o if low else None)
         ops.rms_norm(s.x, w.norm2, shape.eps, s.normed)
         matmul(s.normed, w.gate_up, s.gate_up)
+        if low:
+            add_low_rank(s.gate_up, s.normed, low.gate_up)
         ops.swiglu(s.gate_up, s.inner)
-        add_matmul(s.x, s.inner, w.down)
+        add_matmul(s.x, s.inner, w.down, low.down if low else None)
         return kv
 
     def _norm_heads(self, norms: tuple[torch.Tensor, torch.Tensor], qkv_MX: torch.Tensor) -> None:
@@ -205,13 +213,16 @@ def matmul(x_MD: torch.Tensor, w_XD: torch.Tensor, out_MX: torch.Tensor, bias_X:
         torch.addmm(bias_X, x_MD, w_XD.t(), out=out_MX)
 
 
-def add_matmul(x_MD: torch.Tensor, y_MX: torch.Tensor, w_DX: torch.Tensor) -> None:
-    """x += y @ w.T, added inside the product where the types allow."""
-    if w_DX.dtype == x_MD.dtype:
+def add_matmul(x_MD: torch.Tensor, y_MX: torch.Tensor, w_DX: torch.Tensor, low: Pair | None = None) -> None:
+    """x += y @ w.T, added inside the product where the types allow. With an adapter, whose part would be rounded away
+    if it were added to x alone: after it has been added to the product."""
+    if w_DX.dtype == x_MD.dtype and not low:
         x_MD.addmm_(y_MX, w_DX.t())
         return
     product = torch.empty_like(x_MD)
     matmul(y_MX, w_DX, product)
+    if low:
+        add_low_rank(product, y_MX, low)
     x_MD += product
 
 

@@ -12,9 +12,9 @@ from lib.inputs.verified import checked_model
 from lib.numbers.experiment import Numbers
 from lib.numbers.number_prompts import sample_prompts
 from lib.run.command import Job
-from lib.run.engines import must_not_mix
-from lib.run.task import run_rows, task_of
-from lib.store import Cell, gaps, plan_shards, scan
+from lib.run.engines import batches_left, following, must_not_mix
+from lib.run.task import run_rows
+from lib.store import Cell
 
 if TYPE_CHECKING:
     from lib.models.apart import Apart
@@ -57,19 +57,7 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
         return Line(experiment, prompts, asking, reading, engine, how)
 
     kept = this.keep("line", (experiment.label, word, path), line)
-    return NumbersKernel(kept, cell, word, _following(this, experiment, cell)), kept.engine.about
-
-
-def _following(this: Job, experiment: Numbers, cell: Cell) -> Cell | None:
-    """The cell of this task that the engine is to go on with."""
-    same = [one for one in task_of(this) if experiment.load_of(one) == experiment.load_of(cell)]
-    after = [one for one in same if one.index > cell.index and left(one, experiment)]
-    return after[0] if after and after[0].name != cell.name else None
-
-
-def left(cell: Cell, experiment: Numbers) -> list[tuple[int, int]]:
-    """Batches of a cell that are not done."""
-    return plan_shards(gaps(scan(cell.path, cell.digest)[0], cell.total), experiment.generate.batch)
+    return NumbersKernel(kept, cell, word, following(this, cell, g.batch)), kept.engine.about
 
 
 class Line:
@@ -133,12 +121,13 @@ class Batch:
 class NumbersKernel:
     def __init__(self, line: Line, cell: Cell, word: str, following: Cell | None) -> None:
         self.line, self.cell, self.word, self.following = line, cell, word, following
-        self.last = left(cell, line.experiment)[-1]
+        self.size = line.experiment.generate.batch
+        self.last = batches_left(cell, self.size)[-1]
 
     def prepare(self, start: int, stop: int) -> Batch:
         batch = self.line.batch(self.cell, start, stop)
         if (start, stop) == self.last and self.following:
-            self.line.ahead(self.following, *left(self.following, self.line.experiment)[0])
+            self.line.ahead(self.following, *batches_left(self.following, self.size)[0])
         return batch
 
     def compute(self, prepared: Batch) -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:

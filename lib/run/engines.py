@@ -6,9 +6,11 @@ from pydantic import Field
 
 from lib.base.errors import UserError
 from lib.config.frozen import Frozen
+from lib.run.command import Job
 from lib.run.experiment import Needs
 from lib.run.site import site
-from lib.store import Cell, scan
+from lib.run.task import task_of
+from lib.store import Cell, gaps, plan_shards, scan
 
 GIB = 2**30
 # Weights up to so many GiB -> engines on a GPU. Four are measured at 0.5B, where the host keeps one from filling it.
@@ -65,3 +67,15 @@ def must_not_mix(cell: Cell, word: str) -> None:
             f"cell {cell.index} ({cell.name}) was begun with {min(found)}, and here generate.engine=auto is {word}: go "
             f"on where it was begun, or set generate.engine={word}, which makes cells of their own"
         )
+
+
+def batches_left(cell: Cell, batch: int) -> list[tuple[int, int]]:
+    """Closed batches of a cell that are not done."""
+    return plan_shards(gaps(scan(cell.path, cell.digest)[0], cell.total), batch)
+
+
+def following(this: Job, cell: Cell, batch: int) -> Cell | None:
+    """The cell of this task that its engine is to go on with."""
+    load = this.experiment.load_of
+    after = [one for one in task_of(this) if load(one) == load(cell) and one.index > cell.index]
+    return next((one for one in after if one.rows is not None and batches_left(one, batch)), None)

@@ -1,0 +1,31 @@
+"""A student's adapters on scratch, each believed only after its bytes were looked at."""
+
+import hashlib
+
+from lib.base.atomic import read_file
+from lib.base.errors import UserError
+from lib.lora.metrics import CONFIG, WEIGHTS
+from lib.lora.schedule import Schedule
+from lib.models.engine import Adapter
+from lib.run.extent import states, step_of
+from lib.store import Cell, scan_folders
+
+
+def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[int, Adapter]:
+    there = {step_of(state): state for state in states(student, scan_folders(student.path, student.digest)[0])}
+    found = {}
+    for epoch in epochs:
+        state = there.get(epoch * schedule.steps_an_epoch)
+        if state is None or state.retired:
+            why = f"was deleted on purpose ({state.retired.why})" if state and state.retired else "is not there"
+            raise UserError(
+                f"the adapter of epoch {epoch} of {student.spoken} {why}: ask without it, e.g. epochs=last, or train "
+                "this student again"
+            )
+        for file in state.files:
+            path = state.folder / file.path
+            if file.path in (WEIGHTS, CONFIG) and hashlib.sha256(read_file(path)).hexdigest() != file.sha256:
+                raise UserError(f"{path} has changed since it was written; run `make verify`")
+        sha256 = next(file.sha256 for file in state.files if file.path == WEIGHTS)
+        found[epoch] = Adapter(f"{student.name}-epoch-{epoch}-{sha256[:16]}", str(state.folder))
+    return found

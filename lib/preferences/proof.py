@@ -1,0 +1,79 @@
+"""Whether an engine really computed with the adapter that it was asked for.
+
+It is asked for the log-probabilities of a few given answers, and they are held against those that this project's own
+scorer read from the same adapter. An engine may serve the bare base, or another adapter that it holds under the same
+number, without a word: then its values are another one's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.base.errors import UserError
+from lib.preferences.experiment import BASE, Preferences
+from lib.store import Cell, read_cell
+
+NOISE = 6.0  # times what engine and scorer differ by on the base, both rounding in their own ways
+FLOOR = 0.02  # nats: differences below it are nothing, e.g. in float32
+
+Key = tuple[str, int]  # a cell's name, or BASE, and an epoch
+
+
+class References:
+    """The scorer's values of all that the engine was asked for, the base first."""
+
+    def __init__(self, experiment: Preferences, count: int) -> None:
+        self.experiment, self.count = experiment, count
+        self.of: dict[Key, np.ndarray] = {}
+
+    def read(self, cell: Cell) -> None:
+        """Of a cell and its base, from the cells of probes that it reads from."""
+        probes = cell.parents[1:] if self.experiment.place(cell.name).student else cell.parents
+        for parent in probes:
+            read = read_cell(parent, self.experiment.probes.schema(parent.path), ["epoch", "question", "probe"])
+            base = self.experiment.probes.place(parent.name).student is None
+            for epoch in np.unique(read["epoch"]).tolist():
+                rows = (read["epoch"] == epoch) & (read["question"] < self.count)
+                self.of[(BASE if base else parent.name, epoch)] = np.asarray(read["probe"])[rows].astype(float)
+
+    def proven(self, cell: Cell, keys: Sequence[Key], probes: Sequence[tuple[int, list[float]]]) -> dict[str, float]:
+        """`keys`: of each probe; `probes`: its number, and what an engine said of each token. A UserError where that is
+        not the adapter's own; figures for the record, nats, where it is."""
+        said: dict[Key, list[np.ndarray]] = {}
+        for first in range(0, len(probes), self.count):
+            part = probes[first : first + self.count]
+            key = keys[part[0][0]]
+            if [number for number, _ in part] != list(range(part[0][0], part[0][0] + self.count)):
+                raise RuntimeError("an engine answered probes in another order than they were asked in")
+            said.setdefault(key, []).append(np.array([sum(logs) for _, logs in part]))
+        if missing := set(keys) - set(said):
+            raise RuntimeError(f"an engine did not answer the probes of {sorted(missing)}")
+        base = self.of[(BASE, 0)]
+        noise = max(_rms(values - base) for values in said[(BASE, 0)])
+        worst, least = 0.0, np.inf
+        for key, found in said.items():
+            if key[0] == BASE:
+                continue
+            own = self.of[key]
+            least = min(least, _rms(own - base))
+            for values in found:
+                off = _rms(values - own)
+                worst = max(worst, off)
+                nearest = min(self.of, key=lambda other: _rms(values - self.of[other]))
+                if off > NOISE * noise + FLOOR and nearest != key:
+                    other = "the untouched base" if nearest[0] == BASE else f"{nearest[0]}, epoch {nearest[1]}"
+                    raise UserError(
+                        f"the engine did not compute with the adapter of {key[0]}, epoch {key[1]}: what it says of "
+                        f"given answers is {off:.3g} nats from that adapter's and nearer to {other}'s (noise "
+                        f"{noise:.2g}); nothing of this batch is kept. Set generate.engine=transformers, or take another vLLM"
+                    )
+        if not np.isfinite(noise) or noise > 1.0:
+            raise UserError(
+                f"engine and scorer differ by {noise:.3g} nats on the untouched base of {cell.name}: one of them does "
+                "not compute this model; nothing of this batch is kept. Set generate.engine=transformers"
+            )
+        figures = {"probe_noise": noise, "probe_off": worst}
+        return figures | ({"probe_shift": float(least)} if np.isfinite(least) else {})
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
