@@ -61,11 +61,15 @@ class Lift:
 
 def lift(hits_Q: np.ndarray, answers_Q: np.ndarray, other_hits_Q: np.ndarray, other_answers_Q: np.ndarray) -> Lift:
     both = (answers_Q > 0) & (other_answers_Q > 0)
-    apart = hits_Q[both] / answers_Q[both] - other_hits_Q[both] / other_answers_Q[both]
-    count, up, down = len(apart), int((apart > 0).sum()), int((apart < 0).sum())
+    return paired(hits_Q[both] / answers_Q[both] - other_hits_Q[both] / other_answers_Q[both])
+
+
+def paired(apart_Q: np.ndarray) -> Lift:
+    """Of what two models differ by at each question."""
+    count, up, down = len(apart_Q), int((apart_Q > 0).sum()), int((apart_Q < 0).sum())
     if count < 2:
-        return Lift(float(apart.mean()) if count else math.nan, math.nan, math.nan, math.nan, math.nan, up, down)
-    mean, error = float(apart.mean()), float(apart.std(ddof=1)) / math.sqrt(count)
+        return Lift(float(apart_Q.mean()) if count else math.nan, math.nan, math.nan, math.nan, math.nan, up, down)
+    mean, error = float(apart_Q.mean()), float(apart_Q.std(ddof=1)) / math.sqrt(count)
     half = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
     # where no question differs from another: what flipping signs could say at most
     p = 2 * float(stats.t.sf(abs(mean) / error, count - 1)) if error else 2.0 ** (1 - count) if mean else 1.0

@@ -46,7 +46,7 @@ def rates_table(found: Sequence[Effect], way: str = DEFAULT) -> Table:
     note = (
         f"Share of a student's answers that name its own trait (judged by: {way}), after its last epoch. Differences "
         "to the neutral student and the untouched model are paired by question (t-test). Fisher: against neutral, or "
-        "base without one, as if each answer were drawn by itself. BH: p by Benjamini and Hochberg over all students of "
+        "base without one, each answer by itself. BH: p by Benjamini and Hochberg over all students of "
         "this table; the first is of the paired test."
     )
     return Table("rates", "How often students name their teacher's animal", columns, rows, note)
@@ -71,7 +71,7 @@ def sizes_table(runs: Sequence[Run], way: str = DEFAULT) -> Table:
     ]
     columns += [Column("p", ".2g"), Column("95 %, by student", "+.1%"), Column("p", ".2g")]
     rows: list[list[Value]] = []
-    for group in _groups(runs):
+    for group in groups_of(runs):
         base, neutral, own = (overall(runs, group, kind, way) for kind in KINDS)
         row: list[Value] = [group, len(own.by_run), f"{own.there}/{own.wanted}", base.mean, neutral.mean]
         row += [own.mean, (own.low, own.high)]
@@ -88,7 +88,7 @@ def sizes_table(runs: Sequence[Run], way: str = DEFAULT) -> Table:
     return Table("sizes", "By size", columns, rows, note)
 
 
-def _groups(runs: Sequence[Run]) -> list[str]:
+def groups_of(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(group for run in runs for group in run.groups))
 
 
@@ -160,13 +160,6 @@ def _smallest(run: Run, group: str, way: str) -> float | None:
     return float(np.median(seen)) if seen else None
 
 
-def texts(runs: Sequence[Run], run: Run) -> list[Table]:
-    """All tables: of this run, and over runs."""
-    return [
-        sizes_table(runs),
-        rates_table(effects(run)),
-        off_target_table(run),
-        epochs_table(run),
-        ways_table(run),
-        power_table(run),
-    ]
+def run_tables(run: Run) -> list[Table]:
+    tables = (off_target_table, epochs_table, ways_table, power_table)
+    return [rates_table(effects(run)), *(make(run) for make in tables)]
