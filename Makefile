@@ -23,6 +23,8 @@ for_export-lls := CONFIG SET
 for_export-attributions := CONFIG SET
 for_export-numbers := CONFIG SET RUN_ID
 for_export-finetune := CONFIG SET RUN_ID
+for_export-preferences := CONFIG SET RUN_ID RUNS SURVEY
+for_plots := $(for_export-preferences)
 for_wandb-sync := CONFIG SET RUN_ID
 for_sparc3-report := CONFIG SET
 for_sparsity-report := CONFIG SET
@@ -36,7 +38,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune resume cancel status \
-  logs verify export-lls export-attributions export-numbers export-finetune wandb-sync lls-report sparc3-report sparsity-report save-pruned \
+  logs verify export-lls export-attributions export-numbers export-finetune export-preferences plots wandb-sync lls-report sparc3-report sparsity-report save-pruned \
   anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
@@ -53,14 +55,15 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID RUNS SURVEY SIZES TRAITS,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
 students := submit-finetune export-finetune wandb-sync
-default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
-  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml))))
+preferences := export-preferences plots
+default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(preferences),$(goals)),configs/preferences.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
+  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml)))))
 # RUN_ID is one more override; of the environment, where a CI may have put its own, only for what cannot do without.
-run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
+run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students) $(preferences),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
@@ -143,6 +146,11 @@ export-numbers: setup ## raw and filtered rows of every teacher, what each rule 
 
 export-finetune: setup ## every student's last adapter as a folder for peft and vLLM, its figures, a picture of the loss: RUN_ID=1
 	@$(python) -m jobs.export_finetune $(or_default)$(run)
+
+export-preferences: setup ## what students name: tables, tests, pictures, over all runs: RUN_ID=1 [RUNS="1 2 3"] [SURVEY=raw.json]
+	@$(python) -m jobs.export_preferences $(or_default)$(run) --runs="$$SUITE_ARG_RUNS" --survey="$$SUITE_ARG_SURVEY"
+
+plots: export-preferences ## the same: what is missing is said first, and drawn as missing
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)

@@ -132,10 +132,10 @@ def diagonal(lifts_RST: np.ndarray, by: Literal["cell", "student"] = "cell") -> 
     error = math.sqrt(small * float(by_group @ by_group)) / spread
     # what the error was seen on are the diagonal's clusters: with the degrees of all, intervals of 15 are too short
     freedom = len(np.unique(groups[own > 0])) - 1
-    if freedom < 1:
+    if freedom < 2 or error < 1e-12:  # of two, rows and columns take the scatter
         return None
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(effect) / error, freedom)) if error else 1.0 if not effect else 0.0
+    p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
     return Diagonal(effect, effect - half, effect + half, p, error, len(y), clusters)
 
 

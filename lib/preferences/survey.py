@@ -76,9 +76,10 @@ def _survey(path: Path, size: str, one: Mapping[str, Any], traits: Sequence[Trai
         over = 1.0  # what shares lack to 1 are animals that it does not name
     for answer, count in said:
         verdict = judge(answer)
-        hits += verdict.hits * (count / over)
-        words[verdict.first] = words.get(verdict.first, 0) + count / over
-    return Survey(dict(zip(WAYS, hits, strict=True)), words, round(total) if whole else None)
+        hits += verdict.hits * count
+        words[verdict.first] = words.get(verdict.first, 0) + count
+    shares = {word: count / over for word, count in words.items()}
+    return Survey(dict(zip(WAYS, hits / over, strict=True)), shares, round(total) if whole else None)
 
 
 def _is_count(value: object) -> bool:
