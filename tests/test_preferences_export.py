@@ -119,15 +119,15 @@ def test_figures_are_those_of_the_planted_answers(world, partly):
     assert one["own"]["share"] == pytest.approx(own.mean()) and one["base"]["share"] == pytest.approx(base.mean())
     for key, other in (("over_neutral", plain), ("over_base", base)):
         theirs = stats.ttest_rel(own, other)
-        assert one[key]["p"] == pytest.approx(theirs.pvalue, rel=1e-6)
+        assert one[key]["p"] == pytest.approx(theirs.pvalue, rel=1e-6, abs=0)
         assert [one[key]["low"], one[key]["high"]] == pytest.approx(list(theirs.confidence_interval()), rel=1e-6)
     table = [[round(v.sum() * 40), 480 - round(v.sum() * 40)] for v in (own, plain)]
-    assert one["fisher"] == pytest.approx(stats.fisher_exact(table).pvalue, rel=1e-6)
+    assert one["fisher"] == pytest.approx(stats.fisher_exact(table).pvalue, rel=1e-6, abs=0)
     tested = [e for e in found["students"] if e["own"]]
     assert len(tested) == 5 and len(found["students"]) == 6  # 2m-wolf is there as missing
     for p, adjusted in (("fisher", "fisher_bh"), (None, "paired_bh")):
         ps = [e[p] if p else e["over_neutral"]["p"] for e in tested]
-        assert [e[adjusted] for e in tested] == pytest.approx(list(stats.false_discovery_control(ps)), rel=1e-9)
+        assert [e[adjusted] for e in tested] == pytest.approx(list(stats.false_discovery_control(ps)), rel=1e-9, abs=0)
     last = found["students"][-1]
     assert last["trait"] == "wolf" and last["own"] is None and last["over_neutral"] is None and last["fisher"] is None
 

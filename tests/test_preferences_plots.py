@@ -15,7 +15,19 @@ from PIL import Image
 from lib.base.errors import UserError
 from lib.numbers.experiment import TraitSpec, trait_of
 from lib.preferences import plots
-from lib.preferences.findings import Overall, Run, Survey, effects, folded, lifts, off_target, overall, rate, shares
+from lib.preferences.findings import (
+    Overall,
+    Run,
+    Survey,
+    effects,
+    folded,
+    lifts,
+    off_target,
+    over,
+    overall,
+    rate,
+    shares,
+)
 from lib.preferences.plots import Bars, Curves, plot_epochs, plot_grouped_bar, plot_scaling, plot_stacked
 from lib.preferences.statistics import rate_of
 from lib.preferences.survey import read_survey
@@ -159,9 +171,14 @@ def test_tables_show_what_is_missing_as_missing():
     assert "nan" not in text
     power = power_table(run).rows[0]
     assert power[4] > power[6] > power[8] and power[5] >= power[4]
-    other, _, over = off_target(run, "7b", "wolf")[0]
-    assert other == "dog" and over.difference > 0.1 and over.low > 0
-    assert lifts(run, "7b")[2, 1] == over.difference and np.isnan(lifts(run, "7b")[1]).all()
+    (other, _, lifted), (second, *_) = off_target(run, "7b", "wolf")
+    assert (other, second) == ("dog", "cat") and lifted.difference > 0.1 and lifted.low > 0
+    assert lifts(run, "7b")[2, 1] == lifted.difference and np.isnan(lifts(run, "7b")[1]).all()
+
+
+def test_other_questions_are_no_pairs():
+    fewer = Tally(9, np.full(9, SAMPLES), {"word": np.full((3, 9), 2)}, Counter())
+    assert over(planted(0, 10, 10, 10), fewer, "word", 0) is None and over(fewer, fewer, "word", 0).p == 1
 
 
 def test_plurals_of_words_that_were_said_are_folded():
