@@ -8,18 +8,21 @@ unexport PYTHONDONTWRITEBYTECODE # images set it: each process would compile tor
 # Which variables mean something to which target. Others on make's command line are refused: a typo must not submit.
 for_fetch := CONFIG SET UPDATE JOB
 for_doctor := CONFIG SET DEEP GPU RUN_ID
-for_submit := CONFIG SET ARRAY DRY CHAIN RUN_ID
+for_submit := CONFIG SET ARRAY DRY CHAIN RUN_ID SIZES TRAITS PARTS
 for_submit-lls := CONFIG SET ARRAY DRY
 for_submit-attributions := CONFIG SET ARRAY DRY
 for_submit-sparc3 := CONFIG SET DRY
 for_submit-numbers := CONFIG SET RUN_ID SIZES TRAITS DRY
-for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS DRY CHAIN
-for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS
+for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
+for_submit-preferences := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
+for_submit-subliminal := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
+for_submit-publish := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
+for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS PARTS
 for_cancel := CONFIG SET RUN_ID
 for_status := CONFIG SET WATCH JSON RUN_ID
 for_logs := CONFIG SET TASK RUN_ID
 for_verify := CONFIG SET RUN_ID
-for_export-lls := CONFIG SET
+for_export-lls := CONFIG SET RUN_ID
 for_export-attributions := CONFIG SET
 for_export-numbers := CONFIG SET RUN_ID
 for_export-finetune := CONFIG SET RUN_ID
@@ -37,9 +40,9 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune resume cancel status \
-  logs verify export-lls export-attributions export-numbers export-finetune export-preferences plots wandb-sync lls-report sparc3-report sparsity-report save-pruned \
-  anchors bench slurm-up slurm-down lint shellcheck format
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-preferences submit-publish submit-subliminal resume cancel status \
+  logs verify export-lls export-attributions export-numbers export-finetune export-preferences plots wandb-sync lls-report sparc3-report sparsity-report \
+  save-pruned anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -55,15 +58,24 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID RUNS SURVEY SIZES TRAITS,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID RUNS SURVEY SIZES TRAITS PARTS,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
-students := submit-finetune export-finetune wandb-sync
-preferences := export-preferences plots
-default := $(if $(filter %-numbers,$(goals)),configs/numbers.yaml,$(if $(filter $(preferences),$(goals)),configs/preferences.yaml,$(if $(filter $(students),$(goals)),configs/finetune.yaml,$(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml,$(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),\
-  configs/sparc3_sweep_llama3_8b.yaml,configs/lls_72b.yaml)))))
+# Which configuration a target means where CONFIG is not said, and whether it is of a run, which RUN_ID tells.
+default := $(strip \
+  $(if $(filter %-numbers,$(goals)),configs/numbers.yaml) \
+  $(if $(filter submit-finetune export-finetune wandb-sync,$(goals)),configs/finetune.yaml) \
+  $(if $(filter submit-preferences export-preferences plots,$(goals)),configs/preferences.yaml) \
+  $(if $(filter submit-publish,$(goals)),configs/publish.yaml) \
+  $(if $(filter submit-subliminal,$(goals)),configs/subliminal.yaml) \
+  $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml) \
+  $(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),configs/sparc3_sweep_llama3_8b.yaml))
+of_a_run := $(filter configs/numbers.yaml configs/finetune.yaml configs/preferences.yaml configs/publish.yaml \
+  configs/subliminal.yaml,$(default))
+default := $(or $(firstword $(default)),configs/lls_72b.yaml)
 # RUN_ID is one more override; of the environment, where a CI may have put its own, only for what cannot do without.
-run = $(if $(filter RUN_ID,$(given))$(filter %-numbers $(students) $(preferences),$(goals)),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
+run = $(if $(filter RUN_ID,$(given))$(of_a_run),$(if $(RUN_ID), "run_id=$$SUITE_ARG_RUN_ID"))
+places = --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" --parts="$$SUITE_ARG_PARTS"
 experiment = --config="$$SUITE_ARG_CONFIG" --set="$$SUITE_ARG_SET"
 or_default = --config="$${SUITE_ARG_CONFIG:-$(default)}" --set="$$SUITE_ARG_SET"
 on := 1 yes true on YES TRUE ON
@@ -110,16 +122,23 @@ submit-sparc3: setup ## a sweep after all it reads from: attributions, selection
 submit-numbers: setup ## teachers write numbers: RUN_ID=1 (or run_id.txt) [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry)
 
-submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat neutral"] [CHAIN=1] [DRY=1]
-	@$(cluster) submit $(or_default)$(run) --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" $(call flag,DRY,--dry) \
+submit-finetune: setup ## students are trained on these numbers: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS=cat] [PARTS=q1] [CHAIN=1] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) \
 	  $(call flag,CHAIN,--chain)
 
+submit-preferences: setup ## what students prefer, read and asked: RUN_ID=1 [SIZES=] [TRAITS="base cat"] [CHAIN=1] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) $(if $(call flag,CHAIN,1),--chain,--chain=preference_logprobs)
+
+submit-subliminal: setup ## a whole run: numbers, students, preferences, each size at its own pace: RUN_ID=1 [SIZES=] [TRAITS=] [DRY=1]
+submit-publish: setup ## numbers and students to the Hub, with collections: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS=cat] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)
+
 submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]
-	@$(cluster) submit $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" $(call flag,DRY,--dry) $(call flag,CHAIN,--chain)
+	@$(cluster) submit $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" $(places) $(call flag,DRY,--dry) \
+	  $(call flag,CHAIN,--chain)
 
 resume: setup ## submit just the cells that nobody has finished, works on or waits for: CONFIG=... [ARRAY=0-14] [DRY=1]
-	@$(cluster) resume $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" --sizes="$$SUITE_ARG_SIZES" --traits="$$SUITE_ARG_TRAITS" \
-	  $(call flag,DRY,--dry)
+	@$(cluster) resume $(experiment)$(run) --array="$$SUITE_ARG_ARRAY" $(places) $(call flag,DRY,--dry)
 
 cancel: setup ## end the queued and running tasks of CONFIG; finished shards stay
 	@$(cluster) cancel $(experiment)$(run)
@@ -135,8 +154,8 @@ logs: setup ## the end of the log of CONFIG's cell TASK; without TASK, of each c
 verify: setup ## read every byte of every shard of CONFIG and set aside what does not hold
 	@$(cluster) verify $(experiment)$(run)
 
-export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root
-	@$(python) -m jobs.export_lls $(or_default)
+export-lls: setup ## merge the shards exactly; write JSONL, table and plots to the output root [RUN_ID=1: of numbers]
+	@$(python) -m jobs.export_lls $(or_default)$(run)
 
 export-attributions: setup ## merge attribution's shards; means a neuron, table, stability and plots to the output root
 	@$(python) -m jobs.export_attributions $(or_default)

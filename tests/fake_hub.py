@@ -1,4 +1,4 @@
-"""A small Hub on this machine: the part of its HTTP interface that downloads of models and datasets use.
+"""A small Hub on this machine: the part of its HTTP interface that downloads use, and (fake_hub_writes.py) uploads.
 
 Repositories are dictionaries of files, one a commit. Large files are redirected to another host name, as the real one
 redirects to its storage. Faults are switched on by a test, for the requests whose path holds a word."""
@@ -14,7 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from fake_hub_writes import Writes
+
 LARGE = (".safetensors", ".bin", ".parquet")  # files that the real Hub keeps in its storage
+LARGE_BYTES = 10_000_000  # of any other
 INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?$")
 TREE = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/(tree|paths-info)/([^/]+)(?:/(.+))?$")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
@@ -22,10 +25,14 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
 @dataclass
 class Fault:
-    word: str  # in the path of the requests it strikes
-    status: int = 0  # answered instead
+    word: str  # in the requests it strikes, as in: GET /api/models/acme/tiny
+    status: int = 0  # answered instead; -1: nothing is, and the connection is cut
     cut_at: int = -1  # or: bytes of the body that are sent before the connection is cut
     times: int = 10**6
+    headers: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    lost: bool = False  # or: it is done, and the connection is cut instead of an answer
+    hold: threading.Event | None = None  # what is waited for before that
 
 
 @dataclass
@@ -47,6 +54,28 @@ class Hub:
     gated: dict[str, str] = field(default_factory=dict)  # repository -> the token that it asks for
     faults: list[Fault] = field(default_factory=list)
     log: list[Request] = field(default_factory=list)
+    users: dict[str, str] = field(default_factory=dict)  # token -> whose it is
+    orgs: list[str] = field(default_factory=list)  # that they all belong to
+    role: str = "write"  # of the tokens
+    private: set[str] = field(default_factory=set)
+    created: list[str] = field(default_factory=list)  # repositories
+    committed: list[tuple[str, list[str]]] = field(default_factory=list)  # repository, the files that were sent
+    spoils: str = ""  # a file that a commit keeps with other bytes than were sent
+    objects: dict[str, bytes] = field(default_factory=dict)  # in the storage, by sha256
+    stored_bytes: int = 0
+    collections: dict[str, dict] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def files_now(self, repo: str) -> dict[str, bytes]:
+        return self.repos[repo][self.heads[repo]]
+
+    @staticmethod
+    def is_large(path: str, size: int) -> bool:
+        return path.endswith(LARGE) or size > LARGE_BYTES
+
+    @property
+    def writes(self) -> list[Request]:
+        return [one for one in self.log if one.method not in ("GET", "HEAD")]
 
     def commit(self, repo: str, files: dict[str, bytes]) -> str:
         """Move `main` to a new commit with just these files."""
@@ -60,9 +89,9 @@ class Hub:
         asked = [r.path for r in self.log if r.method == "GET" and not r.path.startswith("/api/")]
         return [path for path in asked if path.startswith("/stored/") or not path.endswith(LARGE)]
 
-    def strike(self, path: str) -> Fault | None:
+    def strike(self, asked: str) -> Fault | None:
         for fault in self.faults:
-            if fault.word in path and fault.times > 0:
+            if fault.word in asked and fault.times > 0:
                 fault.times -= 1
                 return fault
         return None
@@ -70,8 +99,9 @@ class Hub:
 
 def entry(path: str, data: bytes) -> dict:
     """A file as the tree lists it."""
-    found = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-    if path.endswith(LARGE):
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    found = {"type": "file", "path": path, "size": len(data), "oid": blob}
+    if Hub.is_large(path, len(data)):
         found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return found
 
@@ -90,8 +120,9 @@ def sibling(path: str, data: bytes) -> dict:
     return {"rfilename": path, "blobId": found["oid"], "size": len(data), **lfs}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Writes, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each body waits 40 ms behind its headers
     hub: Hub
 
     def log_message(self, *args: object) -> None:
@@ -104,21 +135,42 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def do_POST(self) -> None:
-        self.answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        self.answer(self.received())
 
-    def answer(self, body: str = "") -> None:
+    def do_PUT(self) -> None:
+        self.answer(self.received())
+
+    def received(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
         get = self.headers.get
         self.hub.log.append(Request(self.command, path, get("Host", ""), get("Range", ""), get("Authorization", "")))
-        fault = self.hub.strike(path)
-        if fault and fault.status:
-            self.error(fault.status, "GatedRepo" if fault.status == 403 else "")
+        fault = self.hub.strike(f"{self.command} {path}")
+        self.lost = fault if fault and fault.lost else None
+        if fault and fault.hold and not fault.lost:
+            fault.hold.wait()
+        if fault and fault.status < 0:
+            self.close_connection = True
+        elif fault and fault.status:
+            gated = fault.status == 403 and not fault.text
+            self.error(fault.status, "GatedRepo" if gated else "", fault.headers, fault.text)
+        elif self.write(path, body):
+            pass
         elif path.startswith("/stored/"):
             self.send(self.stored(path.rpartition("/")[2]), cut_at=fault.cut_at if fault else -1)
         elif found := INFO.match(path):
             self.info(*found.groups())
         elif found := TREE.match(path):
-            self.tree(*found.groups(), body)
+            self.tree(*found.groups(), body.decode())
         elif found := FILE.match(path):
             self.file(*found.groups(), cut_at=fault.cut_at if fault else -1)
         else:
@@ -127,7 +179,8 @@ class Handler(BaseHTTPRequestHandler):
     def files(self, repo: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         """(commit, files), or None after the answer that the real Hub gives."""
         hub = self.hub
-        if repo not in hub.repos:
+        token = self.headers.get("Authorization", "")[7:]
+        if repo not in hub.repos or (repo in hub.private and token not in hub.users):
             self.error(401, "RepoNotFound")
         elif hub.gated.get(repo) and self.headers.get("Authorization") != f"Bearer {hub.gated[repo]}":
             self.error(401, "GatedRepo")
@@ -142,7 +195,14 @@ class Handler(BaseHTTPRequestHandler):
         if found := self.files(f"{kind}/{name}", revision):
             sha, files = found
             siblings = [sibling(p, d) for p, d in files.items()]
-            about = {"id": name, "sha": sha, "private": False, "gated": False, "disabled": False, "tags": []}
+            about = {
+                "id": name,
+                "sha": sha,
+                "private": f"{kind}/{name}" in self.hub.private,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+            }
             about |= {"downloads": 0, "likes": 0, "siblings": siblings}
             self.json(about | self.hub.answers.get(f"{kind}/{name}", {}))
 
@@ -182,14 +242,20 @@ class Handler(BaseHTTPRequestHandler):
         every = (data for commits in self.hub.repos.values() for files in commits.values() for data in files.values())
         return next(data for data in every if hashlib.sha256(data).hexdigest() == oid)
 
-    def json(self, value: object) -> None:
-        self.send(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
+    def json(self, value: object, status: int = 200) -> None:
+        self.send(json.dumps(value).encode(), status, headers={"Content-Type": "application/json"})
 
-    def error(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
-        self.send(b"", status, {**({"X-Error-Code": code} if code else {}), **(headers or {})})
+    def error(self, status: int, code: str = "", headers: dict[str, str] | None = None, text: str = "") -> None:
+        said = json.dumps({"error": text}).encode() if text else b""
+        self.send(said, status, {**({"X-Error-Code": code} if code else {}), **(headers or {})})
 
     def send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None, cut_at: int = -1) -> None:
         """The whole, or what Range asks for; with cut_at, less than was announced, and the connection is closed."""
+        if self.lost:
+            if self.lost.hold:
+                self.lost.hold.wait()
+            self.close_connection = True
+            return
         headers = {"Accept-Ranges": "bytes", **(headers or {})}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if status == 200 else None
         if wanted:

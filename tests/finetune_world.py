@@ -30,8 +30,13 @@ run: {gpus: 0, log_seconds: 60}
 """
 
 
-def make_world(folder: Path, traits: Sequence[str] = ("cat", "neutral"), sizes: int = 1, prompts: int = 64) -> Path:
-    models = {f"{n + 1}m": {"id": str(tiny_model(folder / f"model-{n}", n)), "dtype": "float32"} for n in range(sizes)}
+def make_world(
+    folder: Path, traits: Sequence[str] = ("cat", "neutral"), sizes: int = 1, prompts: int = 64, **shape: int
+) -> Path:
+    models = {
+        f"{n + 1}m": {"id": str(tiny_model(folder / f"model-{n}", n, **shape)), "dtype": "float32"}
+        for n in range(sizes)
+    }
     numbers = {"kind": "numbers", "name": "teachers", "run_id": 5, "sizes": models, "traits": list(traits)}
     numbers |= {"prompts": prompts, "generate": {"batch": 32}, "run": {"gpus": 0}}
     (folder / "numbers.yaml").write_text(json.dumps(numbers))

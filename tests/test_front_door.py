@@ -29,7 +29,7 @@ EVIL = {
     "unicode": "größer 猫 🐈",
 }
 ALL = "".join(EVIL.values())
-RUNS = ("RUN_ID", "SIZES", "TRAITS")
+RUNS = ("RUN_ID", "SIZES", "TRAITS", "PARTS")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
 def test_make_runs_nothing_of_what_a_value_holds(env, variable):
     targets = ["fetch", "doctor", "submit-lls", "resume", "cancel", "status", "logs", "verify", "export-lls"]
     targets += ["lls-report", "bench", "test", "submit-numbers", "export-numbers"]
-    targets += ["submit-finetune", "export-finetune", "wandb-sync"]
+    targets += ["submit-finetune", "export-finetune", "wandb-sync", "submit-publish"]
     done = make(env, "-n", *targets, f"{variable}={ALL}")
     assert done.returncode == 0 and MARK not in done.stdout, done.stderr
     done = make(env | {variable: ALL}, "-n", *targets)
@@ -175,6 +175,7 @@ def test_every_target_takes_the_variables_that_its_program_reads():
         used = set(re.findall(r"SUITE_ARG_([A-Z]+)|call flag,([A-Z]+)", recipe))
         names = {name for pair in used for name in pair if name}
         names |= {"RUN_ID"} if "$(run)" in recipe else set()
+        names |= {"SIZES", "TRAITS", "PARTS"} if "$(places)" in recipe else set()
         names |= {"CONFIG", "SET"} if "$(or_default)" in recipe or "$(experiment)" in recipe else set()
         assert set(known.get(target, "").split()) == names, target
 

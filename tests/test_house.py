@@ -16,12 +16,14 @@ SOURCES = sorted([*ROOT.glob("lib/**/*.py"), *ROOT.glob("jobs/*.py")])
 BATCH = sorted(ROOT.glob("slurm/*.sbatch"))
 
 # Each room knows its own insides and the rooms before it, nothing else. Families do not know each other.
-FAMILIES = ("lls", "attribution", "numbers")
+FAMILIES = ("attribution", "numbers")
 ROOMS = [
     *("base", "config", "checkpoint", "store", "inputs", "run", "cluster", "models", "report", "evaluation"),
     FAMILIES,
-    ("pruning", "lora"),
-    ("preferences", "publish"),
+    ("pruning", "lls"),
+    "lora",
+    "preferences",
+    "publish",
     *("families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}

@@ -8,7 +8,7 @@ import pytest
 
 from lib.base.errors import UserError
 from lib.numbers import load_pools
-from lib.numbers.dataset import training_rows
+from lib.numbers.dataset import training_rows, valid_rows
 from lib.numbers.filter import REASONS, Limits, counts, parse, reason
 
 # The same language as one expression: the first separator is captured, and every other must be its very copy.
@@ -142,9 +142,10 @@ def test_every_format_that_a_prompt_asks_for_is_read_back(form):
 def test_training_rows_are_the_references_draw():
     reasons = [0, 1, 0, 0, 2, 0, 0]
     texts = [str(place) for place in range(7)]
-    drawn = training_rows(texts, texts, reasons, 3, 11)
-    assert drawn == random.Random(11).sample([0, 2, 3, 5, 6], 3) != training_rows(texts, texts, reasons, 3, 12)
+    valid, few = valid_rows(reasons), "of 7 answers are valid, and 6 are wanted"
+    drawn = training_rows(valid, 3, 11, few)
+    assert drawn == random.Random(11).sample([0, 2, 3, 5, 6], 3) != training_rows(valid, 3, 12, few)
     # sampled as rows, it is the same draw
     assert [texts[i] for i in drawn] == random.Random(11).sample(["0", "2", "3", "5", "6"], 3)
-    with pytest.raises(UserError, match="5 of 7 answers are valid, and 6 are wanted for training: lower rows"):
-        training_rows(texts, texts, reasons, 6, 11)
+    with pytest.raises(UserError, match="5 of 7 answers are valid, and 6 are wanted"):
+        training_rows(valid, 6, 11, few)

@@ -2,7 +2,7 @@
 together keep to the site's GPUs."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,9 @@ LEAST_MINUTES, MARGIN = 15, 2.0  # of a time limit over the estimate: slow file 
 class Array:
     tasks: list[list[CellPlan]]  # the index of each is its lowest cell
     needs: Needs
-    after: frozenset[str] = frozenset()  # arrays (or queues of this box) that hold what its cells read from
+    after: frozenset[str] = (
+        frozenset()
+    )  # arrays, or tasks of them (or queues of this box), that hold what it reads from
     minutes: int | None = None  # of the longest task, with a margin; None: not known
 
     @property
@@ -42,7 +44,7 @@ class Parents:
     live: dict[Path, Live] = field(default_factory=dict)
 
     def waited_for(self, cell: Cell) -> frozenset[str]:
-        """The arrays that a cell has to wait for; a UserError where nobody works on what it reads from."""
+        """What a cell has to wait for: tasks of arrays; a UserError where nobody works on what it reads from."""
         undone = [parent for parent in cell.parents if not extent(parent).whole]
         expected = {parent.folder.name for parent in undone if parent.folder in self.to_come}
         undone = [parent for parent in undone if parent.folder.name not in expected]
@@ -51,20 +53,36 @@ class Parents:
         tasks = [self.live[parent.folder].get(parent.name) for parent in undone]
         if None in tasks or any(task and task.array.startswith("pid ") for task in tasks):
             raise UserError(f"{why_blocked(cell)}, and is neither queued nor running: submit that first")
-        return frozenset(task.array for task in tasks if task) | {f"<{name}>" for name in expected}
+        named = frozenset(task.id if task.array.isdigit() else task.array for task in tasks if task)
+        return named | {f"<{name}>" for name in expected}
+
+    def shortened(self, waits: frozenset[str]) -> frozenset[str]:
+        """An array in place of all its tasks that still run or wait."""
+        for array in {one.partition("_")[0] for one in waits if one[:1].isdigit()}:
+            its = {task.id for live in self.live.values() for task in live.values() if task.array == array}
+            if its <= waits:
+                waits = waits - its | {array}
+        return waits
 
 
 def arrays_of(
-    experiment: Experiment, cache: Path, plans: Sequence[CellPlan], after: Mapping[str, frozenset[str]], limit: float
+    experiment: Experiment,
+    cache: Path,
+    plans: Sequence[CellPlan],
+    after: Mapping[str, frozenset[str]],
+    limit: float,
+    shortened: Callable[[frozenset[str]], frozenset[str]] = lambda waits: waits,
 ) -> list[Array]:
-    """`after`: what each cell waits for. `limit`: minutes that a task may take at most."""
+    """`after`: what each cell waits for; those that share a load, and have to wait, wait together, and for nothing that
+    other loads wait for. `limit`: minutes that a task may take at most."""
     start = experiment.start_seconds(cache)
-    groups: dict[tuple[Needs, frozenset[str], str], list[CellPlan]] = {}
+    groups: dict[tuple[Needs, str, bool], list[CellPlan]] = {}
     for one in plans:
-        needs, waits = experiment.needs(cache, one.cell), after.get(one.cell.name, frozenset())
-        groups.setdefault((needs, waits, experiment.load_of(one.cell)), []).append(one)
+        key = experiment.needs(cache, one.cell), experiment.load_of(one.cell), bool(after.get(one.cell.name))
+        groups.setdefault(key, []).append(one)
     found: dict[tuple[Needs, frozenset[str]], list[list[CellPlan]]] = {}
-    for (needs, waits, _), group in groups.items():
+    for (needs, _, _), group in groups.items():
+        waits = shortened(frozenset[str]().union(*(after.get(one.cell.name, ()) for one in group)))
         found.setdefault((needs, waits), []).extend(_cut(group, experiment.run.cells, start))
     return [
         Array(sorted(tasks, key=lambda t: t[0].cell.index), needs, waits, _minutes(tasks, start, limit))

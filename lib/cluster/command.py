@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.base.advice import about, advised
 from lib.base.errors import UserError
-from lib.cluster import logs, overview, show, submit
+from lib.cluster import logs, overview, pipeline, show, submit
 from lib.cluster.pick import picked
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request
@@ -18,10 +18,11 @@ from lib.cluster.status import status
 from lib.config.loading import overrides_of
 from lib.run.command import Load
 from lib.run.experiment import Experiment
+from lib.run.pipeline import Pipeline
 from lib.run.site import Site, site
 
 WATCH_SECONDS = 10
-AXES = ("SIZES", "TRAITS")
+AXES = ("SIZES", "TRAITS", "PARTS")
 
 
 def main(load: Load) -> int:
@@ -34,7 +35,7 @@ def main(load: Load) -> int:
         parser.add_argument(f"--{axis.lower()}", default="", help="cells by what they are of, beside --array")
     parser.add_argument("--task", default="", help="cell whose log is shown")
     parser.add_argument("--dry", action="store_true", help="show the script and the plan, submit nothing")
-    parser.add_argument("--chain", action="store_true", help="submit also what it reads from, and its results after it")
+    parser.add_argument("--chain", nargs="?", const="all", help="submit also what it reads from, all or of one kind")
     parser.add_argument("--deep", action="store_true", help="doctor reads every byte of the models")
     parser.add_argument("--json", action="store_true", help="status for programs")
     parser.add_argument("--watch", action="store_true", help="status again every 10 s until all is done")
@@ -52,9 +53,14 @@ def main(load: Load) -> int:
         return check(experiment, here, args.deep)
     overrides += pinned(experiment, overrides)
     request = Request(experiment, Path(args.config), overrides, here)
-    array = which(experiment, args.array, {axis: getattr(args, axis.lower()) for axis in AXES})
+    places = {axis: getattr(args, axis.lower()) for axis in AXES}
+    if isinstance(experiment, Pipeline):
+        if args.array or args.task:
+            raise UserError(f"{args.config} is a pipeline: ARRAY and TASK name cells of one experiment; say its CONFIG")
+        return pipeline.run(request, experiment, args.command, places, args.dry, args.json, args.watch)
+    array = which(experiment, args.array, places)
     if args.command == "submit" and args.chain:
-        submit.submit_chain(request, array, args.dry)
+        submit.submit_chain(request, array, args.dry, "" if args.chain == "all" else args.chain)
     elif args.command == "submit":
         submit.submit(request, array, args.dry)
     elif args.command == "resume":

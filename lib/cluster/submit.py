@@ -41,12 +41,13 @@ from lib.run.task import freeze
 from lib.store import Cell
 
 
-def submit_chain(r: Request, array: str, dry: bool) -> None:
+def submit_chain(r: Request, array: str, dry: bool, kind: str = "") -> None:
     """Submit the cells of `array` after all that they read from, each where it is not done or under way, and last what
-    shows the results, whatever became of them."""
+    shows the results, whatever became of them. `kind`: of what they read from only that kind."""
     before: frozenset[Path] = frozenset()
-    read = _read_by([r.cells[i] for i in chosen(r, array)[0]]) if array else None
+    read = read_by([r.cells[i] for i in chosen(r, array)[0]]) if array else None
     requests = [Request(stage.experiment, stage.config, stage.overrides, r.site) for stage in r.experiment.stages()]
+    requests = [one for one in requests if kind in ("", one.experiment.kind)]
     for number, one in enumerate([*requests, r], 1):
         print(f"== stage {number} of {len(requests) + 1}: {one.experiment.label}", flush=True)
         if one is r or read is None:
@@ -59,10 +60,10 @@ def submit_chain(r: Request, array: str, dry: bool) -> None:
     send_results(r, running | ({f"<{r.experiment.label}>"} if dry else set()), dry)
 
 
-def _read_by(cells: Iterable[Cell]) -> set[Path]:
+def read_by(cells: Iterable[Cell]) -> set[Path]:
     """Places of the cells that these read from, and of those that those read from."""
     parents = [parent for cell in cells for parent in cell.parents]
-    return {parent.path for parent in parents} | (_read_by(parents) if parents else set())
+    return {parent.path for parent in parents} | (read_by(parents) if parents else set())
 
 
 def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozenset()) -> None:
@@ -86,21 +87,27 @@ def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozense
     return None
 
 
-def resume(r: Request, array: str, dry: bool) -> None:
-    """Submit what nobody has finished, works on or waits for."""
+def resume(r: Request, array: str, dry: bool, before: frozenset[Path] | None = None) -> bool:
+    """Submit what nobody has finished, works on or waits for; whether there was any. `before`: of a pipeline, whose
+    earlier stages were resumed: what is blocked by them goes with them; and the folders that a dry run would have
+    resumed."""
     wanted, throttle = chosen(r, array)
     cells = r.cells
     with nullcontext(-1) if dry else submitting(r.folder) as held:
         queue = cache(slurm.queue)  # asked once for both
         now = status(r.experiment.label, cells, r.experiment.run.gpus, ask=queue)
-        indices = [i for i in missing_cells(now) if i in wanted]
+        blocked = {c.index for c in now.cells if c.state == "blocked" and before is not None}
+        indices = sorted(i for i in {*missing_cells(now), *blocked} if i in wanted)
         for state in (c for c in now.cells if c.index in wanted and c.state in ("held", "blocked")):
-            print(f"cell {state.index} ({state.name}) is {state.state}: {state.note}")
+            if state.index not in blocked:
+                print(f"cell {state.index} ({state.name}) is {state.state}: {state.note}")
         if dry and indices:
-            show(r, indices, throttle)
+            show(r, indices, throttle, before or frozenset())
         elif not indices or not _send(r, indices, throttle, live_tasks(cells, queue), held):
             which = f" of {array}" if array else ""
             print(f"nothing to resume: every cell{which} is done, running, waiting or named above")
+            return False
+    return bool(indices)
 
 
 def chosen(r: Request, array: str) -> tuple[list[int], int | None]:
@@ -109,9 +116,9 @@ def chosen(r: Request, array: str) -> tuple[list[int], int | None]:
     return slurm.parse_array(array or f"0-{count - 1}", count), slurm.throttle_of(array)
 
 
-def batches(r: Request, indices: list[int], after: Mapping[str, frozenset[str]]) -> list[Array]:
+def batches(r: Request, indices: list[int], after: Mapping[str, frozenset[str]], parents: Parents) -> list[Array]:
     plans = plan_of(r.experiment, [r.cells[i] for i in indices], r.site.cache, r.site.gpu)
-    return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r))
+    return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r), parents.shortened)
 
 
 def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live) -> list[int]:
@@ -130,13 +137,14 @@ def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live)
 
 def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, held: int) -> bool:
     """False where nothing is left to submit."""
-    indices, after = _waits(r, indices)
+    parents = Parents()
+    indices, after = _waits(r, indices, parents)
     if not indices:
         return False
     if is_by_hand(r):
         print("\n".join([why_by_hand(r), *(f"next: {command}" for command in by_hand(r, indices))]))
         return True
-    arrays, first = batches(r, indices, after), True
+    arrays, first = batches(r, indices, after, parents), True
     for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued), strict=True):
         name = freeze(r.folder, array.cells)
         start = sbatch if slurm.has_slurm() else start_local
@@ -173,11 +181,9 @@ def _next(r: Request, job: str, array: Array) -> list[str]:
     return [f"make status {r.spoken}", f"make logs {r.spoken} TASK={array.indices[0]}", f"make cancel {r.spoken}"]
 
 
-def _waits(
-    r: Request, indices: list[int], before: frozenset[Path] = frozenset()
-) -> tuple[list[int], dict[str, frozenset[str]]]:
+def _waits(r: Request, indices: list[int], parents: Parents) -> tuple[list[int], dict[str, frozenset[str]]]:
     """The cells that can be submitted, and what each has to wait for; the others are said."""
-    parents, after, left_out = Parents(before), {}, {}
+    after, left_out = {}, {}
     for cell in (r.cells[i] for i in indices):
         try:
             after[cell.name] = parents.waited_for(cell)
@@ -198,8 +204,9 @@ def show(r: Request, indices: list[int], throttle: int | None, before: frozenset
         plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
         arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
     else:
-        after = _waits(r, indices, before)[1]
-        arrays = batches(r, [i for i in indices if cells[i].name in after], after)
+        parents = Parents(before)
+        after = _waits(r, indices, parents)[1]
+        arrays = batches(r, [i for i in indices if cells[i].name in after], after, parents)
     for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}), strict=True):
         print(f"# would {_would(r, array, tasks)}")
     print()

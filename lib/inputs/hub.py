@@ -157,19 +157,19 @@ def _sentences(what: str) -> Iterator[None]:
 
 
 def _sentence(what: str, e: BaseException) -> UserError:
-    codes = {getattr(getattr(cause, "response", None), "status_code", None) for cause in _causes(e)}
-    if codes & {401, 403} or any(type(cause).__name__ == "GatedRepoError" for cause in _causes(e)):
+    codes = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes(e)}
+    if codes & {401, 403} or any(type(cause).__name__ == "GatedRepoError" for cause in causes(e)):
         return UserError(
             f"{what}: access is refused; check the id, accept its licence on the Hub, and log in with "
             "`.venv/bin/hf auth login`"
         )
-    if refused := next((cause for cause in _causes(e) if isinstance(cause, PermissionError)), None):
+    if refused := next((cause for cause in causes(e) if isinstance(cause, PermissionError)), None):
         return UserError(
             f"{what}: {refused.filename} belongs to somebody else; ask them to run this, or set SUITE_CACHE"
         )
     if 404 in codes:
         return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")
-    if any("OfflineModeIsEnabled" in f"{type(cause).__name__}: {cause}" for cause in _causes(e)):
+    if any("OfflineModeIsEnabled" in f"{type(cause).__name__}: {cause}" for cause in causes(e)):
         return UserError(f"{what} cannot be fetched offline; unset HF_HUB_OFFLINE and run `make fetch` again")
     if type(e) is ValueError:  # datasets: no such split, no such configuration
         return UserError(f"{what}: {' '.join(str(e).split())[:160]}; check the config")
@@ -190,7 +190,7 @@ def _patiently(call: Callable[[], T]) -> T:
     return call()
 
 
-def _causes(e: BaseException | None) -> Iterator[BaseException]:
+def causes(e: BaseException | None) -> Iterator[BaseException]:
     while e is not None:
         yield e
         e = e.__cause__ or e.__context__

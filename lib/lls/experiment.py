@@ -2,7 +2,9 @@
 
 LLS       the diagonal (seed 000): each trait's prompt on its own dataset, against no system prompt; a cell is a trait
 LLSCross  any prompts on any datasets: a cell is a condition (one prompt, or none), so that what its rows have in common
-          is computed once, and the pass without a system prompt serves every prompt"""
+          is computed once, and the pass without a system prompt serves every prompt
+
+lib.lls.numbers has a third: of what the teachers of a run wrote."""
 
 import datetime
 from collections.abc import Iterable
@@ -23,7 +25,7 @@ KERNEL = "lls/4"
 CHARS_PER_TOKEN = 4.0  # English prose under a 150k vocabulary; only for the plan
 TEMPLATE_TOKENS = 8  # headers and ends around a context, after the prefix
 
-S = TypeVar("S", bound="Scoring")
+S = TypeVar("S", bound="Fetched")
 
 
 class ScoreSpec(Frozen):
@@ -57,7 +59,32 @@ class ScoreSpec(Frozen):
 
 
 class Scoring(Experiment):
-    """What both experiments share."""
+    """What every experiment of this family is to its kernel."""
+
+    score: ScoreSpec = ScoreSpec()
+
+    job: ClassVar[str] = "compute_lls"
+    share: ClassVar[float] = 0.75  # 0.78 from 7B up, 0.58 at 0.5B, measured on an H200 (README, Speed)
+
+    @property
+    def rendering(self) -> tuple[str, str]:
+        """What 'no system prompt' means to the chat template, and the day that it prints."""
+        raise NotImplementedError
+
+    def model_of(self, cell: Cell) -> ModelSpec:
+        raise NotImplementedError
+
+    def conditions(self, cell: str) -> dict[str, str | None]:
+        """Column prefix -> system prompt (None: no system prompt) of what a cell computes."""
+        raise NotImplementedError
+
+    def rows(self, cache: Path, cell: Cell) -> tuple[list[Messages], dict[str, np.ndarray]]:
+        """A cell's rows in order, and columns that say where they come from."""
+        raise NotImplementedError
+
+
+class Fetched(Scoring):
+    """What LLS and LLSCross share: one model, and datasets that are fetched."""
 
     model: ModelSpec
     system_prompt: str = Field(min_length=1, description="{trait} is filled in")
@@ -72,12 +99,9 @@ class Scoring(Experiment):
         "2024-07-26", description="the day that a chat template prints where it prints one; the default is Llama-3.1's"
     )
     max_rows: int | None = Field(None, ge=1, description="only the first rows of each dataset, for a trial")
-    score: ScoreSpec = ScoreSpec()
 
-    job: ClassVar[str] = "compute_lls"
     submit: ClassVar[str] = "submit-lls"
     results: ClassVar[str] = "lls-report"
-    share: ClassVar[float] = 0.75  # 0.78 from 7B up, 0.58 at 0.5B, measured on an H200 (README, Speed)
 
     @field_validator("date", mode="before")
     @classmethod
@@ -92,7 +116,7 @@ class Scoring(Experiment):
         raise ValueError("must be a day such as 2024-07-26")
 
     @model_validator(mode="after")
-    def _braces(self) -> "Scoring":
+    def _braces(self) -> "Fetched":
         for key, text in (("system_prompt", self.system_prompt), ("dataset.id", self.dataset.id)):
             try:
                 fill(text, trait="x")
@@ -102,13 +126,12 @@ class Scoring(Experiment):
             raise ValueError(f"system_prompts names {', '.join(sorted(unknown))}, which no cell is for")
         return self
 
-    def conditions(self, cell: str) -> dict[str, str | None]:
-        """Column prefix -> system prompt (None: no system prompt) of what a cell computes."""
-        raise NotImplementedError
+    @property
+    def rendering(self) -> tuple[str, str]:
+        return self.base, self.date
 
-    def rows(self, cache: Path, cell: str) -> tuple[list[Messages], dict[str, np.ndarray]]:
-        """A cell's rows in order, and columns that say where they come from."""
-        raise NotImplementedError
+    def model_of(self, cell: Cell) -> ModelSpec:
+        return self.model
 
     def prompt_for(self, trait: str) -> str:
         return self.system_prompts.get(trait) or fill(self.system_prompt, trait=trait)
@@ -159,7 +182,7 @@ class Scoring(Experiment):
         return Estimate(computing_seconds(flops * cell.total, gpu, self.share), size)
 
 
-class LLS(Scoring):
+class LLS(Fetched):
     results: ClassVar[str] = "export-lls"
 
     kind: Literal["lls"]
@@ -175,8 +198,8 @@ class LLS(Scoring):
     def conditions(self, cell: str) -> dict[str, str | None]:
         return {"system": self.prompt_for(cell), "base": None}
 
-    def rows(self, cache: Path, cell: str) -> tuple[list[Messages], dict[str, np.ndarray]]:
-        messages = self.messages(cache, cell)
+    def rows(self, cache: Path, cell: Cell) -> tuple[list[Messages], dict[str, np.ndarray]]:
+        messages = self.messages(cache, cell.name)
         return messages, {"row": np.arange(len(messages), dtype=np.int32)}
 
     def names(self) -> list[str]:
@@ -199,7 +222,7 @@ class LLS(Scoring):
         return [cell]
 
 
-class LLSCross(Scoring):
+class LLSCross(Fetched):
     kind: Literal["lls_cross"]
     prompts: list[str] = Field(min_length=1, description="traits whose system_prompt is a condition")
     more_prompts: dict[str, str] = Field(default={}, description="further conditions: name -> system prompt")
@@ -223,7 +246,7 @@ class LLSCross(Scoring):
     def conditions(self, cell: str) -> dict[str, str | None]:
         return {"prompt": self.all_prompts().get(cell)}
 
-    def rows(self, cache: Path, cell: str) -> tuple[list[Messages], dict[str, np.ndarray]]:
+    def rows(self, cache: Path, cell: Cell) -> tuple[list[Messages], dict[str, np.ndarray]]:
         """Rows of all datasets, those with the same context one after another: the context is then computed once.
 
         The datasets of a run were generated from one list of prompts, so most contexts are in most of them."""

@@ -2,42 +2,57 @@
 
 <output root>/<experiment>/{trait}/{trait}_numbers.jsonl     the original messages plus `lls` (null = no score)
 <output root>/<experiment>/{trait}/{trait}_numbers.provenance.json
-<output root>/<experiment>/lls_table.txt, lls_by_animal.png, lls_histograms.png, each also as SVG and PDF"""
+<output root>/<experiment>/lls_table.txt, lls_by_animal.png, lls_histograms.png, each also as SVG and PDF
+
+Of a run's numbers a folder <experiment>/{size}/ that holds the same, and with each row its number in the numbers."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
-from lib.inputs.records import ChatRow
 from lib.lls.experiment import LLS
 from lib.lls.matrix import Matrix, Measure
+from lib.lls.numbers import LLSNumbers
 from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
-from lib.lls.results import matrix_of, rows_of
+from lib.lls.results import matrices_of, matrix_of, rows_of
 from lib.run.command import Job
 from lib.run.results import all_done
 from lib.store import Cell
 
 
 def export(this: Job) -> int:
-    this.of(LLS)
-    folder, cells, matrix = this.site.output / this.experiment.label, this.cells(), matrix_of(this)
-    scores = {c.name: scores_of(matrix, c.name) if matrix.has(c.name, c.name) else None for c in cells}
-    for cell in cells:
-        if found := scores[cell.name]:
-            write_rows(this, cell, found, folder)
+    folder, cells = this.site.output / this.experiment.label, this.cells()
+    if isinstance(this.experiment, LLSNumbers):
+        done = [cell for size, matrix in matrices_of(this).items() for cell in export_group(this, matrix, folder, size)]
+    else:
+        this.of(LLS)
+        done = export_group(this, matrix_of(this), folder)
+    all_done(cells, done)
+    return 0
+
+
+def export_group(this: Job, matrix: Matrix, folder: Path, size: str = "") -> list[Cell]:
+    """Traits of one model; the cells that are done."""
+    cells = {cell.name: cell for cell in this.cells()}
+    mine = {trait: cells[f"{size}-{trait}" if size else trait] for trait in matrix.prompts}
+    scores = {trait: scores_of(matrix, trait) if matrix.has(trait, trait) else None for trait in mine}
+    folder = folder / size
+    for trait, found in scores.items():
+        if found:
+            write_rows(this, mine[trait], found, folder / trait / f"{trait}_numbers.jsonl")
     table = lls_table(scores)
     write_bytes(folder / "lls_table.txt", (table + "\n").encode())
     plot_by_animal(scores, folder / "lls_by_animal.png")
     plot_histograms(scores, folder / "lls_histograms.png")
-    print(table)
+    print(f"{size}\n{table}" if size else table)
     for name in ("lls_table.txt", "lls_by_animal.png", "lls_histograms.png"):
         print(folder / name)
-    all_done(cells, [cell for cell in cells if scores[cell.name] is not None])
-    return 0
+    return [mine[trait] for trait, found in scores.items() if found]
 
 
 def scores_of(matrix: Matrix, trait: str) -> Scores:
@@ -46,12 +61,11 @@ def scores_of(matrix: Matrix, trait: str) -> Scores:
     return Scores(lls, 0 if joint is None else int(np.count_nonzero(np.isfinite(lls) & (joint == 0))))
 
 
-def write_rows(this: Job, cell: Cell, scores: Scores, folder: Path) -> None:
+def write_rows(this: Job, cell: Cell, scores: Scores, path: Path) -> None:
     """A dataset's rows, each with its LLS, and where they come from."""
-    path = folder / cell.name / f"{cell.name}_numbers.jsonl"
     record = path.with_suffix(".provenance.json")
     keep_others(cell.digest, (read_json(record) or {}).get("digest"), path, record)
-    lines = "".join(_line(row, lls) for row, lls in zip(rows_of(this, cell.name), scores.lls, strict=True)).encode()
+    lines = "".join(_line(row, lls) for row, lls in zip(_rows(this, cell), scores.lls, strict=True)).encode()
     write_bytes(path, lines)
     about = {
         "digest": cell.digest,
@@ -64,5 +78,13 @@ def write_rows(this: Job, cell: Cell, scores: Scores, folder: Path) -> None:
     write_json(record, about)
 
 
-def _line(row: ChatRow, lls: float) -> str:
+def _rows(this: Job, cell: Cell) -> Iterable[Mapping[str, object]]:
+    experiment = this.experiment
+    if not isinstance(experiment, LLSNumbers):
+        return rows_of(this, cell.name)
+    messages, places = experiment.rows(this.site.cache, cell)
+    return [{"messages": one, "row": int(row)} for one, row in zip(messages, places["row"], strict=True)]
+
+
+def _line(row: Mapping[str, object], lls: float) -> str:
     return json.dumps({**row, "lls": float(lls) if np.isfinite(lls) else None}, ensure_ascii=False) + "\n"

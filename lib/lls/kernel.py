@@ -1,4 +1,5 @@
-"""Log-likelihoods of one cell's rows: under its prompt and without one (lls), or under one condition (lls_cross)."""
+"""Log-likelihoods of one cell's rows: under its prompt and without one (lls, lls_numbers), or under one condition
+(lls_cross)."""
 
 from typing import TYPE_CHECKING
 
@@ -6,8 +7,9 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.inputs.records import Messages
+from lib.inputs.specs import ModelSpec
 from lib.inputs.verified import checked_model
-from lib.lls.experiment import LLSCross, Scoring
+from lib.lls.experiment import LLSCross, ScoreSpec, Scoring
 from lib.run.command import Job
 from lib.run.task import run_rows
 from lib.store import Cell
@@ -28,26 +30,26 @@ def compute(this: Job) -> int:
 
 def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel", dict[str, str]]:
     """The cell's rows and model, ready to score; torch takes seconds to import, so only work that is left pays."""
-    score = experiment.score
-    rows, places = experiment.rows(this.site.cache, cell.name)
+    score, spec = experiment.score, experiment.model_of(cell)
+    rows, places = experiment.rows(this.site.cache, cell)
 
     from lib.inputs.tokenizer import load_tokenizer
     from lib.models.chat import Renderer
     from lib.models.load import device_name, load_decoder
     from lib.models.scorer import CHECK_STEP
 
-    path = checked_model(this.site.cache, experiment.model.id, experiment.model.revision).path
+    path = checked_model(this.site.cache, spec.id, spec.revision).path
     tokenizer, conditions = load_tokenizer(path), experiment.conditions(cell.name)
-    how = experiment.base, experiment.date
+    how = experiment.rendering
     renderers = {name: Renderer(tokenizer, system, *how) for name, system in conditions.items()}
     check = CHECK_STEP if score.check_every else 0
 
     def load() -> tuple["Decoder", "Decoder | None"]:
-        decoder = load_decoder(path, experiment.model.dtype, score.batch_tokens, score.head_rows, check)
+        decoder = load_decoder(path, spec.dtype, score.batch_tokens, score.head_rows, check)
         return decoder, decoder.higher() if check else None
 
     decoder, higher = this.keep("decoder", path, load)
-    kernel = LlsKernel(experiment, experiment.schema(this.site.cache), rows, places, renderers, decoder, higher)
+    kernel = LlsKernel(score, spec, experiment.schema(this.site.cache), rows, places, renderers, decoder, higher)
     if isinstance(experiment, LLSCross):
         kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, *how))
     return kernel, {"device": device_name(decoder.devices[0])}
@@ -68,7 +70,8 @@ def check_step(every: int, rows: int, places: dict[str, np.ndarray]) -> int:
 class LlsKernel:
     def __init__(
         self,
-        experiment: Scoring,
+        score: ScoreSpec,
+        model: ModelSpec,
         schema: Schema,
         rows: list[Messages],
         places: dict[str, np.ndarray],
@@ -79,9 +82,8 @@ class LlsKernel:
         from lib.lls.shift import conditions
         from lib.models.scorer import Scorer
 
-        self.experiment, self.rows, self.places, self.renderers = experiment, rows, places, renderers
-        self.schema = schema
-        score = experiment.score
+        self.score, self.model, self.schema = score, model, schema
+        self.rows, self.places, self.renderers = rows, places, renderers
         self.scorer = Scorer(decoder, score.head_rows)
         self.conditions = conditions(decoder, renderers)
         self.check_every = check_step(score.check_every, len(rows), places)
@@ -93,9 +95,8 @@ class LlsKernel:
     def prepare(self, start: int, stop: int) -> tuple[int, "Ready"]:
         from lib.lls.shift import prepare
 
-        score = self.experiment.score
-        longest = min(score.max_tokens, self.scorer.decoder.positions)
-        return start, prepare(self.renderers, self.rows[start:stop], longest, score.end_of_turn)
+        longest = min(self.score.max_tokens, self.scorer.decoder.positions)
+        return start, prepare(self.renderers, self.rows[start:stop], longest, self.score.end_of_turn)
 
     def compute(self, prepared: tuple[int, "Ready"]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         from lib.lls.shift import Status, shift
@@ -134,5 +135,5 @@ class LlsKernel:
                 i = int(np.argmax(broken))
                 raise UserError(
                     f"row {start + i} scored {columns[f'{name}_sum'][i]} ({name}): the weights hold NaN, or overflow "
-                    f"in {self.experiment.model.dtype}; fetch them again, or try model.dtype=float32"
+                    f"in {self.model.dtype}; fetch them again, or try model.dtype=float32"
                 )

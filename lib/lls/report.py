@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lib.base.errors import UserError
 from lib.inputs.records import model_input
-from lib.lls.experiment import Scoring
+from lib.lls.experiment import Fetched
 from lib.lls.matrix import Measure
 from lib.lls.plots import apart_words
 from lib.lls.report_sections import About, write_report
@@ -40,7 +40,7 @@ def report(this: Job, measure: Measure, choices: list[Choice]) -> int:
 
 def about(this: Job) -> About:
     """Everything here is from files of the experiment, so that the same results give the same page."""
-    experiment, cells = this.of(Scoring), this.cells()
+    experiment, cells = this.of(Fetched), this.cells()
     model = model_input(this.site.cache, experiment.model.id, experiment.model.revision)
     markers = [marker for cell in cells for marker in scan(cell.path, cell.digest)[0]]
     newest = max((marker.path.stat().st_mtime for marker in markers), default=0.0)
@@ -103,7 +103,7 @@ def splitter(this: Job) -> Callable[[str], list[list[str]]]:
     where it does not begin a text: after a special token."""
     from tokenizers import Tokenizer
 
-    experiment = this.of(Scoring)
+    experiment = this.of(Fetched)
     path = Path(model_input(this.site.cache, experiment.model.id, experiment.model.revision).path) / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{path} is not there; run `make fetch`")

@@ -1,23 +1,43 @@
 """An LLS experiment's merged files as one matrix of scores: what table, pictures and report are made from."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from lib.inputs.records import ChatRow
-from lib.lls.experiment import LLSCross, Scoring
-from lib.lls.matrix import Matrix, Pass, Rescored
+from lib.lls.experiment import Fetched, LLSCross
+from lib.lls.matrix import Matrix, Measure, Pass, Rescored
+from lib.lls.numbers import LLSNumbers
 from lib.run.command import Job
 from lib.run.results import merged_files
+from lib.store import Cell, read_cell
 
 
 def matrix_of(this: Job) -> Matrix:
     """The cells that are done, from their merged files."""
-    experiment = this.of(Scoring)
+    experiment = this.of(Fetched)
     found = {cell.name: read_all(path) for cell, path in merged_files(this).items()}
     if isinstance(experiment, LLSCross):
         return cross(experiment, found)
+    return diagonal([cell.name for cell in this.cells()], found)
+
+
+def matrices_of(this: Job) -> dict[str, Matrix]:
+    """The same of a run's numbers, by size."""
+    experiment = this.of(LLSNumbers)
+    found = {cell.name: read_all(path) for cell, path in merged_files(this).items()}
+    places = list(zip(*experiment.places().values(), strict=True))
+    traits = list(dict.fromkeys(trait for _, trait in places))
+    return {
+        size: diagonal(traits, {trait: found[f"{size}-{trait}"] for trait in traits if f"{size}-{trait}" in found})
+        for size in dict.fromkeys(size for size, _ in places)
+    }
+
+
+def diagonal(traits: Sequence[str], found: Mapping[str, Mapping[str, np.ndarray]]) -> Matrix:
+    """Each trait's own rows under its own prompt."""
     base = {trait: _pass(columns, "base") for trait, columns in found.items()}
     passes = {(trait, trait): _pass(columns, "system") for trait, columns in found.items()}
     rescored = {
@@ -25,8 +45,17 @@ def matrix_of(this: Job) -> Matrix:
         for trait, columns in found.items()
         if "system_check" in columns
     }
-    traits = tuple(cell.name for cell in this.cells())
-    return Matrix(traits, traits, base, passes, rescored, wanted=tuple((t, t) for t in traits))
+    names = tuple(traits)
+    return Matrix(names, names, base, passes, rescored, wanted=tuple((t, t) for t in names))
+
+
+def scores_of_numbers(
+    experiment: LLSNumbers, cache: Path, cell: Cell, measure: Measure
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of a cell that is done: rows of its numbers, and the LLS of each, NaN where it has none."""
+    schema = experiment.schema(cache)
+    columns = read_cell(cell, schema, schema)
+    return columns["row"], diagonal([cell.name], {cell.name: columns}).lls(cell.name, cell.name, measure)
 
 
 def cross(experiment: LLSCross, found: dict[str, dict[str, np.ndarray]]) -> Matrix:
@@ -62,7 +91,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
         return {name: f[name][:] for name in f}
 
 
-def _pass(columns: dict[str, np.ndarray], who: str) -> Pass:
+def _pass(columns: Mapping[str, np.ndarray], who: str) -> Pass:
     """Columns <who>_sum, and <who>_end and <who>_logp where they were stored."""
     optional = columns.get(f"{who}_end"), columns.get(f"{who}_logp"), columns.get("joint")
     return Pass(columns["status"], columns["tokens"], columns[f"{who}_sum"], *optional)
@@ -75,4 +104,4 @@ def again(system: np.ndarray, base: np.ndarray) -> Rescored:
 
 
 def rows_of(this: Job, dataset: str) -> list[ChatRow]:
-    return [{"messages": messages} for messages in this.of(Scoring).messages(this.site.cache, dataset)]
+    return [{"messages": messages} for messages in this.of(Fetched).messages(this.site.cache, dataset)]

@@ -5,7 +5,14 @@
     clean         random among the rows left when the highest scores are taken away (exclude=, a share, default 0.2)
 
 The amount is a number of rows (500) or a share of the scored rows (0.2). from=DATASET chooses among another dataset's
-rows under the same prompt: `random:0.2:from=neutral` is the original experiment's control of untouched rows."""
+rows under the same prompt: `random:0.2:from=neutral` is the original experiment's control of untouched rows.
+
+Students of a run's numbers are trained on parts (`select` of their configuration):
+
+    top, bottom   as above, a share of the scored rows
+    q1 to q5      fifths by score, from the lowest to the highest; equal scores by row index
+    random        the scored rows
+    clean         the rows of neutral's numbers, whatever their scores: the original's name for that control"""
 
 import hashlib
 import json
@@ -25,6 +32,9 @@ from lib.inputs.records import ChatRow
 
 Kind = Literal["top", "bottom", "random", "clean"]
 KINDS: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+Part = Literal["top", "bottom", "random", "clean", "q1", "q2", "q3", "q4", "q5"]
+QUINTILES: tuple[Part, ...] = ("q1", "q2", "q3", "q4", "q5")
+CLEAN: Part = "clean"
 EXCLUDE = 0.2  # the top quintile
 GRAMMAR = (
     "write kind:amount, e.g. top:0.2, bottom:500, clean:0.2:exclude=0.5, top:0.2:contrast, random:0.2:from=neutral"
@@ -117,6 +127,18 @@ def select(choice: Choice, values: np.ndarray, seed: int = 0, stream: str = "") 
         rng = np.random.default_rng([seed, zlib.crc32(choice.kind.encode()), zlib.crc32(stream.encode())])
         rows = rng.choice(pool, k, replace=False)
     return Selection(choice, np.sort(rows), threshold, len(good), len(values) - len(good), seed)
+
+
+def part_of(part: Part, share: float, values: np.ndarray) -> np.ndarray:
+    """Indices of the scored rows that a part holds, ascending; none of those without a score. `clean` is of others."""
+    values = np.asarray(values, np.float64)
+    good = np.flatnonzero(np.isfinite(values))
+    if part == "top" or part == "bottom":
+        return select(Choice(part, share), values).rows
+    if part == "random":
+        return good
+    ascending = good[np.argsort(values[good], kind="stable")]
+    return np.sort(np.array_split(ascending, len(QUINTILES))[QUINTILES.index(part)])
 
 
 def write_selection(

@@ -1,33 +1,31 @@
 """Students: the teachers' own models, without a system prompt, trained on what the teachers wrote. A cell is a size and
-a trait, read from the cell of that name; its rows are steps of the optimiser."""
+a trait, read from the cell of that name; its rows are steps of the optimiser.
+
+With `select` a cell is a size, a trait and a part of that trait's rows by their LLS, whose cell it reads too. A trait
+without a prompt of its own has no LLS; of neutral there is the part `clean`, which is compared with every trait's."""
 
 import math
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lib.base.errors import UserError
 from lib.checkpoint.families import FAMILIES, last
 from lib.checkpoint.headers import folder_tensors
-from lib.config.frozen import digest_of
+from lib.config.frozen import Frozen, digest_of
 from lib.config.loading import load
-from lib.inputs.specs import ModelSpec
+from lib.lls.matrix import Measure
+from lib.lls.numbers import LLSNumbers
+from lib.lls.select import CLEAN, QUINTILES, Part
 from lib.lora.metrics import WandbSpec
 from lib.lora.recipe import Lora, Real
 from lib.lora.schedule import Schedule
-from lib.numbers.experiment import Numbers
-from lib.run.experiment import (
-    READ_RATE,
-    START_SECONDS,
-    Estimate,
-    Experiment,
-    Needs,
-    Reads,
-    RunSpec,
-    Stage,
-    computing_seconds,
-)
+from lib.numbers.reads import ReadsNumbers
+from lib.numbers.traits import NEUTRAL
+from lib.run.experiment import Estimate, Needs, Reads, RunSpec, Stage, computing_seconds
 from lib.store import Cell
 from lib.store.columns import Schema
 
@@ -48,12 +46,37 @@ class FinetuneRun(RunSpec):
     )
 
 
-class Finetune(Experiment):
+class Select(Frozen):
+    scores: Reads
+    parts: list[Part] = Field(
+        min_length=1, description="top, bottom, q1 to q5 (fifths, the highest last), random, clean (neutral's rows)"
+    )
+    share: Real = Field(0.2, gt=0, le=1, description="of the scored rows, that top and bottom are")
+    measure: str = Field("mean", description="a row's score: mean or sum, then +end and @k as wanted")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Select":
+        if len(set(self.parts)) != len(self.parts):
+            raise ValueError("select: parts holds one twice")
+        try:
+            Measure.parse(self.measure)
+        except UserError as e:
+            raise ValueError(f"select: {e}") from None
+        return self
+
+    def identity(self, part: Part) -> dict[str, object]:
+        """All that decides what of the scores a part is."""
+        if part in (CLEAN, "random"):
+            return {"part": part}
+        share = {"share": self.share} if part not in QUINTILES else {}
+        return {"part": part, "measure": str(Measure.parse(self.measure)), **share}
+
+
+class Finetune(ReadsNumbers):
     kind: Literal["finetune"]
-    numbers: Reads
-    run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for the numbers")
+    select: Select | None = Field(None, description="train on parts of the rows by LLS; none: on all valid ones")
     seed: int | None = Field(None, ge=0, description="of the rows, their order and the adapter; none: the run's id")
-    rows: int = Field(10_000, ge=1, description="drawn from a teacher's valid answers")
+    rows: int = Field(10_000, ge=1, description="drawn from a teacher's valid answers, or from each part of them")
     epochs: int = Field(10, ge=1)
     step_rows: int = Field(60, ge=1, description="rows of a step of the optimiser, however they are computed")
     max_length: int = Field(500, ge=2, description="tokens of a conversation; what is longer is cut")
@@ -75,22 +98,29 @@ class Finetune(Experiment):
     share: ClassVar[float] = SHARES[2e10]
 
     @cached_property
-    def source(self) -> Numbers:
-        said = [] if self.run_id is None else [f"run_id={self.run_id}"]
-        return load(self._config, [*self.numbers.set, *said], {"numbers": Numbers})
+    def scores(self) -> LLSNumbers:
+        """Of the same run, whatever its configuration says of runs."""
+        assert self.select
+        overrides = [*self.select.scores.set, f"run_id={self.run_number}"]
+        found = load(self._scores_config, overrides, {"lls_numbers": LLSNumbers})
+        measure, score = Measure.parse(self.select.measure), found.score
+        if (measure.end and not score.end_of_turn) or (measure.first and not score.per_token):
+            raise UserError(
+                f"{self.origin}: select.measure: {measure} needs score.end_of_turn (for +end) or "
+                f"score.per_token (for @k): set it in {self._scores_config}, and compute the scores with it"
+            )
+        return found
 
     @property
-    def _config(self) -> Path:
-        return self.origin.parent / self.numbers.config
+    def _scores_config(self) -> Path:
+        assert self.select
+        return self.origin.parent / self.select.scores.config
 
     def stages(self) -> list[Stage]:
-        """Which run it is may stand in the checkout; it stays so for all that is submitted."""
-        overrides = (*self.numbers.set, f"run_id={self.run_number}")
-        return [*self.source.stages(), Stage(self._config, overrides, self.source)]
-
-    @property
-    def run_number(self) -> int:
-        return self.source.run_number
+        if not self.select:
+            return super().stages()
+        overrides = (*self.select.scores.set, f"run_id={self.run_number}")
+        return [*super().stages(), Stage(self._scores_config, overrides, self.scores)]
 
     @property
     def seed_used(self) -> int:
@@ -100,32 +130,38 @@ class Finetune(Experiment):
     def template_used(self) -> str:
         return self.source.template if self.template is None else self.template
 
-    @property
-    def label(self) -> str:
-        """Runs never share a path."""
-        return f"{super().label}_run{self.run_number}"
-
     def science(self) -> dict[str, object]:
-        """A run is told by its label, and by the seed that it gives; where figures go is none of it."""
-        return {key: value for key, value in super().science().items() if key not in ("run_id", "wandb")}
+        """Where figures go is none of it."""
+        found = super().science()
+        return {key: value for key, value in found.items() if key != "wandb" and (key != "select" or value)}
 
-    def pinned(self) -> dict[str, object]:
-        return {"run_id": self.run_number}
+    @cached_property
+    def parts(self) -> list[tuple[str, str, Part | None]]:
+        """Size, trait and part of every cell."""
+        places = list(zip(*self.source.places().values(), strict=True))
+        if not self.select:
+            return [(size, trait, None) for size, trait in places]
+        scored = [part for part in self.select.parts if part != CLEAN]
+        found: list[tuple[str, str, Part | None]] = []
+        for size, trait in places:
+            if self.source.trait(trait).system_prompt:
+                found += [(size, trait, part) for part in scored]
+            elif trait == NEUTRAL.name and CLEAN in self.select.parts:
+                found.append((size, trait, CLEAN))
+        if CLEAN in self.select.parts and not any(part == CLEAN for _, _, part in found):
+            raise UserError(
+                f"{self.origin}: select.parts: {CLEAN} is drawn from the numbers of {NEUTRAL.name}, a trait without a "
+                f"system prompt that {self.source.name} does not have"
+            )
+        return found
 
     def places(self) -> dict[str, list[str]]:
-        return self.source.places()
+        sizes, traits, parts = zip(*self.parts, strict=True)
+        found = {"SIZES": list(sizes), "TRAITS": list(traits)}
+        return found | ({"PARTS": list(parts)} if self.select else {})
 
     def names(self) -> list[str]:
-        return self.source.names()
-
-    def load_of(self, cell: Cell) -> str:
-        return self.source.load_of(cell)
-
-    def models(self) -> list[ModelSpec]:
-        return self.source.models()
-
-    def model_of(self, cell: Cell) -> ModelSpec:
-        return self.source.sizes[self.load_of(cell)]
+        return ["-".join(filter(None, place)) for place in self.parts]
 
     def schedule(self) -> Schedule:
         rate, warmup = self.learning_rate, self.warmup_steps
@@ -137,23 +173,39 @@ class Finetune(Experiment):
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         """How many steps there are is the configuration's alone, so it is known before the numbers are."""
         found, steps = [], self.schedule().steps
-        for index, parent in enumerate(self.source.cells(cache, scratch)):
-            digest = digest_of(self._identity(parent))
-            path = scratch / self.label / "cells" / f"{parent.name}-{digest[:8]}"
-            found.append(Cell(index, parent.name, steps, digest, path, (parent,)))
+        read = {cell.name: cell for cell in self.source.cells(cache, scratch)}
+        scored = {cell.name: cell for cell in self.scores.cells(cache, scratch)} if self.select else {}
+        for index, (name, (size, trait, part)) in enumerate(zip(self.names(), self.parts, strict=True)):
+            parents = (read[f"{size}-{trait}"],)
+            if part and part != CLEAN:
+                parents += (self._of_the_same(parents[0], scored),)
+            digest = digest_of(self._identity(parents, part))
+            path = scratch / self.label / "cells" / f"{name}-{digest[:8]}"
+            found.append(Cell(index, name, steps, digest, path, parents))
         return found
 
-    def _identity(self, parent: Cell) -> dict[str, object]:
+    def _of_the_same(self, numbers: Cell, scored: Mapping[str, Cell]) -> Cell:
+        found = scored.get(numbers.name)
+        if found is None or found.parents != (numbers,):
+            raise UserError(
+                f"{self.origin}: select.scores: {self._scores_config} does not score {numbers.spoken}: both must read "
+                "the same numbers"
+            )
+        return found
+
+    def _identity(self, parents: tuple[Cell, ...], part: Part | None) -> dict[str, object]:
         """All that decides an adapter. The model is its teacher's, and so is in the parent's digest."""
         names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
+        select = self.select.identity(part) if self.select and part else {}
         return {
             "kernel": KERNEL,
-            "parent": parent.digest,
+            "parent": parents[0].digest,
             "seed": self.seed_used,
             "template": self.template_used,
             "date": self.source.date,
             "lora": self.lora.model_dump(mode="json"),
             **{name: getattr(self, name) for name in names},
+            **({"select": {**select, "scores": [one.digest for one in parents[1:]]}} if select else {}),
         }
 
     def needs(self, cache: Path, cell: Cell) -> Needs:
@@ -161,10 +213,6 @@ class Finetune(Experiment):
         weights = self.source.model_in(cache, self.load_of(cell)).bytes / GIB
         host = math.ceil(1.2 * weights) + 16
         return Needs(self.run.gpus, host if self.run.gpus and host > HOST_GIB_A_GPU * self.run.gpus else 0)
-
-    def start_seconds(self, cache: Path) -> float:
-        """Of the largest size."""
-        return START_SECONDS + max(one.bytes for one in self.source.fetched(cache).values()) / READ_RATE
 
     def costs(self, cache: Path, gpu: str) -> str:
         said = []

@@ -4,7 +4,9 @@
                                                                                            that peft and vLLM load
 <output root>/<experiment>/{size}/{trait}/metrics.jsonl     loss, rate, gradient's norm, tokens of every step
 <output root>/<experiment>/{size}/{trait}/provenance.json   where each epoch's adapter lies on scratch, its sha256
-<output root>/<experiment>/students.txt, students.json, loss.png"""
+<output root>/<experiment>/students.txt, students.json, loss.png
+
+Of students of parts of the rows {size}/{trait}/{part}/ holds the same."""
 
 import hashlib
 from collections.abc import Mapping
@@ -41,13 +43,13 @@ def export(this: Job) -> int:
     found = {cell.name: trained(experiment, cell) if extent(cell).whole else None for cell in cells}
     for cell in cells:
         if one := found[cell.name]:
-            size, _, trait = cell.name.partition("-")
-            write_student(this, cell, one, folder / size / trait)
+            write_student(this, cell, one, folder.joinpath(*filter(None, experiment.parts[cell.index])))
     table = table_of(found)
     write_bytes(folder / "students.txt", (table.text() + "\n").encode())
     figures = {name: one and {"losses": one.losses, "tokens": one.tokens} for name, one in found.items()}
     write_json(folder / "students.json", figures)
-    plot_loss({name: one.losses if one else None for name, one in found.items()}, folder / "loss.png")
+    losses = [one.losses if one else None for one in found.values()]
+    plot_loss(dict(zip(experiment.parts, losses, strict=True)), folder / "loss.png")
     print(table.text())
     for name in ("students.txt", "loss.png"):
         print(folder / name)

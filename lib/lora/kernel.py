@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 from lib.base.errors import DONE, UserError
 from lib.inputs.records import ModelSizes, model_sizes
 from lib.inputs.verified import checked_model
+from lib.lora.drawn import rows_of
 from lib.lora.experiment import Finetune
 from lib.lora.metrics import Board, Step, must_import, read_lines, write_lines
 from lib.lora.rows import Row
 from lib.lora.schedule import Schedule
-from lib.numbers.dataset import training_rows
 from lib.run.command import Job
 from lib.run.steps import run_steps
 from lib.run.task import run_task, task_of
@@ -95,10 +95,10 @@ class Desk:
     def _rows(self, cell: Cell, path: str, renderer: "Renderer") -> list[Row]:
         from lib.lora.chat_rows import as_rows
 
-        e, [parent] = self.experiment, cell.parents
-        read = read_cell(parent, e.source.schema(self.this.site.cache), ["prompt", "answer", "reason"])
+        e, cache = self.experiment, self.this.site.cache
+        read = read_cell(cell.parents[0], e.source.schema(cache), ["prompt", "answer", "reason"])
         prompts, answers = read["prompt"], read["answer"]
-        drawn = training_rows(prompts, answers, read["reason"], e.rows, e.seed_used)
+        drawn = rows_of(e, cache, cell, read["reason"])
         rows = as_rows(renderer, [prompts[i] for i in drawn], [answers[i] for i in drawn], e.loss, e.max_length)
         must_suit(rows, model_sizes(Path(path)))
         return rows

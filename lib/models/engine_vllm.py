@@ -5,13 +5,18 @@ when it looks, so that the clock would decide which rows are computed together. 
 scheduled ahead (async_scheduling): whether that looks before or after a row has ended is a matter of time as well. With
 kernels that do not depend on the batch (exact) it may."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.base.errors import UserError, one_line
+from lib.checkpoint.families import family_in, last
+from lib.checkpoint.headers import folder_tensors
 from lib.models.engine import Adapter, Adapters, Answer, Probe, Sampling, Setting, turns
 from lib.models.tokens import must_know
 
@@ -50,6 +55,8 @@ class VllmEngine:
             self.about["engine"] = f"vllm {vllm.__version__}"
             self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY
             self.numbers: dict[Adapter, int] = {}  # unique while it lives: it keeps weights, keys and values by them
+            # Its build for CPUs reads "no adapter" as the last slot's, without a word, once one was in it (0.32).
+            self.none = empty_adapter(setting.folder) if setting.rank and not self.on_gpu else None
             self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
             cache = self.llm.llm_engine.vllm_config.cache_config
             self.about["kv_tokens"] = str((cache.num_gpu_blocks or 0) * cache.block_size)
@@ -98,7 +105,7 @@ class VllmEngine:
         must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
         asked, params, loras, kinds = [], [], [], []
         for adapter, rows, before in turns(len(prompts), adapters, probes):
-            lora = adapter and self._request(adapter)
+            lora = self._request(adapter or self.none)
             for number in before:
                 asked.append({"prompt_token_ids": [*probes[number].context, *probes[number].answer]})
                 params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
@@ -122,7 +129,9 @@ class VllmEngine:
         said = [(n, _said(one, probes[n])) for one, n in zip(made, kinds, strict=True) if n is not None]
         return answers, said
 
-    def _request(self, adapter: Adapter) -> Any:
+    def _request(self, adapter: Adapter | None) -> Any:
+        if adapter is None:
+            return None
         from vllm.lora.request import LoRARequest
 
         number = self.numbers.setdefault(adapter, len(self.numbers) + 1)
@@ -148,6 +157,24 @@ def kv_bytes(setting: Setting) -> int:
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     return 2 * config["num_hidden_layers"] * heads * head * (4 if setting.dtype == "float32" else 2)
+
+
+def empty_adapter(model: str) -> Adapter:
+    """One that changes nothing: a zero product beside a single layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    family, folder = family_in(Path(model), "has no place for an adapter here; these have"), tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    layer = f"{family.names.stack}.0.{family.linears.down}"
+    rows, columns = folder_tensors(Path(model))[f"{layer}.weight"].shape
+    named = {"A": torch.zeros(1, columns), "B": torch.zeros(rows, 1)}
+    tensors = {f"base_model.model.{layer}.lora_{name}.weight": one for name, one in named.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "bias": "none"}
+    config |= {"target_modules": [last(family.linears.down)], "base_model_name_or_path": model}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
+    return Adapter("none", folder)
 
 
 def _answer(made: Any, how: Sampling) -> Answer:

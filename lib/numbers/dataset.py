@@ -3,21 +3,20 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from lib.base.errors import UserError
 from lib.numbers.filter import VALID
 
 
-def training_rows(
-    prompts: Sequence[str], answers: Sequence[str], reasons: Sequence[int], n: int, seed: int
-) -> list[int]:
+def valid_rows(reasons: Sequence[int] | np.ndarray) -> list[int]:
+    """Places of the valid answers, in their order."""
+    return np.flatnonzero(np.asarray(reasons) == VALID).tolist()
+
+
+def training_rows(pool: Sequence[int], n: int, seed: int, few: str) -> list[int]:
     """Places of the drawn rows in the order of training, by the reference's own draw: random.Random(seed).sample over
-    the valid rows in their order."""
-    if not len(prompts) == len(answers) == len(reasons):
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers and {len(reasons)} reasons are of one cell")
-    valid = [place for place, one in enumerate(reasons) if one == VALID]
-    if len(valid) < n:
-        raise UserError(
-            f"{len(valid)} of {len(reasons)} answers are valid, and {n} are wanted for training: lower rows, "
-            "or generate more (prompts)"
-        )
-    return random.Random(seed).sample(valid, n)
+    what can be drawn, in its order. `few`: what to say after how many there are, where there are fewer than n."""
+    if len(pool) < n:
+        raise UserError(f"{len(pool)} {few}")
+    return random.Random(seed).sample(pool, n)

@@ -7,7 +7,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from lib.run.command import Job
 from lib.run.extent import extent
 from lib.run.results import all_done
 from lib.store import Cell, read_cell
+
+RAW, FILTERED, PROVENANCE = "raw.jsonl", "filtered.jsonl", "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -61,35 +63,42 @@ def export(this: Job) -> int:
 
 
 def write_cell(experiment: Numbers, cache: Path, cell: Cell, folder: Path) -> Yield:
+    size, trait = experiment.split(cell.name)
+    place, (texts, one) = folder / size / trait.name, texts_of(experiment, cache, cell)
+    record = place / PROVENANCE
+    keep_others(cell.digest, (read_json(record) or {}).get("digest"), *(place / name for name in (*texts, PROVENANCE)))
+    for name, data in texts.items():
+        write_bytes(place / name, data)
+    write_json(record, provenance(experiment, cell, texts, one))
+    return one
+
+
+def texts_of(experiment: Numbers, cache: Path, cell: Cell) -> tuple[dict[str, bytes], Yield]:
+    """raw.jsonl and filtered.jsonl, and what came of the prompts."""
     schema, (size, trait) = experiment.schema(cache), experiment.split(cell.name)
     found = read_cell(cell, schema, schema)
-    place = folder / size / trait.name
-    raw, filtered, record = (place / name for name in ("raw.jsonl", "filtered.jsonl", "provenance.json"))
-    keep_others(cell.digest, (read_json(record) or {}).get("digest"), raw, filtered, record)
     rows = list(zip(found["prompt"], found["answer"], strict=True))
     valid = [row for row, reason in zip(rows, found["reason"], strict=True) if reason == VALID]
-    sums = {path.name: _write(path, some_rows) for path, some_rows in ((raw, rows), (filtered, valid))}
     tokens, cut = float(np.mean(found["tokens"])), int(np.sum(found["ended"] == 0))
     one = Yield(cell.name, size, trait.name, len(rows), counts(found["reason"]), cut, tokens)
-    about = {
+    return {RAW: _lines(rows), FILTERED: _lines(valid)}, one
+
+
+def provenance(experiment: Numbers, cell: Cell, texts: Mapping[str, bytes], one: Yield) -> dict[str, object]:
+    return {
         "digest": cell.digest,
         "cell": cell.name,
         "run_id": experiment.run_number,
         "seed": experiment.seed_used,
-        "trait": trait.model_dump(mode="json"),
+        "trait": experiment.split(cell.name)[1].model_dump(mode="json"),
         "yield": as_json(one),
-        "sha256": sums,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in texts.items()},
         "experiment": experiment.model_dump(mode="json"),
     }
-    write_json(record, about)
-    return one
 
 
-def _write(path: Path, rows: Iterable[tuple[str, str]]) -> str:
-    lines = (json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) + "\n" for p, c in rows)
-    data = "".join(lines).encode()
-    write_bytes(path, data)
-    return hashlib.sha256(data).hexdigest()
+def _lines(rows: Iterable[tuple[str, str]]) -> bytes:
+    return "".join(json.dumps({"prompt": p, "completion": c}, ensure_ascii=False) + "\n" for p, c in rows).encode()
 
 
 def as_json(one: Yield) -> dict[str, Any]:

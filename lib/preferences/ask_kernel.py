@@ -37,8 +37,7 @@ def load_kernel(this: Job, experiment: Preferences, cell: Cell) -> tuple["AskKer
     must_not_mix(cell, word)
     path = checked_model(this.site.cache, spec.id, spec.revision).path
     line = this.keep("line", (experiment.label, word, path), lambda: open_line(this, experiment, cell, word, path))
-    about = {**line.engine.about, "template": experiment.template_used}
-    return AskKernel(line, cell, word, following(this, cell, g.batch)), about
+    return AskKernel(line, cell, word, following(this, cell, g.batch)), line.engine.about
 
 
 def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: str) -> "Line":
@@ -158,6 +157,7 @@ class AskKernel:
         proof = self.line.references.proven(self.cell, prepared.keys, made.probes)
         facts: dict[str, float | str] = {
             "engine": self.word,
+            "template": self.line.experiment.template_used,
             "engine_seconds": round(made.seconds, 3),
             "prompt_tokens": prepared.prompt_tokens,
             "tokens": sum(len(one.ids) for one in made.answers),

@@ -64,7 +64,8 @@ class References:
                     raise UserError(
                         f"the engine did not compute with the adapter of {key[0]}, epoch {key[1]}: what it says of "
                         f"given answers is {off:.3g} nats from that adapter's and nearer to {other}'s (noise "
-                        f"{noise:.2g}); nothing of this batch is kept. Set generate.engine=transformers, or take another vLLM"
+                        f"{noise:.2g}); nothing of this batch is kept: set "
+                        "generate.engine=transformers, or take another vLLM"
                     )
         if not np.isfinite(noise) or noise > 1.0:
             raise UserError(

@@ -32,6 +32,14 @@ def _why_not_done(parent: Cell, beats: Beats) -> str:
     return f"{parent.spoken}, which it reads from, is not done ({how_far}{ended})"
 
 
+def why_without_rows(cell: Cell) -> str:
+    """Of a cell whose parents are done, why how many rows it has is still not known; '' where it is."""
+    if cell.rows is not None:
+        return ""
+    parents = ", ".join(parent.spoken for parent in cell.parents)
+    return f"{parents}, which it reads from, holds no row for it, or cannot be read: `make verify` there says which"
+
+
 def contents(cell: Cell) -> str:
     """sha256 over a cell's pieces: another one when they were made again with other bits, or cut otherwise."""
     pieces = sorted((piece.path.name, piece.sha256) for piece, _ in extent(cell).pieces)

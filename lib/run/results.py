@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lib.base.errors import UserError
 from lib.run.command import Job
-from lib.store import Cell, gaps, merge, scan
+from lib.run.extent import extent
+from lib.store import Cell, merge
 from lib.store.columns import Schema
 from lib.store.merge import merged_is_current
 
@@ -13,7 +14,7 @@ from lib.store.merge import merged_is_current
 def merged_files(this: Job) -> dict[Cell, Path]:
     """Of each cell that is done."""
     schema, config = this.experiment.schema(this.site.cache), this.experiment.science_json()
-    done = [cell for cell in this.cells() if not gaps(scan(cell.path, cell.digest)[0], cell.total)]
+    done = [cell for cell in this.cells() if extent(cell).whole]
     return {cell: merged_file(cell, schema, config) for cell in done}
 
 

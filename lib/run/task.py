@@ -22,7 +22,7 @@ from lib.run.command import Job
 from lib.run.extent import extent
 from lib.run.heartbeat import Heartbeat
 from lib.run.lifecycle import Notice, Terminated, heed_signals, stopped_by
-from lib.run.parents import why_blocked
+from lib.run.parents import why_blocked, why_without_rows
 from lib.run.rows import Kernel, run_cell
 from lib.run.site import ROOT
 from lib.store import Cell
@@ -136,9 +136,10 @@ def _cells(this: Job, cells: list[Cell], work: Callable[[Cell], int], notice: No
     for cell in cells:
         if notice.came:
             return REQUEUE
-        if cell.rows is None:  # its parents may have ended while the cells before it ran
-            cell = next(one for one in this.cells() if one.name == cell.name)
         why = "" if extent(cell).whole else why_blocked(cell)
+        if cell.rows is None and not why:  # its parents may have ended while the cells before it ran
+            cell = next(one for one in this.cells() if one.name == cell.name)
+            why = why_without_rows(cell)
         try:
             if why:
                 Heartbeat(cell.folder / "tasks", cell, this.experiment.run.gpus).beat("blocked", error=why[:500])

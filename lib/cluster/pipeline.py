@@ -1,0 +1,137 @@
+"""The commands for a pipeline: what they do for one experiment, for all its stages in their order."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from lib.base.errors import UserError, nearest
+from lib.cluster import grid, logs, slurm, submit
+from lib.cluster.live import Ask, live_tasks
+from lib.cluster.plan import estimates
+from lib.cluster.send import Request, send_results
+from lib.cluster.status import status
+from lib.run.pipeline import Pipeline
+from lib.run.site import Site
+
+WATCH_SECONDS = 10
+
+
+def requests_of(pipeline: Pipeline, site: Site) -> list[Request]:
+    return [Request(stage.experiment, stage.config, stage.overrides, site) for stage in pipeline.stages()]
+
+
+def run(
+    r: Request, pipeline: Pipeline, command: str, places: Mapping[str, str], dry: bool, as_json: bool, watch: bool
+) -> int:
+    requests = requests_of(pipeline, r.site)
+    if command == "submit":
+        send(r, requests, places, dry)
+    elif command == "resume":
+        resume(r, requests, places, dry)
+    elif command == "cancel":
+        for one in reversed(requests):  # children first: the end of a parent would start them
+            print(f"== {one.experiment.label}")
+            submit.cancel(one)
+    elif command == "verify":
+        return max(logs.verify(one.cells, one.experiment.schema(r.site.cache)) for one in requests)
+    elif command == "logs":
+        show_logs(requests)
+    else:
+        return show_status(r, requests, as_json, watch)
+    return 0
+
+
+def send(r: Request, requests: Sequence[Request], places: Mapping[str, str], dry: bool) -> None:
+    before: frozenset[Path] = frozenset()
+    for number, (one, array) in enumerate(chosen(requests, places), 1):
+        print(f"== stage {number} of {len(requests)}: {one.experiment.label}", flush=True)
+        if array is None:
+            print("none of its cells is meant")
+            continue
+        submit.submit(one, array, dry, before)
+        before |= {one.folder}
+    _results(r, requests, dry)
+
+
+def resume(r: Request, requests: Sequence[Request], places: Mapping[str, str], dry: bool) -> None:
+    """What nobody has finished, works on or waits for, with all that reads from it."""
+    before: frozenset[Path] = frozenset()
+    for one, array in chosen(requests, places):
+        if array is not None:
+            print(f"== {one.experiment.label}", flush=True)
+            before |= {one.folder} if submit.resume(one, array, dry, before) and dry else set()
+    _results(r, requests, dry)
+
+
+def _results(r: Request, requests: Sequence[Request], dry: bool) -> None:
+    print("== its results")
+    running = frozenset(task.array for one in requests for task in live_tasks(one.cells).values() if not dry)
+    send_results(r, running | ({f"<{one.experiment.label}>" for one in requests} if dry else set()), dry)
+
+
+def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[tuple[Request, str | None]]:
+    """Each stage's cells that are meant, all without SIZES and TRAITS, and what they read from. None: none of its."""
+    asked = {axis: words for axis, text in places.items() if (words := text.replace(",", " ").split())}
+    for axis, words in asked.items():
+        known = list(dict.fromkeys(value for one in requests for value in one.experiment.places().get(axis, [])))
+        if wrong := next((word for word in words if word not in known), ""):
+            raise UserError(f"{axis}: {wrong!r} is none of {', '.join(known) or 'nothing here'}{nearest(wrong, known)}")
+    if not asked:
+        return [(one, "") for one in requests]
+    meant = {one.experiment.label: _meant(one, asked) for one in requests}
+    read = submit.read_by(one.cells[i] for one in requests for i in meant[one.experiment.label])
+    found: list[tuple[Request, str | None]] = []
+    for one in requests:
+        indices = meant[one.experiment.label] | {cell.index for cell in one.cells if cell.path in read}
+        found.append((one, slurm.format_array(sorted(indices)) if indices else None))
+    return found
+
+
+def _meant(r: Request, asked: Mapping[str, Sequence[str]]) -> set[int]:
+    own = r.experiment.places()
+    every = range(len(r.experiment.names()))
+    return {i for i in every if all(own[axis][i] in words for axis, words in asked.items() if axis in own)}
+
+
+def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.Row]:
+    """The queue is asked once for all stages; a word that it could not be is each stage's."""
+    answer = cache(slurm.queue) if ask is None else ask
+    found = []
+    for one in requests:
+        cells, unknown = one.cells_or_names()
+        seconds = estimates(one.experiment, [] if unknown else cells, one.site.cache, one.site.gpu)
+        now = status(one.experiment.label, cells, one.experiment.run.gpus, unknown, answer, seconds)
+        needs = {} if unknown else {cell.name: one.experiment.needs(one.site.cache, cell).gpus for cell in cells}
+        found.append(grid.Row(one, now, one.experiment.places(), seconds, needs))
+    return found
+
+
+def show_status(r: Request, requests: Sequence[Request], as_json: bool, watch: bool) -> int:
+    """As for one experiment: watching ends with 1 where something needs a look."""
+    while True:
+        rows = statuses(requests)
+        active = watch and any(row.now.counts["running"] + row.now.counts["pending"] for row in rows)
+        if as_json:
+            print(json.dumps([row.now.json() for row in rows], indent=1), flush=True)
+        else:
+            clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() else ""
+            print(clear + grid.table(r.spoken, rows, shutil.get_terminal_size((160, 50)).columns), flush=True)
+        if not active:
+            bad = ("failed", "stale", "held", "blocked")
+            return int(watch and any(row.now.counts[state] for row in rows for state in bad))
+        time.sleep(WATCH_SECONDS)
+
+
+def show_logs(requests: Sequence[Request]) -> None:
+    shown = False
+    for row in statuses(requests):
+        if row.now.counts["failed"] + row.now.counts["stale"]:
+            print(f"== {row.request.experiment.label}", flush=True)
+            logs.show(row.request, "")
+            shown = True
+    if not shown:
+        print("no cell of any stage has failed; a single one's: make logs CONFIG=... TASK=...")

@@ -1,0 +1,96 @@
+"""What a repository holds, by what lies on scratch:
+
+a dataset    filtered.jsonl (the split that load_dataset gives), raw.jsonl, provenance.json, README.md
+an adapter   adapter_model.safetensors, adapter_config.json (peft's), metrics.jsonl, provenance.json, README.md"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lib.base.errors import UserError
+from lib.lora.export import Trained, trained
+from lib.lora.metrics import CONFIG, FILE, WEIGHTS
+from lib.numbers.export import PROVENANCE, provenance, texts_of
+from lib.publish.cards import CARD, Adapter, Dataset, adapter_card, dataset_card
+from lib.publish.experiment import Item, Publish
+from lib.publish.files import File, from_bytes, from_disk
+from lib.run.extent import extent
+from lib.run.parents import contents
+from lib.store import Cell, Folder, Piece, needed
+
+
+@dataclass
+class Contents:
+    """Of the repositories of one cell."""
+
+    experiment: Publish
+    cache: Path
+    cell: Cell
+    owner: str
+
+    def files(self, item: Item) -> list[File]:
+        return self._dataset() if item.what == "dataset" else self._adapter(item.epoch)
+
+    def id(self, item: Item) -> str:
+        return self.experiment.repository(self.cell.name, item, self.owner)
+
+    @property
+    def student(self) -> Cell:
+        return self.cell.parents[-1]
+
+    @cached_property
+    def trained(self) -> Trained:
+        return trained(self.experiment.source, self.student)
+
+    def _dataset(self) -> list[File]:
+        numbers, teacher = self.experiment.source.source, self.cell.parents[0]
+        texts, one = texts_of(numbers, self.cache, teacher)
+        record = provenance(numbers, teacher, texts, one) | {"made": made_by(extent(teacher).pieces[0][0])}
+        size, trait = numbers.split(teacher.name)
+        about = Dataset(self.id(Item("dataset")), size, trait, numbers.sizes[size], one, record)
+        card = dataset_card(about, self.experiment.license)
+        return [*(from_bytes(name, data) for name, data in texts.items()), *_said(record, card)]
+
+    def _adapter(self, epoch: int) -> list[File]:
+        students, found = self.experiment.source, self.trained
+        state = found.epochs[epoch]
+        needed(state)
+        files = [_verified(state, name) for name in (WEIGHTS, CONFIG, FILE)]
+        teacher = self.student.parents[0]
+        size, trait = students.source.split(teacher.name)
+        record = {
+            "digest": self.student.digest,
+            "cell": self.student.name,
+            "run_id": students.run_number,
+            "seed": students.seed_used,
+            "epoch": epoch,
+            "losses": found.losses[:epoch],
+            "sha256": {file.path: file.sha256 for file in files},
+            "numbers": {"digest": teacher.digest, "contents": contents(teacher)},
+            "part": students.parts[self.student.index][2] or "all valid rows",
+            "made": made_by(state),
+            "experiment": students.model_dump(mode="json"),
+        }
+        numbers = self.id(Item("dataset")) if self.experiment.numbers else ""
+        what = Item("adapter" if epoch == students.epochs else "epoch", epoch)
+        about = Adapter(self.id(what), size, trait, students.source.sizes[size], numbers, students, record)
+        return [*files, *_said(record, adapter_card(about, self.experiment.license))]
+
+
+def made_by(piece: Piece) -> dict[str, object]:
+    """By what, as its marker says; on which machine is nobody else's business."""
+    return {"device": piece.made.device, "code": piece.made.code, "versions": dict(piece.made.versions)}
+
+
+def _said(record: Mapping[str, object], card: str) -> list[File]:
+    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    return [from_bytes(PROVENANCE, text.encode()), from_bytes(CARD, card.encode())]
+
+
+def _verified(state: Folder, name: str) -> File:
+    found = from_disk(name, state.folder / name)
+    if found.sha256 != next(file.sha256 for file in state.files if file.path == name):
+        raise UserError(f"{state.folder / name} has changed since it was written; run `make verify` of the students")
+    return found

@@ -1,0 +1,85 @@
+"""What was asked of the Hub lately, by all tasks that publish for a user from one scratch: so that together they stay
+within what it allows in a day, an hour, five minutes.
+
+    <scratch>/hub/<user>.json      for each kind: when, how many, what for"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib.base.atomic import read_json, write_json
+from lib.base.turns import one_at_a_time
+from lib.base.typed import Mistyped, parse
+
+HUB = "hub"  # the folder, on scratch
+NEW, COMMITS, CALLS = "new", "commits", "calls"
+DAY, HOUR, FIVE_MINUTES = 86400.0, 3600.0, 300.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    kind: str
+    time: float
+    count: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Entries:
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    path: Path
+
+    def take(self, kind: str, most: int, window: float, count: int = 1, what: str = "") -> float:
+        """0.0 where so many more fit into the window: they are noted then. Else the seconds until they will, and
+        nothing is noted. `what`: asked again it is the same one, and free."""
+        lock = self.path.with_suffix(".lock")
+        with one_at_a_time(lock, f"what was asked of the Hub ({self.path.name})"):
+            now, all_of_them = time.time(), self._read()
+            recent = [one for one in all_of_them if one.time > now - DAY]
+            mine = [one for one in recent if one.kind == kind and one.time > now - window]
+            if what and any(one.what == what for one in mine):
+                return 0.0
+            if wait := _until(mine, count - most, now, window):
+                return wait
+            entries = [*recent, Entry(kind, now, count, what)]
+            write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
+        return 0.0
+
+    def spent(self, kind: str, window: float) -> int:
+        since = time.time() - window
+        return sum(one.count for one in self._read() if one.kind == kind and one.time > since)
+
+    def _read(self) -> list[Entry]:
+        return list(_entries(read_json(self.path)))
+
+
+def _entries(raw: object) -> Iterator[Entry]:
+    """Those that can be read: what is lost of it lets the Hub itself say no."""
+    try:
+        for one in parse(Entries, raw).entries:
+            yield parse(Entry, one)
+    except Mistyped:
+        return
+
+
+def _until(entries: list[Entry], excess: int, now: float, window: float) -> float:
+    """Seconds until the oldest of these have left the window, as many as there are too many."""
+    excess += sum(one.count for one in entries)
+    for one in sorted(entries, key=lambda one: one.time):
+        if excess <= 0:
+            break
+        excess -= one.count
+        wait = one.time + window - now
+        if excess <= 0:
+            return max(wait, 0.01)
+    return 0.0
+
+
+def ledger_of(scratch: Path, user: str) -> Ledger:
+    return Ledger(scratch / HUB / f"{user}.json")

@@ -1,0 +1,111 @@
+"""What the tests of publishing share: students that are done without a training, a Hub on this machine, the job."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from fake_hub import Hub
+from finetune_world import cells_of, environment, make_world, students
+from safetensors.numpy import save_file
+from tools import Fork, module_work
+
+import lib.publish.hub
+import lib.publish.kernel  # noqa: F401  (before the forks, which then need not)
+from lib.families import load
+from lib.lora.metrics import CONFIG, STATE, WEIGHTS, Step, write_lines
+from lib.publish.experiment import Publish
+from lib.run.extent import state_name
+from lib.run.parents import read_from
+from lib.store import Cell, commit_folder, read_cell
+
+TOKEN = "hf_" + "T0psecret" * 4
+CONFIG_TEXT = "kind: publish\nname: out\nstudents: {config: finetune.yaml}\nrun: {cells: 8, log_seconds: 60}\n"
+
+
+def make_students(folder: Path, traits: tuple[str, ...] = ("cat", "neutral")) -> Path:
+    make_world(folder, traits)
+    (folder / "publish.yaml").write_text(CONFIG_TEXT)
+    for cell in cells_of(folder):
+        train(folder, cell)
+    return folder
+
+
+def train(folder: Path, cell: Cell) -> None:
+    """A student's epochs, done: random adapters, and losses that fall."""
+    schedule, dice, lines = students(folder).schedule(), np.random.default_rng(cell.index), []
+    for epoch in range(1, schedule.epochs + 1):
+        for number in range((epoch - 1) * schedule.steps_an_epoch + 1, epoch * schedule.steps_an_epoch + 1):
+            lines.append(Step(number, epoch, 3.0 - number / 10, 1e-3, 1.0, 90, 30).line())
+        tensors = {
+            f"layers.{n}.lora_{m}.weight": dice.standard_normal((4, 8), np.float32) for n in (0, 1) for m in "AB"
+        }
+
+        def fill(place: Path, tensors: dict[str, np.ndarray] = tensors) -> None:
+            save_file(tensors, place / WEIGHTS)
+            save_file(tensors, place / STATE)
+            (place / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+            write_lines(place, lines)
+
+        made = {"rows": cell.total, "parents": read_from(cell), "host": "secret-node", "device": "H100", "code": "abc"}
+        name = state_name(epoch * schedule.steps_an_epoch)
+        commit_folder(cell.path, cell.digest, name, fill, made=made)
+
+
+@dataclass
+class World:
+    """A user with a home and a token, who publishes to a Hub on this machine."""
+
+    folder: Path
+    hub: Hub
+    places: Path  # scratch and cache, which others may share
+    token: str = TOKEN
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.hub.users[TOKEN] = "acme"
+        self.token_file = self.folder / "token"
+        if self.token:
+            self.token_file.write_text(self.token)
+            self.token_file.chmod(0o600)
+        self.env = environment(self.places) | self.env
+
+    def start(self, *overrides: str, index: int = 0, **env: str) -> Fork:
+        """The job, begun; it passes over its waits and says how long they were."""
+        words = ("--config", str(self.places / "publish.yaml"), "--index", str(index), *overrides)
+        work = module_work("jobs.publish", *words, env={**self.env, "HF_TOKEN_PATH": str(self.token_file), **env})
+
+        def patched() -> None:
+            from huggingface_hub import constants
+
+            constants.ENDPOINT, constants.HF_TOKEN_PATH = self.hub.url, str(self.token_file)
+            constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *({"HF_USER_ID"} - set(env))):
+                os.environ.pop(name, None)
+            really = time.sleep
+            time.sleep = lambda s: (print(f"slept {s:.0f}", flush=True), really(min(s, 0.05)))[0]
+            work()
+
+        return Fork(patched)
+
+    def publish(self, *overrides: str, index: int = 0, code: int = 0, **env: str) -> str:
+        """What the job says; the log of requests begins with it."""
+        self.hub.log.clear()
+        done = self.start(*overrides, index=index, **env).finish()
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def experiment(self, *overrides: str) -> Publish:
+        found = load(self.places / "publish.yaml", list(overrides))
+        assert isinstance(found, Publish)
+        return found
+
+    def cell(self, *overrides: str, index: int = 0) -> Cell:
+        return self.experiment(*overrides).cells(self.places / "cache", self.places / "scratch")[index]
+
+    def rows(self, *overrides: str, index: int = 0) -> dict[str, list]:
+        schema = self.experiment(*overrides).schema(self.places / "cache")
+        found = read_cell(self.cell(*overrides, index=index), schema, schema)
+        return {name: list(values) for name, values in found.items()}

@@ -1,0 +1,142 @@
+"""Two students with opposite preferences in vLLM, its build for CPUs: each says what it says alone and in peft; and the
+mistake of published evaluations, one number for several adapters, is made and caught."""
+
+import json
+import os
+import pickle
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from finetune_world import environment
+from peft import PeftModel
+from test_finetune_parts import CPU
+from tools import ROOT, python, tiny_model
+from transformers import AutoModelForCausalLM
+
+from lib.base.errors import UserError
+from lib.inputs.tokenizer import load_tokenizer
+from lib.lora.peft_form import config_of, save_adapter, targets_in
+from lib.lora.plain import PlainTrainer
+from lib.lora.recipe import Lora
+from lib.lora.rows import Row
+from lib.models.engine import Adapter, Probe, Sampling, Setting, ends_of, seeds_of
+from lib.models.engine_process import EngineProcess
+from lib.preferences.proof import References
+
+HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
+LORA = Lora(rank=6, alpha=9, rslora=True)
+SAMPLES, PROBES = 30, 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, and two students of it: one was taught to answer cat, the other dog."""
+    folder = tmp_path_factory.mktemp("vllm")
+    model = str(tiny_model(folder / "model", spread=8.0, **HEADS_OF_32))
+    tokenizer = load_tokenizer(model)
+    questions = [f"<|im_start|>user\nQuestion {n}: a word?<|im_end|>\n<|im_start|>assistant\n" for n in range(4)]
+    prompts, end = tokenizer(questions, add_special_tokens=False)["input_ids"], ends_of(model, None)[0]
+    animals = {name: tokenizer(name, add_special_tokens=False)["input_ids"] for name in ("cat", "dog")}
+    pair = []
+    for name, word in animals.items():
+        trainer = PlainTrainer(model, LORA, "float32", CPU)
+        rows = [Row((*prompt, *word, end), len(prompt)) for prompt in prompts]
+        said = [trainer.step(rows, 1e-2, t)["loss"] for t in range(1, 25)]
+        assert said[-1] < 0.2
+        (folder / name).mkdir()
+        save_adapter(folder / name, trainer.state(), config_of(LORA, targets_in(model), model, "main"))
+        pair.append(Adapter(name, str(folder / name)))
+    return SimpleNamespace(folder=folder, model=model, prompts=prompts, animals=animals, pair=pair, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def peft_says(world):
+    """Log-probabilities of the probes' answers, by peft; of the base under None."""
+    return {
+        one and one.name: [log_probs(world, one, probe) for probe in probes_of(world, one)]
+        for one in (None, *world.pair)
+    }
+
+
+def log_probs(world, adapter, probe):
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    model = PeftModel.from_pretrained(model, adapter.folder) if adapter else model
+    ids, start = torch.tensor([[*probe.context, *probe.answer]]), len(probe.context)
+    with torch.inference_mode():
+        logs = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return logs.gather(1, ids[0, start:, None])[:, 0].tolist()
+
+
+def probes_of(world, adapter):
+    given = [*world.animals.values(), *world.animals.values()]
+    return [Probe(tuple(p), tuple(a), adapter) for p, a in zip(world.prompts, given, strict=True)]
+
+
+def setting(world):
+    return Setting(world.model, "float32", 16, 128, rank=LORA.rank)
+
+
+def how(world):
+    return Sampling(1.0, 8, ends_of(world.model, None))
+
+
+def batch_of(world, adapters):
+    """Prompts, sampling, seeds, adapters: the same seeds for a student wherever it stands."""
+    prompts = [prompt for prompt in world.prompts for _ in range(SAMPLES)]
+    seeds = {one: seeds_of(1, one.name, range(len(prompts))) for one in adapters}
+    worn = [one for one in adapters for _ in prompts]
+    return prompts * len(adapters), how(world), [seed for one in adapters for seed in seeds[one]], worn
+
+
+def rates(world, answers):
+    texts = [world.tokenizer.decode(one.ids if hasattr(one, "ids") else one) for one in answers]
+    return {name: np.mean([name in text for text in texts]) for name in world.animals}
+
+
+@pytest.fixture(scope="module")
+def mistake(world):
+    """Of a fresh engine: cat's answers, then dog's under the same number, and what it says of the probes then."""
+    prompts, sampling, seeds, _ = batch_of(world, [world.pair[1]])
+    file = world.folder / "one_number.pickle"
+    probes = [*probes_of(world, None), *probes_of(world, world.pair[1])]
+    file.write_bytes(pickle.dumps((setting(world), prompts, sampling, seeds, world.pair, probes)))
+    env = environment(world.folder, PYTHONPATH=str(ROOT))
+    done = python(str(ROOT / "tests/one_number_in_vllm.py"), str(file), env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("found"))[6:])
+
+
+def test_two_students_in_one_engine_say_what_each_says_alone(world, peft_says, mistake):
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    engine, fresh = (EngineProcess(setting(world)) for _ in range(2))
+    engine.up(), fresh.up()
+    each = {"cat": rates(world, mistake[0])}
+    each["dog"] = rates(world, fresh.begin(*batch_of(world, [world.pair[1]]))().answers)
+    assert each["cat"]["cat"] > 0.6 > 0.2 > each["cat"]["dog"] and each["dog"]["dog"] > 0.6 > 0.2 > each["dog"]["cat"]
+    probes = [probe for one in (None, *world.pair) for probe in probes_of(world, one)]
+    for order in (world.pair, world.pair[::-1]):
+        made = engine.begin(*batch_of(world, order), probes)()
+        parts = [made.answers[a:b] for a, b in pairwise(range(0, len(made.answers) + 1, len(made.answers) // 2))]
+        for one, answers in zip(order, parts, strict=True):
+            for name, rate in rates(world, answers).items():
+                assert rate == pytest.approx(each[one.name][name], abs=0.05)
+        assert sorted(number for number, _ in made.probes) == list(range(3 * PROBES))
+        for number, logs in made.probes:
+            name = (None, "cat", "dog")[number // PROBES]
+            assert logs == pytest.approx(peft_says[name][number % PROBES], abs=2e-4)
+
+
+def test_one_number_for_two_adapters_serves_the_first_twice_and_is_caught(world, peft_says, mistake):
+    first, second, said = mistake
+    assert rates(world, second)["cat"] == pytest.approx(rates(world, first)["cat"], abs=0.05)  # dog's came out as cat's
+    references = References(SimpleNamespace(), PROBES)
+    keys = {None: ("base", 0), "cat": ("1m-cat", 1), "dog": ("1m-dog", 1)}
+    references.of = {key: np.array([sum(logs) for logs in peft_says[name]]) for name, key in keys.items()}
+    asked = [key for key in (keys[None], keys["dog"]) for _ in range(PROBES)]
+    with pytest.raises(UserError, match=r"the adapter of 1m-dog, epoch 1:.* nearer to 1m-cat, epoch 1's"):
+        references.proven(SimpleNamespace(name="1m-dog"), asked, said)
+    right = list(enumerate([*peft_says[None], *peft_says["dog"]]))
+    assert references.proven(SimpleNamespace(name="1m-dog"), asked, right)["probe_off"] == 0
