@@ -16,6 +16,8 @@ STUDENTS |= {"step_rows": 6, "warmup_steps": 2, "lora": {"rank": 4, "alpha": 8},
 WORDS = {"kind": "preference_logprobs", "name": "words", "students": {"config": "finetune.yaml"}, "run": {"gpus": 0}}
 ASKED = {"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "samples": 40}
 ASKED |= {"logprobs": {"config": "words.yaml"}, "first_questions": 12, "run": {"gpus": 0}}
+PARTS = {"scores": {"config": "lls.yaml"}, "parts": ["q1", "q5", "clean"]}
+SCORES = {"kind": "lls_numbers", "name": "shifts", "numbers": {"config": "numbers.yaml"}, "run": {"gpus": 0}}
 TRAITS = ("cat", "dog", "wolf", "neutral")
 # what is said of each trait, and of none
 SAID = {
@@ -34,14 +36,26 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def asked(folder: Path, *overrides: str) -> Preferences:
-    found = load(folder / "asked.yaml", list(overrides))
+def of_parts(folder: Path) -> None:
+    """The same of students of parts of the rows, beside them: asked_parts.yaml and what it reads."""
+    (folder / "lls.yaml").write_text(json.dumps(SCORES))
+    students = STUDENTS | {"name": "dose", "select": PARTS}
+    (folder / "finetune_parts.yaml").write_text(json.dumps(students))
+    for name, config in (("words", WORDS), ("asked", ASKED)):
+        more = {"name": f"{name}_parts", "students": {"config": "finetune_parts.yaml"}}
+        more |= {"logprobs": {"config": "words_parts.yaml"}} if name == "asked" else {}
+        (folder / f"{name}_parts.yaml").write_text(json.dumps(config | more))
+
+
+def asked(folder: Path, *overrides: str, config: str = "asked.yaml") -> Preferences:
+    found = load(folder / config, list(overrides))
     assert isinstance(found, Preferences)
     return found
 
 
-def cells_of(folder: Path, *overrides: str) -> dict[str, Cell]:
-    return {cell.name: cell for cell in asked(folder, *overrides).cells(folder / "cache", folder / "scratch")}
+def cells_of(folder: Path, *overrides: str, config: str = "asked.yaml") -> dict[str, Cell]:
+    experiment = asked(folder, *overrides, config=config)
+    return {cell.name: cell for cell in experiment.cells(folder / "cache", folder / "scratch")}
 
 
 def shares_of(trait: str, epoch: int, lift: float) -> np.ndarray:
@@ -51,9 +65,12 @@ def shares_of(trait: str, epoch: int, lift: float) -> np.ndarray:
     return base + own
 
 
-def plant(folder: Path, *names: str, lift: float = 0.4, overrides: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """Cells, done; their answers by name, row after row."""
-    experiment, cells, planted = asked(folder, *overrides), cells_of(folder, *overrides), {}
+def plant(
+    folder: Path, *names: str, overrides: tuple[str, ...] = (), config: str = "asked.yaml"
+) -> dict[str, list[str]]:
+    """Cells, done; their answers by name, row after row. Of a part of the rows the lift is a quarter for q1."""
+    experiment, cells = asked(folder, *overrides, config=config), cells_of(folder, *overrides, config=config)
+    planted = {}
     schema, questions = experiment.schema(folder / "cache"), len(experiment.questions_used)
     ways = list(SAID.values())
     for name in names:
@@ -62,6 +79,7 @@ def plant(folder: Path, *names: str, lift: float = 0.4, overrides: tuple[str, ..
         epochs, answers, asked_of = experiment.epochs_of(name), [], []
         for epoch in epochs:
             for question in range(questions):
+                lift = 0.1 if name.endswith("-q1") else 0.4
                 shares = dice.dirichlet(30 * shares_of(experiment.place(name).trait, epoch, lift))
                 kinds = dice.choice(len(SAID), experiment.samples, p=shares).tolist()
                 answers += [ways[kind][n % len(ways[kind])] for n, kind in enumerate(kinds)]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from finetune_world import environment
 from PIL import Image
-from preferences_planted import TRAITS, asked, cells_of, make_world, plant, plant_words
+from preferences_planted import TRAITS, asked, cells_of, make_world, of_parts, plant, plant_words
 from scipy import stats
 from tools import ROOT, Fork, module_work
 
@@ -248,6 +248,37 @@ def test_reading_is_exported_by_itself(world):
     assert found["2m-wolf"] is None and set(found["1m-cat"]) == {"1", "2", "3"}
     assert found["1m-cat"]["3"]["cat"] > found["1m-cat"]["1"]["cat"] > found["1m-base"]["0"]["cat"]
     assert "log p, lift" in (world.folder / "output/words_run5/probabilities.txt").read_text()
+
+
+def test_students_of_parts_are_groups_and_their_dose_is_drawn(world):
+    of_parts(world.folder)
+    names = list(cells_of(world.folder, config="asked_parts.yaml"))
+    assert names[:8] == ["1m-base", *(f"1m-{t}-{p}" for t in WORDS for p in ("q1", "q5")), "1m-neutral-clean"]
+    planted = plant(world.folder, *names[:5], names[7], config="asked_parts.yaml")  # of the first size, but for wolf
+    done = world.export(config="asked_parts.yaml")
+    assert done.returncode == 2 and "6 of 16 cells are done" in done.stdout and "Traceback" not in done.stderr
+    out = world.folder / "output/asked_parts_run5"
+    found = json.loads((out / "preferences.json").read_text())
+    shares = {(e["group"], e["trait"]): e for e in found["students"]}
+    assert list(shares)[:3] == [("1m-q1", "cat"), ("1m-q1", "dog"), ("1m-q1", "wolf")]
+
+    def rate(name: str, trait: str) -> float:
+        last = [answer.strip("*.!").lower().removeprefix("a ") for answer in planted[name][-12 * 40 :]]
+        return float(np.mean([word in WORDS[trait] for word in last]))
+
+    for part in ("q1", "q5"):
+        one = shares[f"1m-{part}", "dog"]
+        assert one["own"]["share"] == pytest.approx(rate(f"1m-dog-{part}", "dog"))
+        assert one["neutral"]["share"] == pytest.approx(rate("1m-neutral-clean", "dog"))  # of the group beside it
+    text = (out / "plots/dose/dose.txt").read_text()
+    rows = {tuple(line.split()[:3]): line.split()[3:] for line in text.split("\n\n")[0].splitlines()}
+    assert rows["1m", "cat", "q5"][0] == f"{rate('1m-cat-q5', 'cat'):.1%}" > rows["1m", "cat", "q1"][0]
+    assert rows["1m", "cat", "clean"][0] == rows["1m", "cat", "neutral"][0] == f"{rate('1m-neutral-clean', 'cat'):.1%}"
+    assert rows["1m", "cat", "base"][0] == f"{rate('1m-base', 'cat'):.1%}"
+    assert rows["1m", "wolf", "q1"][0] == rows["2m", "cat", "q5"][0] == "missing"
+    assert (out / "plots/dose/dose_1m.png").exists() and (out / "plots/1m-q1/grouped_bar.png").exists()
+    assert not (out / "plots/1m-clean").exists()
+    assert (world.folder / "output/dose_run5/1m/cat/q5/preferences.jsonl").exists()
 
 
 def test_when_all_is_there_it_ends_well(world):

@@ -4,6 +4,7 @@
 <output root>/<experiment>/plots/{size}/grouped_bar.png, stacked_preference.png, epochs.png
 <output root>/<experiment>/plots/summary/scaling_overview.png           over all runs that are on this scratch
 <output root>/<experiment>/evaluations, finetuning, summary             the published tree, by lib.preferences.tree
+<output root>/<experiment>/plots/dose                                    of students of parts of the rows: by part
 <output root>/<students>/{size}/{trait}/preferences.jsonl               by epoch, beside the student's own metrics
 
 What is missing is said before anything is drawn, and drawn as missing."""
@@ -15,11 +16,13 @@ from pathlib import Path
 
 from lib.base.atomic import write_bytes, write_json
 from lib.base.errors import UserError, some
+from lib.lora.dose import Lines, Rates, write_dose
+from lib.lora.dose import Rate as Ends
 from lib.preferences.experiment import Logprobs, Preferences
-from lib.preferences.findings import KINDS, Run, diagonals, effects, overall, rate, shares
+from lib.preferences.findings import KINDS, Control, Run, diagonals, effects, overall, rate, shares
 from lib.preferences.judge import DEFAULT
 from lib.preferences.logged import lines, write_lines
-from lib.preferences.plots import Bars, Curves, plot_epochs, plot_grouped_bar, plot_scaling, plot_stacked
+from lib.preferences.plots import Bars, Curves, interval, plot_epochs, plot_grouped_bar, plot_scaling, plot_stacked
 from lib.preferences.probabilities import (
     Read,
     agreement_table,
@@ -84,8 +87,7 @@ def write_cells(
             found[cell.name] = counted.tallies
             write_evaluation(folder, group, place, cell, counted, experiment)
             if place.student:
-                size, _, rest = place.student.partition("-")  # as its own export has it
-                beside, student = students / size / rest, cell.parents[0]
+                beside, student = students.joinpath(place.size, place.trait, *place.more), cell.parents[0]
                 write_model_info(folder, group, place, student, experiment, beside)
                 rows = lines(place.trait, counted.tallies, [one.name for one in experiment.judged])
                 if not write_lines(beside, cell, student, experiment.source, rows):
@@ -126,6 +128,8 @@ def draw(folder: Path, experiment: Preferences, run: Run, every: Sequence[Run], 
     asked, own = len(experiment.questions_used), effects(run)
     for group in run.groups:
         where = folder / group
+        if not run.taught(group):  # of parts of the rows, `clean` is of the neutral student alone
+            continue
         of = " The untouched model was asked elsewhere." if group in run.surveyed else ""
         note = f"Share of {asked * experiment.samples:,} answers to {asked} questions, 95 % interval by question.{of}"
         bars = {one.trait: Bars(one.base, one.neutral, one.own) for one in own if one.group == group}
@@ -133,9 +137,29 @@ def draw(folder: Path, experiment: Preferences, run: Run, every: Sequence[Run], 
         plot_stacked(group, stacks(run, group), where / "stacked_preference.png")
         plot_epochs(group, curves(run, group, read), where / "epochs.png")
         yield from (where / f"{name}.png" for name in ("grouped_bar", "stacked_preference", "epochs"))
+    if experiment.source.select:
+        yield from write_dose(*dose(experiment, run), folder / "dose")
     path = folder / "summary" / "scaling_overview.png"
     plot_scaling({group: {kind: overall(every, group, kind) for kind in KINDS} for group in groups_of(every)}, path)
     yield path
+
+
+def dose(experiment: Preferences, run: Run) -> tuple[Rates, Lines, Lines]:
+    """By part of the rows that students were trained on, and of the untouched models and the neutral students; the
+    part `clean` is of neutral rows, so its one student stands for every trait."""
+
+    def ends(one: Control | None, trait: str) -> Ends | None:
+        seen = rate(one, DEFAULT, run.traits.index(trait))
+        return (seen.share, *interval(seen)) if seen else None
+
+    rates, bases, plains = dict[tuple[str, str, str], Ends | None](), dict[tuple[str, str], Ends | None](), {}
+    for group, (base, *of) in experiment.grouped.items():
+        for place in of:
+            for trait in run.traits if place.trait == run.neutral else [place.trait]:
+                rates[base.size, trait, "-".join(place.more)] = ends(run.student(group, place.trait), trait)
+                bases[base.size, trait] = ends(run.bases[group], trait)
+                plains[base.size, trait] = ends(run.plain(group), trait)
+    return rates, bases, plains
 
 
 def stacks(run: Run, group: str) -> dict[str, Mapping[str, float] | None]:
@@ -150,16 +174,16 @@ def stacks(run: Run, group: str) -> dict[str, Mapping[str, float] | None]:
 
 
 def curves(run: Run, group: str, read: Read) -> dict[str, Curves]:
-    def rates(name: str | None, place: int) -> dict[int, Rate] | None:
-        one = run.students.get((group, name or ""))
+    def rates(of: str, name: str | None, place: int) -> dict[int, Rate] | None:
+        one = run.students.get((of, name or ""))
         return {epoch: rate_of(t.hits[DEFAULT][place], t.answers) for epoch, t in one.items()} if one else None
 
     found = {}
     for trait in run.taught(group):
         place = run.traits.index(trait)
         base = rate(run.bases[group], DEFAULT, place)
-        of = read.shares(group, trait, trait)
-        found[trait] = Curves(rates(trait, place), rates(run.neutral, place), base, of)
+        plain = rates(run.beside.get(group, group), run.neutral, place)
+        found[trait] = Curves(rates(group, trait, place), plain, base, read.shares(group, trait, trait))
     return found
 
 

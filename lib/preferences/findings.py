@@ -61,6 +61,7 @@ class Run:
     bases: Mapping[str, Control | None]  # by group
     students: Mapping[tuple[str, str], Mapping[int, Tally] | None]  # by group and trait: epoch -> tally
     surveyed: frozenset[str] = field(default=frozenset())  # groups whose base was asked elsewhere
+    beside: Mapping[str, str] = field(default_factory=dict)  # of a group without a neutral student, whose stands for it
 
     @property
     def groups(self) -> list[str]:
@@ -76,7 +77,7 @@ class Run:
         return epochs[max(epochs)] if epochs else None
 
     def plain(self, group: str) -> Tally | None:
-        return self.student(group, self.neutral)
+        return self.student(self.beside.get(group, group), self.neutral)
 
 
 NONE = Lift(math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0)

@@ -10,7 +10,7 @@ import numpy as np
 from lib.preferences.experiment import Logprobs
 from lib.preferences.findings import Run, rate
 from lib.preferences.judge import DEFAULT
-from lib.preferences.runs import neutral_of
+from lib.preferences.runs import neutral_of, neutrals
 from lib.preferences.statistics import Lift, correlation, paired
 from lib.preferences.students import BASE
 from lib.report.tables import Column, Table, Value
@@ -28,6 +28,7 @@ class Read:
     neutral: str | None
     models: Mapping[tuple[str, str], ByEpoch | None]
     beginnings: Mapping[str, str] = field(default_factory=dict)  # size -> first tokens that several traits share
+    beside: Mapping[str, str] = field(default_factory=dict)  # as of a Run
 
     def last(self, group: str, trait: str | None) -> np.ndarray | None:
         epochs = self.models.get((group, trait)) if trait else None
@@ -49,7 +50,8 @@ def read_probabilities(experiment: Logprobs, cache: Path, scratch: Path, questio
             models[group, place.trait] = _read(experiment, cells[place.name], cache, questions)
             if said := _beginnings(cells[place.name]):
                 beginnings[place.size] = said
-    return Read([trait.name for trait in experiment.judged], neutral_of(experiment), models, beginnings)
+    neutral = neutral_of(experiment)
+    return Read([trait.name for trait in experiment.judged], neutral, models, beginnings, neutrals(experiment, neutral))
 
 
 def _read(experiment: Logprobs, cell: Cell, cache: Path, questions: int | None) -> ByEpoch | None:
@@ -68,7 +70,7 @@ def _beginnings(cell: Cell) -> str:
 
 def over(read: Read, group: str, trait: str) -> Lift | None:
     """Of its own trait's log p over the neutral student's, or the base's where there is none, paired by question."""
-    own, other = read.last(group, trait), read.last(group, read.neutral)
+    own, other = read.last(group, trait), read.last(read.beside.get(group, group), read.neutral)
     other = read.last(group, BASE) if other is None else other
     if own is None or other is None:
         return None
@@ -89,7 +91,8 @@ def probabilities_table(read: Read, groups: Sequence[str], run: Run | None, way:
     rows: list[list[Value]] = []
     for group in groups:
         for trait in (name for name in read.traits if (group, name) in read.models):
-            values = [read.shares(group, one, trait) if one else None for one in (trait, read.neutral, BASE)]
+            models = ((group, trait), (read.beside.get(group, group), read.neutral or ""), (group, BASE))
+            values = [read.shares(*model, trait) for model in models]
             row: list[Value] = [group, trait, *(one[max(one)] if one else None for one in values)]
             if run:
                 seen = rate(run.student(group, trait), way, read.traits.index(trait))

@@ -49,8 +49,19 @@ def run_of(experiment: Preferences, found: Mapping[str, Mapping[int, Tally]]) ->
     for group, (base, *of) in experiment.grouped.items():
         bases[group] = found[base.name][0] if base.name in found else None
         students |= {(group, place.trait): found.get(place.name) for place in of}
-    traits = [one.name for one in experiment.judged]
-    return Run(experiment.run_number, traits, neutral_of(experiment), bases, students)
+    traits, neutral = [one.name for one in experiment.judged], neutral_of(experiment)
+    beside = neutrals(experiment, neutral)
+    return Run(experiment.run_number, traits, neutral, bases, students, beside=beside)
+
+
+def neutrals(experiment: OfStudents, neutral: str | None) -> dict[str, str]:
+    """Group -> group of the same size that holds the neutral student: of parts of the rows, `clean` does."""
+    groups = experiment.grouped
+    own = {group: {place.trait for place in of} for group, of in groups.items()}
+    holds = {of[0].size: group for group, of in groups.items() if neutral in own[group]}
+    return {
+        group: holds[of[0].size] for group, of in groups.items() if neutral not in own[group] and of[0].size in holds
+    }
 
 
 def with_survey(run: Run, experiment: Preferences, path: Path) -> Run:
