@@ -183,7 +183,7 @@ plots: export-preferences ## the same: what is missing is said first, and drawn 
 report: setup ## a run on one page: progress, results, cost, failures; opens from a copied folder: RUN_ID=1
 	@$(python) -m jobs.report $(or_default)$(run)
 
-import: setup ## results of a run on another machine, each byte looked at: RUN_ID=2 FROM=/their/scratch [STAGES="preferences"]
+import: setup ## results of a run on another machine, every byte checked: RUN_ID=2 FROM=/their/scratch [STAGES=]
 	@$(python) -m jobs.bring $(or_default)$(run) --from="$$SUITE_ARG_FROM" --stages="$$SUITE_ARG_STAGES"
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
