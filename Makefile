@@ -17,6 +17,7 @@ for_submit-finetune := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
 for_submit-preferences := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY CHAIN
 for_submit-subliminal := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
 for_submit-publish := CONFIG SET RUN_ID SIZES TRAITS PARTS DRY
+for_retire-epochs := CONFIG SET RUN_ID PUBLISH DRY
 for_resume := CONFIG SET ARRAY DRY RUN_ID SIZES TRAITS PARTS
 for_cancel := CONFIG SET RUN_ID
 for_status := CONFIG SET WATCH JSON RUN_ID
@@ -40,7 +41,7 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-preferences submit-publish submit-subliminal resume cancel status \
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-preferences submit-publish submit-subliminal retire-epochs resume cancel status \
   logs verify export-lls export-attributions export-numbers export-finetune export-preferences plots wandb-sync lls-report sparc3-report sparsity-report \
   save-pruned anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
@@ -58,14 +59,14 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID RUNS SURVEY SIZES TRAITS PARTS,\
+$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID RUNS SURVEY SIZES TRAITS PARTS PUBLISH,\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
 # Which configuration a target means where CONFIG is not said, and whether it is of a run, which RUN_ID tells.
 default := $(strip \
   $(if $(filter %-numbers,$(goals)),configs/numbers.yaml) \
   $(if $(filter submit-finetune export-finetune wandb-sync,$(goals)),configs/finetune.yaml) \
-  $(if $(filter submit-preferences export-preferences plots,$(goals)),configs/preferences.yaml) \
+  $(if $(filter submit-preferences export-preferences plots retire-epochs,$(goals)),configs/preferences.yaml) \
   $(if $(filter submit-publish,$(goals)),configs/publish.yaml) \
   $(if $(filter submit-subliminal,$(goals)),configs/subliminal.yaml) \
   $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml) \
@@ -130,7 +131,9 @@ submit-preferences: setup ## what students prefer, read and asked: RUN_ID=1 [SIZ
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry) $(if $(call flag,CHAIN,1),--chain,--chain=preference_logprobs)
 
 submit-subliminal: setup ## a whole run: numbers, students, preferences, each size at its own pace: RUN_ID=1 [SIZES=] [TRAITS=] [DRY=1]
-submit-publish: setup ## numbers and students to the Hub, with collections: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS=cat] [DRY=1]
+	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)
+
+submit-publish: setup ## numbers and students to the Hub: RUN_ID=1 [SIZES="0.5b 7b"] [TRAITS="cat"] [PARTS="q1"] [DRY=1]
 	@$(cluster) submit $(or_default)$(run) $(places) $(call flag,DRY,--dry)
 
 submit: setup ## the same for any CONFIG=...: a stage waits for those it reads from; CHAIN=1 submits these first [DRY=1]
@@ -170,6 +173,9 @@ export-preferences: setup ## what students name: tables, tests, pictures, over a
 	@$(python) -m jobs.export_preferences $(or_default)$(run) --runs="$$SUITE_ARG_RUNS" --survey="$$SUITE_ARG_SURVEY"
 
 plots: export-preferences ## the same: what is missing is said first, and drawn as missing
+
+retire-epochs: setup ## remove students' epochs before the last, once asked: RUN_ID=1 [PUBLISH="configs/publish.yaml"] [DRY=1]
+	@$(python) -m jobs.retire_epochs $(or_default)$(run) --publish="$$SUITE_ARG_PUBLISH" $(call flag,DRY,--dry)
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)

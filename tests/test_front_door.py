@@ -84,12 +84,12 @@ def test_a_value_is_text_on_its_way_in_and_in_the_advice(env, cross, text):
 
 
 @pytest.mark.parametrize(
-    "variable", ["CONFIG", "SET", "ARRAY", "TASK", "MEASURE", "SELECT", "MODELS", "RUNGS", "ARGS", *RUNS]
+    "variable", ["CONFIG", "SET", "ARRAY", "TASK", "MEASURE", "SELECT", "MODELS", "RUNGS", "ARGS", "PUBLISH", *RUNS]
 )
 def test_make_runs_nothing_of_what_a_value_holds(env, variable):
     targets = ["fetch", "doctor", "submit-lls", "resume", "cancel", "status", "logs", "verify", "export-lls"]
     targets += ["lls-report", "bench", "test", "submit-numbers", "export-numbers"]
-    targets += ["submit-finetune", "export-finetune", "wandb-sync", "submit-publish"]
+    targets += ["submit-finetune", "export-finetune", "wandb-sync", "submit-publish", "retire-epochs"]
     done = make(env, "-n", *targets, f"{variable}={ALL}")
     assert done.returncode == 0 and MARK not in done.stdout, done.stderr
     done = make(env | {variable: ALL}, "-n", *targets)

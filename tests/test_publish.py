@@ -79,8 +79,10 @@ def test_the_second_time_nothing_is_sent(world):
     ]
     assert f"bytes sent {sum(sent):,}," in said and "new repositories 2, commits 2" in said
     first = world.rows()
-    assert first["repository"] == [f"dataset:{DATA}", f"model:{MODEL}"] and first["status"] == ["new", "new"]
+    assert first["repository"] == [f"dataset:{DATA}", f"model:{MODEL}"] and first["outcome"] == ["new", "new"]
     assert first["commit"] == [world.hub.heads[repo] for repo in REPOS]
+    markers = [json.loads(path.read_text()) for path in world.cell().path.glob("0*.json")]
+    assert len(markers) == 2 and not any(one.get("unscored") for one in markers)  # a word of scores
 
     world.publish()
     assert world.hub.log == []  # by its markers
@@ -89,7 +91,7 @@ def test_the_second_time_nothing_is_sent(world):
     assert world.hub.writes == [] and len(world.hub.log) <= 8  # by the Hub's own sums
     whole(world)
     again = world.rows()
-    assert (again["status"], again["commit"], again["sent"]) == (["as it was"] * 2, first["commit"], [0, 0])
+    assert (again["outcome"], again["commit"], again["sent"]) == (["as it was"] * 2, first["commit"], [0, 0])
 
 
 def test_cards_say_where_it_comes_from_and_no_machine(world):
@@ -149,7 +151,7 @@ def test_a_kill_is_resumed(world, after):
     assert len(world.hub.committed) == 1 + after and world.hub.stored_bytes > 0
     world.publish()
     whole(world)
-    assert world.rows()["status"] == ["new", "as it was" if after else "changed"]
+    assert world.rows()["outcome"] == ["new", "as it was" if after else "changed"]
 
 
 IN_PROGRESS = "Cannot create repo: another conflicting operation is in progress"
@@ -261,7 +263,7 @@ def test_of_what_is_there_only_other_files_are_replaced(world):
     assert world.hub.committed == [(REPOS[0], ["README.md"]), (REPOS[1], ["adapter_model.safetensors"])]
     assert world.hub.files_now(REPOS[0]) == right[REPOS[0]] | {"notes.txt": b"mine"}
     assert world.hub.files_now(REPOS[1]) == right[REPOS[1]] and len(world.hub.created) == 2
-    assert world.rows()["status"] == ["changed", "changed"]
+    assert world.rows()["outcome"] == ["changed", "changed"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "adapter_model.safetensors"])
@@ -349,7 +351,7 @@ def test_two_copies_of_one_task_make_it_once(world):
     first = world.rows(*other)
     let_go.set()
     assert slow.finish().returncode == 0
-    assert world.rows(*other) == first and first["status"] == ["as it was"]  # what was noted first stays
+    assert world.rows(*other) == first and first["outcome"] == ["as it was"]  # what was noted first stays
     assert len(world.hub.committed) == 3
 
 

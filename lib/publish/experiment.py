@@ -190,7 +190,7 @@ class Publish(Experiment):
         return {
             "repository": Column("text"),  # type:owner/name
             "commit": Column("text"),  # that holds the files below
-            "status": Column("text"),  # new, changed, or as it was
+            "outcome": Column("text"),  # new, changed, or as it was
             "files": Column("int32"),
             "bytes": Column("int64"),  # of all of them
             "sent": Column("int64"),  # of those that were not there

@@ -40,7 +40,7 @@ LOGIN = "log in with `.venv/bin/hf auth login`, by a token of https://huggingfac
 class Sent:
     """What became of a repository."""
 
-    status: str  # new, changed, or as it was
+    outcome: str  # new, changed, or as it was
     commit: str
     files: int
     bytes: int  # of the files that were sent
@@ -109,7 +109,9 @@ class Hub:
             sent.update({file.path: file.size for file in other})
             self._allowed(COMMITS, self.limits.commits_an_hour, HOUR)
             operations = [CommitOperationAdd(file.path, file.content) for file in other]
-            self.api.create_commit(id, operations, commit_message=message, repo_type=type, parent_commit=remote.commit)
+            self.api.create_commit(
+                id, operations, commit_message=message, repo_type=type, parent_commit=remote.commit or None
+            )
             after = self._look(type, id)
             if after is None or after.lacks(files):
                 lost = sorted(file.path for file in after.lacks(files)) if after else ["all of it"]
@@ -119,8 +121,8 @@ class Hub:
             return after
 
         commit = self._patiently(what, once).commit
-        status = "new" if new else "changed" if sent else "as it was"
-        return Sent(status, commit, len(files), sum(sent.values()))
+        outcome = "new" if new else "changed" if sent else "as it was"
+        return Sent(outcome, commit, len(files), sum(sent.values()))
 
     def _look(self, type: Type, id: str) -> Remote | None:
         try:

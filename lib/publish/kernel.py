@@ -80,15 +80,15 @@ class PublishKernel:
         record = self.this.site.scratch / HUB / f"{owner}-{e.label}-{item.type}s.json"
         hub.collect(title, owner, e.private, record, item.type, prepared.id)
         size = sum(file.size for file in prepared.files)
-        print(f"{item.type} {prepared.id}: {sent.status}, {sent.bytes:,} of {size:,} bytes sent", flush=True)
+        print(f"{item.type} {prepared.id}: {sent.outcome}, {sent.bytes:,} of {size:,} bytes sent", flush=True)
         columns: Columns = {
             "repository": [f"{item.type}:{prepared.id}"],
             "commit": [sent.commit],
-            "status": [sent.status],
+            "outcome": [sent.outcome],
             "files": np.array([sent.files], np.int32),
             "bytes": np.array([size]),
             "sent": np.array([sent.bytes]),
         }
-        said = {"new_repositories": sent.status == "new", "commits": sent.status != "as it was"}
+        said = {"new_repositories": sent.outcome == "new", "commits": sent.outcome != "as it was"}
         said |= {"bytes_sent": sent.bytes, "calls": hub.calls - before}
         return columns, {name: int(value) for name, value in said.items()}
