@@ -266,6 +266,15 @@ MISTAKES = {
 }
 
 
+def test_without_a_prompt_there_is_nothing_to_score(world):
+    for experiment in (
+        scoring(world, "numbers.set=['traits=[neutral]']"),
+        dose(world, "numbers.set=['traits=[neutral]']", "select.parts=[q1]"),
+    ):
+        with pytest.raises(UserError, match="no trait of teachers has a system prompt to score by"):
+            experiment.names()
+
+
 @pytest.mark.parametrize("change", MISTAKES)
 def test_mistakes_are_one_sentence(world, change):
     with pytest.raises(UserError, match=MISTAKES[change]):
