@@ -161,11 +161,10 @@ def test_a_job_that_accounting_has_forgotten_is_neither_waited_for_nor_believed(
     jobs = [job for job, _ in jobs_in(said)]
     fresh_slurm.run("scancel", *jobs)
     records = sorted((world / "forgotten" / "teachers_run3" / "submissions").glob("*.json"))
-    for number, path in enumerate(records):
-        raw = json.loads(path.read_text())
-        path.rename(path.with_name(f"{900000 + number}.json")).write_text(
-            json.dumps(raw | {"job": str(900000 + number)})
-        )
+    for job, path in enumerate(records, 900000):
+        old = {"job": str(job), "time": time.time() - 3600}
+        record = json.loads(path.read_text()) | old
+        path.rename(path.with_name(f"{job}.json")).write_text(json.dumps(record))
     for job in jobs:
         fresh_slurm.wait_for(job, timeout=60)
     now = states(env, world)
