@@ -166,6 +166,10 @@ class Publish(Experiment):
     def places(self) -> dict[str, list[str]]:
         return self.source.places()
 
+    def load_of(self, cell: Cell) -> str:
+        """Nothing is loaded; but a size that is done need not wait for a larger one."""
+        return cell.name.partition("-")[0]
+
     def models(self) -> list[ModelSpec]:
         return self.source.models()
 
@@ -241,9 +245,11 @@ class Publish(Experiment):
         return 4 * adapter_parameters(Path(model.path), self.source.lora.rank)
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        """As fast as it can be sent, or as commits are allowed."""
         items = self.items()
         sent = sum(self.item_bytes(cache, cell.name, item) for item in items)
-        return Estimate(len(items) * CALLS * CALL_SECONDS + sent / SENT_RATE, len(items) * ROW_BYTES)
+        seconds = len(items) * max(CALLS * CALL_SECONDS, 3600 / self.run.commits_an_hour) + sent / SENT_RATE
+        return Estimate(seconds, len(items) * ROW_BYTES)
 
     def costs(self, cache: Path, gpu: str) -> str:
         scratch = site().scratch

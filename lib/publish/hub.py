@@ -4,6 +4,7 @@ Each call may be made again from its beginning: it begins with a look. Not impor
 set, since huggingface_hub reads them when it is imported."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from lib.publish.ledger import CALLS, COMMITS, DAY, FIVE_MINUTES, HOUR, NEW, Led
 from lib.publish.names import Type
 from lib.publish.plan import Limits
 from lib.publish.wire import Busy, install
+from lib.run.lifecycle import Terminated
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT, TRIES = 1.0, 60.0, 8  # where the Hub does not say how long: 1, 2, 4, ... seconds
@@ -59,9 +61,11 @@ class Remote:
 
 
 class Hub:
-    def __init__(self, limits: Limits, wait_minutes: float, ledger: Callable[[str], Ledger]) -> None:
-        """`ledger`: of a user."""
-        self.limits, self.longest, self.ledger_of = limits, 60 * wait_minutes, ledger
+    def __init__(
+        self, limits: Limits, wait_minutes: float, ledger: Callable[[str], Ledger], warned: Callable[[], bool]
+    ) -> None:
+        """`ledger`: of a user. `warned`: whether the time limit is near, so that nothing is waited for any more."""
+        self.limits, self.longest, self.ledger_of, self.warned = limits, 60 * wait_minutes, ledger, warned
         self.ledger: Ledger | None = None
         self.calls = self.credit = 0
         self.collections: dict[str, tuple[str, set[str]]] = {}  # by title: slug, items
@@ -187,7 +191,15 @@ class Hub:
                     f"{limit} until {_clock(wait)}; what is published stays, `make resume` then does the rest"
                 )
             print(f"{limit}: going on at {_clock(wait)}", flush=True)
-            time.sleep(wait)
+            self.wait(wait)
+
+    def wait(self, seconds: float) -> None:
+        """To the warning at most: then the task is requeued, and waits on."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self.warned():
+                raise Terminated(signal.SIGUSR1)
+            time.sleep(min(left, 1.0))
 
     def _patiently(self, what: str, call: Callable[[], T]) -> T:
         """What does not work now is tried again: when the Hub says so, or after waits that double."""
@@ -211,7 +223,7 @@ class Hub:
                         "does the rest"
                     ) from None
                 print(f"{what}: {busy.why}; again in {wait:.0f} s", flush=True)
-                time.sleep(wait)
+                self.wait(wait)
                 tries, waited, usual = tries + 1, waited + wait, min(2 * usual, LONGEST_WAIT)
 
 
