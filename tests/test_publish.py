@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_hub
 import pytest
 from conftest import ROOT, wait_until
 from fake_hub import Fault, Hub, serve
@@ -92,6 +93,18 @@ def test_the_second_time_nothing_is_sent(world):
     whole(world)
     again = world.rows()
     assert (again["outcome"], again["commit"], again["sent"]) == (["as it was"] * 2, first["commit"], [0, 0])
+
+
+def test_rows_that_are_large_files_go_by_their_sha256(world, monkeypatch):
+    """As those of 30,000 prompts are."""
+    monkeypatch.setattr(fake_hub, "LARGE_BYTES", 1000)
+    world.publish()
+    files = world.hub.files_now(REPOS[0])
+    large = {hashlib.sha256(data).hexdigest() for name, data in files.items() if len(data) > 1000}
+    assert large < set(world.hub.objects) and hashlib.sha256(files["raw.jsonl"]).hexdigest() in large
+    shutil.rmtree(world.cell().path)
+    world.publish()
+    assert world.hub.writes == [] and world.rows()["outcome"] == ["as it was"] * 2
 
 
 def test_cards_say_where_it_comes_from_and_no_machine(world):

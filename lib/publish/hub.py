@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from huggingface_hub import Collection, CommitOperationAdd, HfApi, constants
@@ -68,6 +69,7 @@ class Hub:
         self.limits, self.longest, self.ledger_of, self.warned = limits, 60 * wait_minutes, ledger, warned
         self.ledger: Ledger | None = None
         self.calls = self.credit = 0
+        self.counting = Lock()
         self.collections: dict[str, tuple[str, set[str]]] = {}  # by title: slug, items
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of a call is said here
@@ -175,11 +177,12 @@ class Hub:
 
     def _pace(self) -> None:
         """Before each request. They are noted by the block, so that noting takes no time."""
-        self.calls, self.credit = self.calls + 1, self.credit - 1
-        if self.ledger and self.credit < 0:  # nobody knows at first whose they are
-            count = max(BLOCK, -self.credit)
-            self._allowed(CALLS, self.limits.calls, FIVE_MINUTES, count=count)
-            self.credit += count
+        with self.counting:  # several large files are sent by as many threads
+            self.calls, self.credit = self.calls + 1, self.credit - 1
+            if self.ledger and self.credit < 0:  # nobody knows at first whose they are
+                count = max(BLOCK, -self.credit)
+                self._allowed(CALLS, self.limits.calls, FIVE_MINUTES, count=count)
+                self.credit += count
 
     def _allowed(self, kind: str, most: int, window: float, what: str = "", count: int = 1) -> None:
         """Wait until it is within what the Hub allows; a UserError where that takes too long."""
