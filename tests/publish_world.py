@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from fake_hub import Hub as FakeHub
-from finetune_world import cells_of, environment, make_world, students
+from fake_hub import serve
+from finetune_world import cells_of, environment, last_folder, make_world, students
 from safetensors.numpy import save_file
 from tools import Fork, module_work
 
@@ -21,6 +25,9 @@ from lib.run.parents import read_from
 from lib.store import Cell, commit_folder, read_cell
 
 TOKEN = "hf_" + "T0psecret" * 4
+DATA, MODEL = "acme/qwen-2.5-1m-instruct-cat-numbers-run-5", "acme/qwen-2.5-1m-instruct-cat-ft-run-5"
+REPOS = [f"datasets/{DATA}", f"models/{MODEL}"]
+TITLES = ["subliminal-learning-number-datasets-run-5", "qwen-25-instruct-subliminal-learning-models-run-5"]
 CONFIG_TEXT = "kind: publish\nname: out\nstudents: {config: finetune.yaml}\nrun: {cells: 8, log_seconds: 60}\n"
 
 
@@ -108,3 +115,28 @@ class World:
         schema = self.experiment(*overrides).schema(self.places / "cache")
         found = read_cell(self.cell(*overrides, index=index), schema, schema)
         return {name: list(values) for name, values in found.items()}
+
+    def file(self, name: str) -> bytes:
+        """Of the first student's last epoch."""
+        return (last_folder(cells_of(self.places)[0]) / name).read_bytes()
+
+    def held(self) -> dict[str, set[str]]:
+        """Title -> what the collection holds."""
+        found = self.hub.collections.values()
+        return {one["title"]: {f"{i['type']}s/{i['id']}" for i in one["items"]} for one in found}
+
+    def must_be_whole(self) -> None:
+        """Each repository was made once, got one commit, and each large file was sent once."""
+        hub = self.hub
+        assert hub.created == REPOS and [repo for repo, _ in hub.committed] == REPOS
+        weights = hub.files_now(REPOS[1])[WEIGHTS]
+        assert hub.stored_bytes == len(weights) and weights == self.file(WEIGHTS)
+        assert self.held() == {title: {repo} for title, repo in zip(TITLES, REPOS, strict=True)}
+
+
+@contextmanager
+def copied(made: Path, folder: Path) -> Iterator[World]:
+    """Students of one's own, and a Hub of one's own."""
+    places = shutil.copytree(made, folder / "places")
+    with serve() as hub:
+        yield World(folder, hub, places)

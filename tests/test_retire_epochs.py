@@ -1,16 +1,14 @@
 """`make retire-epochs`: earlier epochs go once what asks them is done, and what publishes them; the last one stays."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import serve
 from finetune_world import cells_of, environment, files_of, last_folder
 from preferences_world import LOGPROBS, PREFERENCES
-from publish_world import World, make_students
+from publish_world import World, copied, make_students
 from tools import forked
 
 from lib.families import load
@@ -30,9 +28,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    places = shutil.copytree(made, tmp_path / "places")
-    with serve() as hub:
-        yield World(tmp_path, hub, places)
+    with copied(made, tmp_path) as found:
+        yield found
 
 
 def ask(world: World, name: str, *overrides: str, parents: dict[str, str] | None = None) -> None:
