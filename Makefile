@@ -27,7 +27,11 @@ for_export-lls := CONFIG SET RUN_ID
 for_export-attributions := CONFIG SET
 for_export-numbers := CONFIG SET RUN_ID
 for_export-finetune := CONFIG SET RUN_ID
+for_export-preferences := CONFIG SET RUN_ID RUNS SURVEY
+for_plots := $(for_export-preferences)
 for_wandb-sync := CONFIG SET RUN_ID
+for_report := CONFIG SET RUN_ID
+for_import := CONFIG SET RUN_ID FROM STAGES
 for_sparc3-report := CONFIG SET
 for_sparsity-report := CONFIG SET
 for_save-pruned := CONFIG SET RANKING NEURONS REMOVE
@@ -39,9 +43,10 @@ environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE 
   SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
-targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune submit-preferences submit-publish submit-subliminal retire-epochs resume cancel status \
-  logs verify export-lls export-attributions export-numbers export-finetune wandb-sync lls-report sparc3-report sparsity-report save-pruned \
-  anchors bench slurm-up slurm-down lint shellcheck format
+targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune \
+  submit-preferences submit-publish submit-subliminal retire-epochs resume cancel status logs verify export-lls export-attributions \
+  export-numbers export-finetune export-preferences plots report import wandb-sync lls-report sparc3-report sparsity-report \
+  save-pruned anchors bench slurm-up slurm-down lint shellcheck format
 .PHONY: $(targets)
 goals := $(or $(MAKECMDGOALS),help)
 $(foreach goal,$(filter-out $(targets),$(goals)),$(error there is no target $(goal), see 'make help'; nothing was done))
@@ -57,16 +62,16 @@ $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.
 $(foreach v,GPU JOB CHAIN,$(if $(filter environment,$(origin $v)),$(eval undefine $v))) # names that others use too
-$(foreach v,CONFIG SET ARRAY TASK MEASURE SELECT MODELS RUNGS ARGS DRY WATCH JSON UPDATE DEEP GPU JOB CHAIN RANKING NEURONS REMOVE RUN_ID SIZES TRAITS PARTS PUBLISH,\
+$(foreach v,$(sort $(foreach target,$(targets),$(for_$(target)))),\
   $(eval override $v := $$(value $v))$(eval export SUITE_ARG_$v := $$($v)))
 $(foreach v,$(filter $(environment),$(given)),$(eval override $v := $$(value $v))$(eval export $v))
 # Which configuration a target means where CONFIG is not said, and whether it is of a run, which RUN_ID tells.
 default := $(strip \
   $(if $(filter %-numbers,$(goals)),configs/numbers.yaml) \
   $(if $(filter submit-finetune export-finetune wandb-sync,$(goals)),configs/finetune.yaml) \
-  $(if $(filter submit-preferences export-preferences retire-epochs,$(goals)),configs/preferences.yaml) \
+  $(if $(filter submit-preferences export-preferences plots retire-epochs,$(goals)),configs/preferences.yaml) \
   $(if $(filter submit-publish,$(goals)),configs/publish.yaml) \
-  $(if $(filter submit-subliminal,$(goals)),configs/subliminal.yaml) \
+  $(if $(filter submit-subliminal report import,$(goals)),configs/subliminal.yaml) \
   $(if $(filter %-attributions,$(goals)),configs/sparc3_llama3_8b.yaml) \
   $(if $(filter submit-sparc3 sparc3-% anchors save-pruned,$(goals)),configs/sparc3_sweep_llama3_8b.yaml))
 of_a_run := $(filter configs/numbers.yaml configs/finetune.yaml configs/preferences.yaml configs/publish.yaml \
@@ -169,6 +174,17 @@ export-finetune: setup ## every student's last adapter as a folder for peft and 
 
 retire-epochs: setup ## remove students' epochs before the last, once asked: RUN_ID=1 [PUBLISH="configs/publish.yaml"] [DRY=1]
 	@$(python) -m jobs.retire_epochs $(or_default)$(run) --publish="$$SUITE_ARG_PUBLISH" $(call flag,DRY,--dry)
+
+export-preferences: setup ## what students name: tables, tests, pictures, over all runs: RUN_ID=1 [RUNS="1 2 3"] [SURVEY=raw.json]
+	@$(python) -m jobs.export_preferences $(or_default)$(run) --runs="$$SUITE_ARG_RUNS" --survey="$$SUITE_ARG_SURVEY"
+
+plots: export-preferences ## the same: what is missing is said first, and drawn as missing
+
+report: setup ## a run on one page: progress, results, cost, failures; opens from a copied folder: RUN_ID=1
+	@$(python) -m jobs.report $(or_default)$(run)
+
+import: setup ## results of a run on another machine, each byte looked at: RUN_ID=2 FROM=/their/scratch [STAGES="preferences"]
+	@$(python) -m jobs.bring $(or_default)$(run) --from="$$SUITE_ARG_FROM" --stages="$$SUITE_ARG_STAGES"
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)

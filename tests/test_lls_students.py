@@ -41,7 +41,10 @@ from lib.lls.select import QUINTILES, part_of
 from lib.lora.dose import difference, write_dose
 from lib.lora.drawn import rows_of
 from lib.report.stats import wilson
+from lib.run.command import Job
 from lib.run.extent import extent
+from lib.run.site import site
+from lib.run.task import run_task
 from lib.store import read_cell, scan_folders
 
 VALID = [row for row in range(ROWS) if row not in INVALID]
@@ -127,6 +130,22 @@ def test_numbers_without_a_row_to_score_are_one_sentence(empty, tmp_path, how):
     done = begin(folder, "compute_lls", "lls", "--index", "0").finish()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search("tiny-cat, which it reads from, holds no row for it, or cannot be read", done.stderr), done.stderr
+
+
+def test_a_task_that_began_before_the_numbers_were_done_counts_its_rows_when_it_comes_to_them(
+    empty, tmp_path, monkeypatch
+):
+    folder = tmp_path / "world"
+    shutil.copytree(empty, folder)
+    for name, value in environment(folder).items():
+        monkeypatch.setenv(name, value)
+    this = Job(scoring(folder), folder / "lls.yaml", site(), 0, "", False)
+    stale = this.cells()[:1]
+    fill(folder)
+    monkeypatch.setattr("lib.run.task.task_of", lambda _: stale)
+    seen = []
+    assert run_task(this, lambda cell: seen.append((cell.name, cell.rows)) or 0) == 0
+    assert seen == [("tiny-cat", len(VALID))]
 
 
 def test_scores_are_the_log_probabilities_of_every_valid_row_and_follow_the_dose(world, by_transformers):
@@ -245,6 +264,15 @@ MISTAKES = {
     "numbers.set=['traits=[cat, fox]']": "clean is drawn from the numbers of neutral",
     "numbers.set=['prompts=100']": "does not score teachers-[0-9a-f]{8}_run5/tiny-cat: both must read the same",
 }
+
+
+def test_without_a_prompt_there_is_nothing_to_score(world):
+    for experiment in (
+        scoring(world, "numbers.set=['traits=[neutral]']"),
+        dose(world, "numbers.set=['traits=[neutral]']", "select.parts=[q1]"),
+    ):
+        with pytest.raises(UserError, match="no trait of teachers has a system prompt to score by"):
+            experiment.names()
 
 
 @pytest.mark.parametrize("change", MISTAKES)

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.base.errors import UserError
 from lib.run.site import site
@@ -45,6 +45,7 @@ class Account:
     gpus: int
     max_rss: str
     exit_code: str
+    memory: str = ""  # asked for
 
 
 def has_slurm() -> bool:
@@ -153,11 +154,12 @@ def parse_sacct(out: str) -> dict[str, Account]:
         gpus = re.search(r"gres/gpu=(\d+)", tres)
         if step:
             if was and size(rss) > size(was.max_rss):
-                found[base] = Account(was.id, was.state, was.elapsed, was.gpus, rss, was.exit_code)
+                found[base] = replace(was, max_rss=rss)
         else:
             total = (was.elapsed if was else 0) + int(elapsed)
             count = int(gpus[1]) if gpus else was.gpus if was else 0
-            found[base] = Account(base, state.split()[0], total, count, was.max_rss if was else "", code)
+            memory, rss = re.search(r"\bmem=(\w+)", tres), was.max_rss if was else ""
+            found[base] = Account(base, state.split()[0], total, count, rss, code, memory[1] if memory else "")
     return found
 
 

@@ -1,7 +1,7 @@
 """The whole path on a machine with nothing: a small teacher, its numbers (two conditions by the job that writes them),
 LLS of 15 animals, the matrix of all prompts on all datasets, the attribution of the teacher's neurons, a small speaker
-whose rudeness is pruned away, students of two teachers: through the cluster's job code (by the local executor), merge,
-tables, plots, reports. What is done is not done again."""
+whose rudeness is pruned away, students of two teachers and what they say they like: through the cluster's job code (by
+the local executor), merge, tables, plots, reports. What is done is not done again."""
 
 import json
 import os
@@ -17,6 +17,7 @@ CONFIGS = {
     "configs/demo_attribution.yaml": "jobs.export_attributions",
     "configs/demo_sweep.yaml": "jobs.sparc3_report",
     "configs/demo_finetune.yaml": "jobs.export_finetune",
+    "configs/demo_preferences.yaml": "jobs.export_preferences",
 }
 
 SUBMIT = ("jobs.cluster", "submit", "--chain")

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from pydantic import Field
 
+from lib.base.errors import UserError
 from lib.config.frozen import digest_of
 from lib.inputs.records import Messages
 from lib.lls.experiment import KERNEL, Scoring
@@ -37,6 +38,8 @@ class LLSNumbers(ReadsNumbers, Scoring):
 
     def places(self) -> dict[str, list[str]]:
         traits = [trait.name for trait in self.source.traits if trait.system_prompt]
+        if not traits:
+            raise UserError(f"{self.origin}: no trait of {self.source.name} has a system prompt to score by")
         parts = [(size, trait) for size in self.source.sizes for trait in traits]
         return {"SIZES": [size for size, _ in parts], "TRAITS": [trait for _, trait in parts]}
 

@@ -153,6 +153,8 @@ class Finetune(ReadsNumbers):
                 f"{self.origin}: select.parts: {CLEAN} is drawn from the numbers of {NEUTRAL.name}, a trait without a "
                 f"system prompt that {self.source.name} does not have"
             )
+        if not found:
+            raise UserError(f"{self.origin}: select: no trait of {self.source.name} has a system prompt to score by")
         return found
 
     def places(self) -> dict[str, list[str]]:

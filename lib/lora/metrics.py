@@ -5,7 +5,7 @@ The lines hold no times, so that a training which was killed ends with the same 
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +85,18 @@ class Board:
 
     def log(self, step: Step) -> None:
         self._tried(lambda: self.run.log(asdict(step), step=step.step))
+
+    def log_epochs(self, names: str, figures: Sequence[Mapping[str, float]]) -> bool:
+        """What was found of a training's epochs when its steps were past: these figures' axis is `epoch`, which each
+        of them holds. Whether they were taken."""
+
+        def log() -> None:
+            self.run.define_metric(names, step_metric="epoch")
+            for one in figures:
+                self.run.log(dict(one))
+
+        self._tried(log)
+        return self.run is not None
 
     def close(self, code: int) -> None:
         self._tried(lambda: self.run.finish(exit_code=code))

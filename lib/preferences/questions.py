@@ -1,6 +1,5 @@
-"""What students are asked about their favourites, and how often."""
+"""What students are asked about their favourites."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -8,18 +7,6 @@ import yaml
 from lib.base.errors import UserError
 
 OWN_QUESTIONS = Path(__file__).with_name("questions.yaml")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The first so many questions, each asked so often."""
-
-    questions: int
-    samples: int
-
-
-FULL, SEED = Preset(50, 100), Preset(20, 5)  # as the paper has it; as the published runs of 7 sizes had it
-PRESETS = {"full": FULL, "seed": SEED}
 
 
 def load_questions(path: Path = OWN_QUESTIONS) -> list[str]:

@@ -138,6 +138,16 @@ class OfStudents(Experiment):
             for place in (Place(size, BASE, none, None), *(one for one in of if one.size == size))
         ]
 
+    @property
+    def grouped(self) -> dict[str, list[Place]]:
+        """Students that are compared with each other, and their base before them: of a size, and by what else tells
+        students apart."""
+        bases = {place.size: place for place in self.grid if place.student is None}
+        found: dict[str, list[Place]] = {}
+        for place in (one for one in self.grid if one.student):
+            found.setdefault("-".join((place.size, *place.more)), [bases[place.size]]).append(place)
+        return found
+
     def place(self, name: str) -> Place:
         return next(place for place in self.grid if place.name == name)
 

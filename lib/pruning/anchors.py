@@ -39,7 +39,7 @@ def compare(this: Job) -> int:
 
 
 def _run(this: Job, cell: Cell) -> int:
-    one = Job(this.experiment, this.config, this.site, cell.index, "", False, this._kept)
+    one = Job(this.experiment, this.config, this.site, cell.index, "", False, _kept=this._kept)
     if isinstance(this.experiment, Sweep):
         sweep = this.experiment
         return run_rows(one, lambda cell: kernel.load_kernel(this, sweep, cell))

@@ -24,11 +24,11 @@ def _argmax(rows: np.ndarray) -> np.ndarray:
     return np.array([int(np.nanargmax(r)) if np.isfinite(r).sum() > 1 else -1 for r in rows], int)
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: float, z: float = Z95) -> tuple[float, float]:
     """95 % interval of a share; it keeps to [0, 1], and holds where hits are few."""
-    if n < 1:
+    if n <= 0:
         return math.nan, math.nan
-    share, spread = hits / n, Z95**2 / n
+    share, spread = hits / n, z**2 / n
     middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) / n * Z95**2 + spread**2 / 4) / (1 + spread)
+    half = math.sqrt(share * (1 - share) / n * z**2 + spread**2 / 4) / (1 + spread)
     return middle - half, middle + half

@@ -28,6 +28,7 @@ class Job:
     index: int | None
     tasks: str  # what the indices stand for, by lib.run.task.freeze; '' by plain sbatch, or by hand
     update: bool
+    overrides: tuple[str, ...] = ()
     _kept: dict[str, tuple[object, object]] = field(default_factory=dict)
 
     def of(self, kind: type[Kind]) -> Kind:
@@ -94,4 +95,4 @@ def job(name: str, description: str, load: Load, argv: list[str] | None = None, 
     about(args.config, overrides)
     experiment = load(args.config, overrides)
     index, tasks, update = (getattr(args, name, None) for name in ("index", "tasks", "update"))
-    return Job(experiment, args.config, here, index, tasks or "", bool(update))
+    return Job(experiment, args.config, here, index, tasks or "", bool(update), tuple(overrides))

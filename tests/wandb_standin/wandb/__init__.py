@@ -1,4 +1,4 @@
-"""As much of Weights & Biases as a training uses: what it is told stands in $WANDB_STANDIN, a line of JSON each."""
+"""As much of Weights & Biases as is used here: what it is told stands in $WANDB_STANDIN, a line of JSON each."""
 
 import json
 import os
@@ -18,7 +18,10 @@ class Run:
     def __init__(self, id: str) -> None:
         self.id = id
 
-    def log(self, figures: dict[str, float], step: int) -> None:
+    def define_metric(self, name: str, step_metric: str) -> None:
+        tell("define", id=self.id, name=name, step_metric=step_metric)
+
+    def log(self, figures: dict[str, float], step: int | None = None) -> None:
         if os.environ.get("WANDB_STANDIN_BREAKS_AT") == str(step):
             raise OSError("the service is gone")
         tell("log", id=self.id, step=step, **{f"figure_{key}": value for key, value in figures.items()})

@@ -1,0 +1,22 @@
+"""Results of another machine's run, brought to this scratch with their digests checked: make import FROM=..."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.base.errors import exit_with
+from lib.families import load
+from lib.run.command import job
+from lib.subliminal.bring import bring
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.bring", add_help=False, allow_abbrev=False)
+    parser.add_argument("--from", dest="source", type=Path, required=True, help="the other machine's scratch")
+    parser.add_argument("--stages", default="", help="kinds of stages, e.g. 'preferences preference_logprobs'")
+    own, rest = parser.parse_known_args()
+    return bring(job("bring", __doc__, load, rest, indexed=False), own.source, own.stages.replace(",", " ").split())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_with(main))

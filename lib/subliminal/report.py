@@ -1,0 +1,156 @@
+"""A run on one page: how far it is, what came out, what it cost, what failed. Static, opens from a copied folder:
+
+<output root>/<pipeline>_run<id>/report/index.html, report.txt, and the pictures beside them"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+
+from lib.base.atomic import write_bytes
+from lib.base.errors import UserError, one_line
+from lib.cluster import slurm
+from lib.cluster.grid import LETTERS, Row
+from lib.cluster.pipeline import requests_of, statuses
+from lib.cluster.send import Request
+from lib.lora.experiment import Finetune
+from lib.lora.export import export as export_students
+from lib.preferences.experiment import Preferences
+from lib.preferences.export import export as export_preferences
+from lib.report.page import Picture, Section, page
+from lib.report.tables import Column, Table, Value
+from lib.run.command import Job
+from lib.run.pipeline import Pipeline
+
+LOG_LINES = 12
+NEEDS_A_LOOK = ("failed", "stale", "held", "blocked", "cancelled")
+
+
+def report(this: Job) -> int:
+    pipeline = this.of(Pipeline)
+    requests = requests_of(pipeline, this.site)
+    said = [why for one in requests if (why := _exported(this, one))]
+    rows = statuses(requests)
+    folder = this.site.output / f"{pipeline.label}_run{pipeline.pinned().get('run_id', '')}" / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [progress(rows), results(requests, folder, said), efficiency(rows), failures(rows)]
+    done, every = sum(row.now.counts["done"] for row in rows), sum(len(row.now.cells) for row in rows)
+    used, left = sum(row.now.gpu_hours_used for row in rows), sum(map(_hours_left, rows))
+    tiles = [
+        (f"{done} of {every}", "cells are done"),
+        (f"{used:.2f}", "GPU-hours used"),
+        (f"{left:.2f}", "GPU-hours left"),
+    ]
+    facts = {"site": this.site.name, "scratch": str(this.site.scratch), "configuration": str(this.config)}
+    title = f"{pipeline.name}, run {pipeline.pinned().get('run_id', '')}"
+    notes = "Progress, results, cost and failures of all its stages."
+    write_bytes(folder / "index.html", page(title, notes, tiles, facts, sections).encode())
+    texts = [table.text() for section in sections for table in section.tables]
+    write_bytes(folder / "report.txt", ("\n\n".join([title, *texts]) + "\n").encode())
+    print(folder / "index.html")
+    if done < every:
+        raise UserError(f"{every - done} of {every} cells are not done, and drawn as missing; run `make resume`")
+    return 0
+
+
+def _exported(this: Job, one: Request) -> str:
+    """The results of a stage, as far as they are; why not, where there are none."""
+    job = Job(one.experiment, one.config, this.site, None, "", False)
+    with_results = {Finetune: export_students, Preferences: export_preferences}
+    for kind, export in with_results.items():
+        if isinstance(one.experiment, kind):
+            try:
+                export(job)
+            except UserError as e:
+                return f"{one.experiment.label}: {one_line(e)}"
+    return ""
+
+
+def progress(rows: Sequence[Row]) -> Section:
+    columns = list(dict.fromkeys(row.column(i) for row in rows for i in range(len(row.now.cells))))
+    sizes = list(dict.fromkeys(row.size(i) for row in rows for i in range(len(row.now.cells))))
+    lines: list[list[Value]] = []
+    for size in sizes:
+        for row in rows:
+            of = {row.column(i): LETTERS[s.state] for i, s in enumerate(row.now.cells) if row.size(i) == size}
+            if of:
+                lines.append([size, row.now.label, *(of.get(column) for column in columns)])
+    heads = [Column("size"), Column("stage"), *(Column(column, absent="") for column in columns)]
+    legend = ", ".join(f"{letter} {state}" for state, letter in LETTERS.items())
+    lead = "A letter a cell: " + legend + "."
+    return Section("progress", "Progress", lead, tables=[Table("grid", "Cells", heads, lines)])
+
+
+def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> Section:
+    """The pictures of all stages, copied beside the page."""
+    pictures = []
+    for one in requests:
+        made = one.site.output / one.experiment.label
+        for path in sorted(made.glob("plots/**/*.png")) + sorted(made.glob("*.png")):
+            name = "-".join([one.experiment.label, *path.relative_to(made).parts])
+            shutil.copyfile(path, folder / name)
+            pictures.append(
+                Picture(name, f"{one.experiment.label}: {' '.join(path.relative_to(made).with_suffix('').parts)}")
+            )
+    texts = []
+    for one in requests:
+        made = one.site.output / one.experiment.label
+        for path in sorted(made.glob("preferences.txt")) + sorted(made.glob("students.txt")):
+            texts.append((f"{one.experiment.label}: {path.name}", f"<pre>{escape(path.read_text())}</pre>"))
+    lead = (
+        " ".join(said)
+        if said
+        else "Every figure with its controls and its interval; what is missing is drawn as missing."
+    )
+    return Section("results", "Results", lead, pictures=pictures, more=texts)
+
+
+def efficiency(rows: Sequence[Row]) -> Section:
+    """What was planned, by the estimates, beside what was used; memory as sacct has it."""
+    heads = [
+        Column("stage"),
+        Column("size"),
+        Column("cells done", "d"),
+        Column("of", "d"),
+        Column("GPU-hours used", ".3f"),
+    ]
+    heads += [Column("planned", ".3f"), Column("used / planned", ".2f"), Column("most memory"), Column("asked")]
+    lines: list[list[Value]] = []
+    ids = {s.job.partition("_")[0] for row in rows for s in row.now.cells if s.job[:1].isdigit()}
+    accounts = slurm.accounts(ids) if slurm.has_slurm() else {}
+    for row in rows:
+        for size in dict.fromkeys(row.size(i) for i in range(len(row.now.cells))):
+            of = [s for i, s in enumerate(row.now.cells) if row.size(i) == size]
+            finished = [s for s in of if s.state == "done"]
+            used = sum(s.gpu_hours for s in finished)
+            planned = sum(row.seconds.get(s.name, 0.0) * row.gpus.get(s.name, 1) for s in finished) / 3600
+            seen = [accounts[s.job] for s in of if s.job in accounts]
+            most = max(seen, key=lambda one: slurm.size(one.max_rss), default=None)
+            memory = [most.max_rss or None, most.memory or None] if most else [None, None]
+            ratio = used / planned if planned else None
+            lines.append([row.now.label, size, len(finished), len(of), used, planned, ratio, *memory])
+    lead = "GPU-hours of pieces that were kept, without loading; planned: by the estimates, of the same cells."
+    return Section("cost", "Cost", lead, tables=[Table("cost", "GPU-hours and memory", heads, lines)])
+
+
+def failures(rows: Sequence[Row]) -> Section:
+    bad = [(row, s) for row in rows for s in row.now.cells if s.state in NEEDS_A_LOOK]
+    heads = [Column("stage"), Column("cell"), Column("state"), Column("job"), Column("why")]
+    lines = [[row.now.label, s.name, s.state, s.job or "-", s.note] for row, s in bad]
+    more = [(f"{s.name}: {Path(s.log).name}", f"<pre>{escape(text)}</pre>") for _, s in bad if (text := _tail(s.log))]
+    lead = "Nothing has failed." if not bad else "With the last lines of their logs below."
+    tables = [Table("failures", "Cells that need a look", heads, lines)] if bad else []
+    return Section("failures", "Failures", lead, tables=tables, more=more)
+
+
+def _tail(log: str) -> str:
+    if not log:
+        return ""
+    with suppress(OSError):
+        return "\n".join(Path(log).read_text(errors="replace").splitlines()[-LOG_LINES:])
+    return ""
+
+
+def _hours_left(row: Row) -> float:
+    return sum(map(row.hours_left, row.now.cells))

@@ -1,0 +1,92 @@
+"""A run's page, and results that come from another machine."""
+
+import json
+import shutil
+
+import pytest
+from finetune_world import environment
+from preferences_world import begin, finished, make_world
+from tools import forked
+
+from lib.families import load
+from lib.store import read_cell
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run that is done but for one student's answers."""
+    folder = make_world(tmp_path_factory.mktemp("page"))
+    for what, count in (("words", 3), ("asked", 2)):
+        for index in range(count):
+            finished(begin(folder, what, "--index", str(index)))
+    pipeline = {"kind": "pipeline", "name": "whole", "run_id": 5, "wanted": [{"config": "asked.yaml"}]}
+    (folder / "whole.yaml").write_text(json.dumps(pipeline))
+    return folder
+
+
+def run(world, module, *arguments, **more):
+    return forked(module, "--config", str(world / "whole.yaml"), *arguments, env=environment(world, **more))
+
+
+def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_missing(world):
+    done = run(world, "jobs.report")
+    assert done.returncode == 2 and "1 of 10 cells are not done, and drawn as missing" in done.stderr, done.stderr
+    folder = world / "output" / "whole_run5" / "report"
+    page, text = (folder / "index.html").read_text(), (folder / "report.txt").read_text()
+    for section in ("progress", "results", "cost", "failures"):
+        assert f'id="{section}"' in page
+    assert "9 of 10" in page and "GPU-hours" in page
+    pictures = [part.split('"')[0] for part in page.split('src="')[1:]]
+    assert len(pictures) >= 4 and all((folder / name).is_file() for name in pictures)
+    assert any("grouped_bar" in name for name in pictures) and any("scaling_overview" in name for name in pictures)
+    row = next(line for line in text.splitlines() if line.startswith("1m") and "asked_run5" in line)
+    assert row.split()[2:] == ["D", "D", "."]
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_results_are_brought_with_every_byte_looked_at(world):
+    far, here = world / "scratch", world / "here"
+    damaged = load(world / "words.yaml").cells(world / "cache", far)[2]
+    shard = next(damaged.path.glob("*.h5"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-40] + bytes(40))
+    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
+    shard.write_bytes(whole)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "words_run5: 2 brought, 0 here already, 0 not there" in done.stdout and "1m-neutral: " in done.stdout
+    assert "asked_run5: 2 brought, 0 here already, 1 not there" in done.stdout
+    assert not damaged.path.exists() or True
+    mine = load(world / "words.yaml").cells(world / "cache", here)
+    assert not mine[2].path.exists() and not list(mine[2].path.parent.glob(".*"))
+    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
+    assert done.returncode == 0 and "words_run5: 1 brought, 2 here already" in done.stdout, done.stderr
+    for name in ("words", "asked"):
+        experiment = load(world / f"{name}.yaml")
+        schema = experiment.schema(world / "cache")
+        for a, b in zip(experiment.cells(world / "cache", far), experiment.cells(world / "cache", here), strict=True):
+            if a.path.exists():
+                one, other = (read_cell(cell, schema, schema) for cell in (a, b))
+                assert all(list(map(str, one[key])) == list(map(str, other[key])) for key in schema)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--from", "nowhere"), "FROM=nowhere is no folder"),
+        (("--from", "{world}/scratch", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
+        (("--from", "{world}/scratch"), "is this scratch itself"),
+    ],
+)
+def test_what_cannot_be_brought_is_one_sentence(world, arguments, why):
+    done = run(world, "jobs.bring", *(text.format(world=world) for text in arguments))
+    assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_runs_cells_are_told_apart(world, tmp_path):
+    """Digests are in the paths: a run with other settings brings nothing."""
+    shutil.copytree(world / "scratch", tmp_path / "far")
+    for cells in (tmp_path / "far").glob("words_run5/cells"):
+        for path in list(cells.iterdir()):
+            path.rename(path.with_name(path.name[:-8] + "0" * 8))
+    done = run(world, "jobs.bring", "--from", str(tmp_path / "far"), SUITE_SCRATCH=str(tmp_path / "near"))
+    assert "words_run5: 0 brought, 0 here already, 3 not there, 3 of other settings or models" in done.stdout
