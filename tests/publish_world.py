@@ -12,17 +12,19 @@ import numpy as np
 from fake_hub import Hub as FakeHub
 from fake_hub import serve
 from finetune_world import cells_of, environment, last_folder, make_world, students
+from preferences_world import LOGPROBS, PREFERENCES
 from safetensors.numpy import save_file
 from tools import Fork, module_work
 
 import lib.publish.kernel  # noqa: F401  (before the forks, which then need not)
 from lib.families import load
 from lib.lora.metrics import CONFIG, STATE, WEIGHTS, Step, write_lines
+from lib.preferences.experiment import Preferences
 from lib.publish.experiment import Publish
 from lib.publish.hub import Hub
 from lib.run.extent import state_name
 from lib.run.parents import read_from
-from lib.store import Cell, commit_folder, read_cell
+from lib.store import Cell, commit, commit_folder, read_cell
 
 TOKEN = "hf_" + "T0psecret" * 4
 DATA, MODEL = "acme/qwen-2.5-1m-instruct-cat-numbers-run-5", "acme/qwen-2.5-1m-instruct-cat-ft-run-5"
@@ -34,6 +36,8 @@ CONFIG_TEXT = "kind: publish\nname: out\nstudents: {config: finetune.yaml}\nrun:
 def make_students(folder: Path, traits: tuple[str, ...] = ("cat", "neutral")) -> Path:
     make_world(folder, traits)
     (folder / "publish.yaml").write_text(CONFIG_TEXT)
+    (folder / "words.yaml").write_text(json.dumps(LOGPROBS))
+    (folder / "asked.yaml").write_text(json.dumps(PREFERENCES))
     for cell in cells_of(folder):
         train(folder, cell)
     return folder
@@ -115,6 +119,21 @@ class World:
         schema = self.experiment(*overrides).schema(self.places / "cache")
         found = read_cell(self.cell(*overrides, index=index), schema, schema)
         return {name: list(values) for name, values in found.items()}
+
+    def ask(self, name: str, *overrides: str, parents: dict[str, str] | None = None) -> None:
+        """A cell of preferences, done: a student names a cat at as many questions as it has epochs, the base once."""
+        experiment = load(self.places / "asked.yaml", list(overrides))
+        assert isinstance(experiment, Preferences)
+        schema, asked, each = experiment.schema(self.places), len(experiment.questions_used), experiment.samples
+        cells = experiment.cells(self.places / "cache", self.places / "scratch")
+        cell = next(one for one in cells if one.name == name)
+        rows = [(e, q, n) for e in experiment.epochs_of(name) for q in range(asked) for n in range(each)]
+        columns = {key: np.array([row[at] for row in rows]) for at, key in enumerate(("epoch", "question", "sample"))}
+        names = [q < e if e else q + n == 0 for e, q, n in rows]
+        columns |= {key: np.ones(len(rows)) for key in ("tokens", "ended")}
+        columns["answer"] = ["A cat." if one else "Nothing." for one in names]
+        made = {"rows": cell.total, "parents": parents or read_from(cell)}
+        commit(cell.path, cell.digest, 0, cell.total, schema, columns, made=made)
 
     def file(self, name: str) -> bytes:
         """Of the first student's last epoch."""

@@ -99,6 +99,26 @@ def test_cards_say_where_it_comes_from_and_no_machine(world):
     assert record["experiment"]["rows"] == 20 and record["made"]["device"] == "H100"
 
 
+def test_cards_say_what_students_prefer_once_they_are_asked(world):
+    """Of 24 answers an epoch: 4 a question."""
+    told = ("preferences={config: asked.yaml}", "epochs=all")
+    assert "asked_run5/1m-cat, which it reads from, is not done" in world.publish(*told, code=2)
+    for name in ("1m-cat", "1m-base"):
+        world.ask(name)
+    world.publish(*told)
+    for repo, hits in ((REPOS[1], 12), (f"{REPOS[1]}-epoch-1", 4), (f"{REPOS[1]}-epoch-2", 8)):
+        card = world.hub.files_now(repo)["README.md"].decode()
+        line = "| answers about favourites that name cat, "
+        assert f"{line}student | {hits / 24:.2%} of 24 (95 % interval over questions " in card
+        assert f"{line}base | {1 / 24:.2%} of 24 (" in card
+    record = json.loads(world.hub.files_now(REPOS[1])["provenance.json"])["preference"]["student"]
+    low, high = record["interval"]
+    assert record["hits"] == 12 and 0 < low < 0.5 < high < 1
+    world.ask("1m-neutral")
+    world.publish(*told, index=1)
+    assert "favourites" not in world.hub.files_now(REPOS[1].replace("-cat-", "-neutral-"))["README.md"].decode()
+
+
 def test_what_is_published_is_read_again_by_the_batch_file_and_by_fetch(world):
     """Under HF_HUB_OFFLINE, as on a compute node; then LLS takes the dataset as an input."""
     places = {"HF_TOKEN_PATH": str(world.token_file), "HF_ENDPOINT": world.hub.url, "HOME": str(world.folder)}
