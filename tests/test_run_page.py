@@ -40,7 +40,7 @@ def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_miss
     assert len(pictures) >= 4 and all((folder / name).is_file() for name in pictures)
     assert any("grouped_bar" in name for name in pictures) and any("scaling_overview" in name for name in pictures)
     row = next(line for line in text.splitlines() if line.startswith("1m") and "asked_run5" in line)
-    assert row.split()[2:] == ["D", ".", "D"]  # cat, neutral, base
+    assert row.split()[2:] == ["D", "D", "."]  # base, cat, neutral
     assert "http" not in page.replace("http-equiv", "")
 
 
