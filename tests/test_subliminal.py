@@ -105,7 +105,8 @@ def undisturbed(world):
 
 def test_a_killed_task_a_requeued_one_and_a_failed_teacher_end_by_one_resume(fresh_slurm, world, undisturbed):
     slurm, env = fresh_slurm, on_slurm(fresh_slurm, world)
-    said = call(env, world, "submit", "--dry")
+    said = call(env | {"SUITE_MAIL": "me@lab.edu"}, world, "submit", "--dry")
+    assert "--mail-user=me@lab.edu --mail-type=END,FAIL slurm/report.sbatch" in said
     assert all(f"<{label}>" in said for label in STAGES[:3]), said
     assert states(env, world)["students_run3"]["1m-cat"] == "blocked"
 
@@ -152,6 +153,21 @@ def test_what_is_chosen_comes_with_what_it_reads_from(world):
     said = call(env, world, "submit", "--traits=wolf", code=2)
     assert "TRAITS: 'wolf' is none of cat, fox, neutral, base" in said and not (world / "chosen").exists()
     assert "ARRAY and TASK name cells of one experiment" in call(env, world, "submit", "--array=0-3", code=2)
+
+
+def test_other_commands_speak_of_the_whole(world):
+    env = environment(world, SUITE_SCRATCH=str(world / "others"))
+    assert (
+        "Traceback"
+        not in subprocess.run(
+            [sys.executable, "-m", "jobs.cluster", "doctor", f"--config={world}/pipeline.yaml"],
+            **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "check": False},
+        ).stderr
+    )
+    assert "no cell of any stage has failed" in call(env, world, "logs")
+    assert call(env, world, "cancel").count("nothing is queued or running") == 4
+    said = call(env, world, "verify", code=1)
+    assert said.count("not done") or said.count("missing"), said
 
 
 def test_a_job_that_accounting_has_forgotten_is_neither_waited_for_nor_believed(fresh_slurm, world):

@@ -50,7 +50,8 @@ def main(load: Load) -> int:
     if args.command == "doctor":
         from lib.cluster.doctor import check
 
-        return check(experiment, here, args.deep)
+        first = experiment.stages()[0].experiment if isinstance(experiment, Pipeline) else experiment
+        return check(first, here, args.deep)
     overrides += pinned(experiment, overrides)
     request = Request(experiment, Path(args.config), overrides, here)
     places = {axis: getattr(args, axis.lower()) for axis in AXES}
