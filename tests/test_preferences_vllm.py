@@ -27,6 +27,7 @@ from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.models.engine import Adapter, Probe, Sampling, Setting, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess
+from lib.models.engine_vllm import DEFAULTS, ENVIRONMENT, VllmEngine
 from lib.preferences.proof import References
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
@@ -180,6 +181,16 @@ def test_merged_one_after_another_each_says_what_peft_says_and_the_base_after_th
         for number, logs in made.probes:
             name = probes[number].adapter and probes[number].adapter.name
             assert logs == pytest.approx(peft_says[name][number % PROBES], abs=2e-4), (name, order)
+
+
+def test_merged_over_several_gpus_is_refused_before_anything_is_loaded(monkeypatch):
+    for name in (*ENVIRONMENT, *DEFAULTS, "VLLM_BATCH_INVARIANT"):
+        monkeypatch.setenv(name, "0")  # and as it was afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one of two")
+    with pytest.raises(UserError, match=r"takes an engine on one GPU, and this one has 2: set run\.gpus=1"):
+        VllmEngine(Setting("/nowhere", "bfloat16", 16, 128, merged=True))
 
 
 def test_one_number_for_two_adapters_serves_the_first_twice_and_is_caught(world, peft_says, mistake):
