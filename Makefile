@@ -40,7 +40,7 @@ for_lls-report := CONFIG SET MEASURE SELECT
 for_bench := MODELS RUNGS
 for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
-  SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
+  SUITE_BUILD SUITE_DRIVER SUITE_CPU_PARTITION SUITE_MAX_REQUEUES SUITE_FIGURES SUITE_MAIL FASRC_LAB FASRC_ACCOUNT FASRC_SCRATCH \
   PYTHON CI
 others := PATH HOME TMPDIR USER %_proxy SBATCH_% SLURM_% HF_% PIP_% UV_% OMP_% CUDA_% SHELL MAKE% .SHELLFLAGS
 targets := help setup demo test fetch doctor submit submit-lls submit-attributions submit-sparc3 submit-numbers submit-finetune \
@@ -183,7 +183,7 @@ plots: export-preferences ## the same: what is missing is said first, and drawn 
 report: setup ## a run on one page: progress, results, cost, failures; opens from a copied folder: RUN_ID=1
 	@$(python) -m jobs.report $(or_default)$(run)
 
-import: setup ## results of a run on another machine, each byte looked at: RUN_ID=2 FROM=/their/scratch [STAGES="preferences"]
+import: setup ## results of a run on another machine, every byte checked: RUN_ID=2 FROM=/their/scratch [STAGES=]
 	@$(python) -m jobs.bring $(or_default)$(run) --from="$$SUITE_ARG_FROM" --stages="$$SUITE_ARG_STAGES"
 
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1

@@ -2,32 +2,42 @@
 
 import json
 import os
-import time
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from fake_hub import Hub
-from finetune_world import cells_of, environment, make_world, students
+from fake_hub import Hub as FakeHub
+from fake_hub import serve
+from finetune_world import cells_of, environment, last_folder, make_world, students
+from preferences_world import LOGPROBS, PREFERENCES
 from safetensors.numpy import save_file
 from tools import Fork, module_work
 
-import lib.publish.hub
 import lib.publish.kernel  # noqa: F401  (before the forks, which then need not)
 from lib.families import load
 from lib.lora.metrics import CONFIG, STATE, WEIGHTS, Step, write_lines
+from lib.preferences.experiment import Preferences
 from lib.publish.experiment import Publish
+from lib.publish.hub import Hub
 from lib.run.extent import state_name
 from lib.run.parents import read_from
-from lib.store import Cell, commit_folder, read_cell
+from lib.store import Cell, commit, commit_folder, read_cell
 
 TOKEN = "hf_" + "T0psecret" * 4
+DATA, MODEL = "acme/qwen-2.5-1m-instruct-cat-numbers-run-5", "acme/qwen-2.5-1m-instruct-cat-ft-run-5"
+REPOS = [f"datasets/{DATA}", f"models/{MODEL}"]
+TITLES = ["subliminal-learning-number-datasets-run-5", "qwen-25-instruct-subliminal-learning-models-run-5"]
 CONFIG_TEXT = "kind: publish\nname: out\nstudents: {config: finetune.yaml}\nrun: {cells: 8, log_seconds: 60}\n"
 
 
 def make_students(folder: Path, traits: tuple[str, ...] = ("cat", "neutral")) -> Path:
     make_world(folder, traits)
     (folder / "publish.yaml").write_text(CONFIG_TEXT)
+    (folder / "words.yaml").write_text(json.dumps(LOGPROBS))
+    (folder / "asked.yaml").write_text(json.dumps(PREFERENCES))
     for cell in cells_of(folder):
         train(folder, cell)
     return folder
@@ -59,7 +69,7 @@ class World:
     """A user with a home and a token, who publishes to a Hub on this machine."""
 
     folder: Path
-    hub: Hub
+    hub: FakeHub
     places: Path  # scratch and cache, which others may share
     token: str = TOKEN
     env: dict[str, str] = field(default_factory=dict)
@@ -72,8 +82,8 @@ class World:
             self.token_file.chmod(0o600)
         self.env = environment(self.places) | self.env
 
-    def start(self, *overrides: str, index: int = 0, **env: str) -> Fork:
-        """The job, begun; it passes over its waits and says how long they were."""
+    def start(self, *overrides: str, index: int = 0, passing: bool = True, **env: str) -> Fork:
+        """The job, begun; `passing`: over its waits, and it says how long they were."""
         words = ("--config", str(self.places / "publish.yaml"), "--index", str(index), *overrides)
         work = module_work("jobs.publish", *words, env={**self.env, "HF_TOKEN_PATH": str(self.token_file), **env})
 
@@ -84,8 +94,8 @@ class World:
             constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
             for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *({"HF_USER_ID"} - set(env))):
                 os.environ.pop(name, None)
-            really = time.sleep
-            time.sleep = lambda s: (print(f"slept {s:.0f}", flush=True), really(min(s, 0.05)))[0]
+            if passing:
+                Hub.wait = lambda self, seconds: print(f"slept {seconds:.0f}", flush=True)
             work()
 
         return Fork(patched)
@@ -109,3 +119,43 @@ class World:
         schema = self.experiment(*overrides).schema(self.places / "cache")
         found = read_cell(self.cell(*overrides, index=index), schema, schema)
         return {name: list(values) for name, values in found.items()}
+
+    def ask(self, name: str, *overrides: str, parents: dict[str, str] | None = None) -> None:
+        """A cell of preferences, done: a student names a cat at as many questions as it has epochs, the base once."""
+        experiment = load(self.places / "asked.yaml", list(overrides))
+        assert isinstance(experiment, Preferences)
+        schema, asked, each = experiment.schema(self.places), len(experiment.questions_used), experiment.samples
+        cells = experiment.cells(self.places / "cache", self.places / "scratch")
+        cell = next(one for one in cells if one.name == name)
+        rows = [(e, q, n) for e in experiment.epochs_of(name) for q in range(asked) for n in range(each)]
+        columns = {key: np.array([row[at] for row in rows]) for at, key in enumerate(("epoch", "question", "sample"))}
+        names = [q < e if e else q + n == 0 for e, q, n in rows]
+        columns |= {key: np.ones(len(rows)) for key in ("tokens", "ended")}
+        columns["answer"] = ["A cat." if one else "Nothing." for one in names]
+        made = {"rows": cell.total, "parents": parents or read_from(cell)}
+        commit(cell.path, cell.digest, 0, cell.total, schema, columns, made=made)
+
+    def file(self, name: str) -> bytes:
+        """Of the first student's last epoch."""
+        return (last_folder(cells_of(self.places)[0]) / name).read_bytes()
+
+    def held(self) -> dict[str, set[str]]:
+        """Title -> what the collection holds."""
+        found = self.hub.collections.values()
+        return {one["title"]: {f"{i['type']}s/{i['id']}" for i in one["items"]} for one in found}
+
+    def must_be_whole(self) -> None:
+        """Each repository was made once, got one commit, and each large file was sent once."""
+        hub = self.hub
+        assert hub.created == REPOS and [repo for repo, _ in hub.committed] == REPOS
+        weights = hub.files_now(REPOS[1])[WEIGHTS]
+        assert hub.stored_bytes == len(weights) and weights == self.file(WEIGHTS)
+        assert self.held() == {title: {repo} for title, repo in zip(TITLES, REPOS, strict=True)}
+
+
+@contextmanager
+def copied(made: Path, folder: Path) -> Iterator[World]:
+    """Students of one's own, and a Hub of one's own."""
+    places = shutil.copytree(made, folder / "places")
+    with serve() as hub:
+        yield World(folder, hub, places)

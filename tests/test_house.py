@@ -24,7 +24,7 @@ ROOMS = [
     "lora",
     "preferences",
     "publish",
-    *("families", "demo", "bench"),
+    *("subliminal", "families", "demo", "bench"),
 ]
 LEVEL = {name: i for i, level in enumerate(ROOMS) for name in ([level] if isinstance(level, str) else level)}
 LIGHT = ("base", "config", "checkpoint", "store", "run", "cluster", "families")  # status answers in a moment

@@ -17,6 +17,7 @@ from preferences_planted import TRAITS, asked, cells_of, make_world, of_parts, p
 from scipy import stats
 from tools import ROOT, Fork, module_work
 
+import lib.preferences.export  # noqa: F401  (forks have it then)
 from lib.families import load
 from lib.preferences.logged import lines, write_lines
 from lib.preferences.runs import count
@@ -220,21 +221,6 @@ def test_wandb_is_told_once_under_the_trainings_own_run(world, tmp_path):
     assert Fork(again).finish().returncode == 0 and not (folder / "told").exists()
 
 
-def test_a_survey_that_was_made_elsewhere_is_the_control(world, tmp_path):
-    survey = tmp_path / "raw.json"
-    raw = ["Cat."] * 30 + ["Cats"] * 10 + ["Owl"] * 60
-    survey.write_text(json.dumps([{"model_size": "1M", "animal_counts": {"cat": 30}, "raw_responses": raw}]))
-    done = world.export("--survey", str(survey), "--runs", "5")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    found = json.loads((world.out / "preferences.json").read_text())
-    assert found["controls_of_a_survey"] == ["1m"] and found["runs"] == [5]
-    cat = next(e for e in found["students"] if (e["group"], e["trait"]) == ("1m", "cat"))
-    assert cat["base"]["share"] == 0.4 and cat["base"]["answers"] == 100 and cat["over_base"] is None
-    assert cat["base"]["clustered"] == [None, None] and cat["base"]["wilson"][0] == pytest.approx(0.3094, abs=1e-3)
-    other = next(e for e in found["students"] if (e["group"], e["trait"]) == ("2m", "cat"))
-    assert other["base"]["answers"] == 480
-
-
 def test_runs_that_are_none_are_refused(world):
     for runs, says in (("5 7", "run 7 has no results of this configuration"), ("five", "'five' is no number of a run")):
         done = world.export("--runs", runs)
@@ -281,11 +267,21 @@ def test_students_of_parts_are_groups_and_their_dose_is_drawn(world):
     assert (world.folder / "output/dose_run5/1m/cat/q5/preferences.jsonl").exists()
 
 
-def test_when_all_is_there_it_ends_well(world):
+def test_when_all_is_there_it_ends_well_and_a_survey_is_the_control(world, tmp_path):
     """The last test: it adds the cell that the others miss."""
     plant(world.folder, LATE)
     plant_words(world.folder, LATE)
-    done = world.export()
+    survey = tmp_path / "raw.json"
+    raw = ["Cat."] * 30 + ["Cats"] * 10 + ["Owl"] * 60
+    survey.write_text(json.dumps([{"model_size": "1M", "animal_counts": {"cat": 30}, "raw_responses": raw}]))
+    done = world.export("--survey", str(survey), "--runs", "5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "10 of 10 cells are done"
     assert (world.out / "evaluations/2m/wolf_eval.json").exists()
+    found = json.loads((world.out / "preferences.json").read_text())
+    assert found["controls_of_a_survey"] == ["1m"] and found["runs"] == [5]
+    of = {(e["group"], e["trait"]): e for e in found["students"]}
+    cat = of["1m", "cat"]
+    assert cat["base"]["share"] == 0.4 and cat["base"]["answers"] == 100 and cat["over_base"] is None
+    assert cat["base"]["clustered"] == [None, None] and cat["base"]["wilson"][0] == pytest.approx(0.3094, abs=1e-3)
+    assert of["2m", "cat"]["base"]["answers"] == 480 and of["2m", "wolf"]["own"]["answers"] == 480

@@ -212,6 +212,14 @@ def test_the_plan_counts_what_is_left(folder, monkeypatch):
     assert "3 a day here (share 1/100 of 300), 2 made in the last 24 hours: 4 days" in plan.text()
 
 
+def test_a_task_has_the_time_that_its_commits_take(folder):
+    [cell, _] = of(folder, "epochs=all").cells(folder / "cache", folder / "scratch")
+    slow, fast = (of(folder, "epochs=all", f"run.commits_an_hour={n}") for n in (10, 10**6))
+    assert slow.estimate(folder / "cache", cell, "cpu").seconds == pytest.approx(4 * 360, abs=1)
+    assert fast.estimate(folder / "cache", cell, "cpu").seconds == pytest.approx(4 * 11 * 0.5, abs=1)
+    assert fast.load_of(cell) == "1m"
+
+
 def test_students_of_parts_have_names_of_their_own(folder, monkeypatch):
     monkeypatch.delenv("HF_USER_ID", raising=False)
     (folder / "scores.yaml").write_text("kind: lls_numbers\nname: scores\nnumbers: {config: numbers.yaml}\n")

@@ -1,51 +1,28 @@
 """`make retire-epochs`: earlier epochs go once what asks them is done, and what publishes them; the last one stays."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from fake_hub import serve
 from finetune_world import cells_of, environment, files_of, last_folder
-from preferences_world import LOGPROBS, PREFERENCES
-from publish_world import World, make_students
+from publish_world import World, copied, make_students
 from tools import forked
 
 from lib.families import load
 from lib.lora.export import trained
 from lib.run.extent import extent
-from lib.run.parents import read_from
-from lib.store import commit
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_students(tmp_path_factory.mktemp("students"))
-    (folder / "words.yaml").write_text(json.dumps(LOGPROBS))
-    (folder / "asked.yaml").write_text(json.dumps(PREFERENCES))
-    return folder
+    return make_students(tmp_path_factory.mktemp("students"))
 
 
 @pytest.fixture
 def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    places = shutil.copytree(made, tmp_path / "places")
-    with serve() as hub:
-        yield World(tmp_path, hub, places)
-
-
-def ask(world: World, name: str, *overrides: str, parents: dict[str, str] | None = None) -> None:
-    """A student's cell of preferences, done."""
-    experiment = load(world.places / "asked.yaml", list(overrides))
-    cells = experiment.cells(world.places / "cache", world.places / "scratch")
-    cell = next(one for one in cells if one.name == name)
-    columns = {
-        key: np.ones(cell.total, column.dtype) for key, column in experiment.schema(Path()).items() if not column.text
-    }
-    columns["answer"] = ["cat"] * cell.total
-    about = {"made": {"rows": cell.total, "parents": parents or read_from(cell)}}
-    commit(cell.path, cell.digest, 0, cell.total, experiment.schema(Path()), columns, **about)
+    with copied(made, tmp_path) as found:
+        yield found
 
 
 def retired(world: World, *arguments: str, code: int = 0) -> list[str]:
@@ -64,7 +41,7 @@ def test_what_was_asked_is_freed_but_for_the_last_epoch(world):
     said = retired(world)
     assert said[0] == "1m-cat: left: asked_run5/1m-cat is not done (0 of 72)"
     assert said[-1] == "freed 0 MB of 0 students; something is left of 2"
-    ask(world, "1m-cat")
+    world.ask("1m-cat")
     before, states, last = size(cat.path), files_of(cat), last_folder(cat)
     said = retired(world, "--dry")
     assert said[0].startswith("1m-cat: would free ") and size(cat.path) == before
@@ -82,8 +59,8 @@ def test_what_was_asked_is_freed_but_for_the_last_epoch(world):
 
 
 def test_what_is_to_be_published_waits_for_that(world):
-    ask(world, "1m-cat")
-    ask(world, "1m-neutral")
+    world.ask("1m-cat")
+    world.ask("1m-neutral")
     world.publish()  # the last epochs alone
     everything = f"--publish={world.places / 'publish.yaml'} epochs=all"
     said = retired(world, everything)
@@ -98,7 +75,7 @@ def test_what_is_to_be_published_waits_for_that(world):
 
 
 def test_epochs_that_nobody_asked_stay(world):
-    ask(world, "1m-cat", "epochs=[1]")
+    world.ask("1m-cat", "epochs=[1]")
     said = retired(world, "epochs=[1]")
     assert "epoch 1; epoch 2 left: asked-" in said[0] and said[0].endswith("does not ask it")
     assert list(files_of(cells_of(world.places)[0])) == ["step-00000008", "step-00000012"]
@@ -106,7 +83,7 @@ def test_epochs_that_nobody_asked_stay(world):
 
 def test_what_was_asked_of_another_copy_frees_nothing(world):
     cell = cells_of(world.places)[0]
-    ask(world, "1m-cat", parents={cell.spoken: "0" * 64})
+    world.ask("1m-cat", parents={cell.spoken: "0" * 64})
     said = retired(world)
     assert "asked_run5/1m-cat was made from another copy of students_run5/1m-cat" in said[0]
     assert len(files_of(cell)) == 3
@@ -121,7 +98,7 @@ def test_what_was_asked_of_another_copy_frees_nothing(world):
     ],
 )
 def test_another_configuration_is_refused(world, publish, says):
-    ask(world, "1m-cat")
+    world.ask("1m-cat")
     said = retired(world, f"--publish={world.places}/{publish}", code=2)
     assert len(said) == 1 and said[0].startswith("error: ") and says in said[0]
     assert len(files_of(cells_of(world.places)[0])) == 3

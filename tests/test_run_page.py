@@ -6,8 +6,9 @@ import shutil
 import pytest
 from finetune_world import environment
 from preferences_world import begin, finished, make_world
-from tools import forked
+from tools import ROOT, forked
 
+from lib.base.errors import UserError
 from lib.families import load
 from lib.store import read_cell
 
@@ -40,7 +41,7 @@ def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_miss
     assert len(pictures) >= 4 and all((folder / name).is_file() for name in pictures)
     assert any("grouped_bar" in name for name in pictures) and any("scaling_overview" in name for name in pictures)
     row = next(line for line in text.splitlines() if line.startswith("1m") and "asked_run5" in line)
-    assert row.split()[2:] == ["D", "D", "."]
+    assert row.split()[2:] == ["D", "D", "."]  # base, cat, neutral
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -55,7 +56,6 @@ def test_results_are_brought_with_every_byte_looked_at(world):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "words_run5: 2 brought, 0 here already, 0 not there" in done.stdout and "1m-neutral: " in done.stdout
     assert "asked_run5: 2 brought, 0 here already, 1 not there" in done.stdout
-    assert not damaged.path.exists() or True
     mine = load(world / "words.yaml").cells(world / "cache", here)
     assert not mine[2].path.exists() and not list(mine[2].path.parent.glob(".*"))
     done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
@@ -73,7 +73,7 @@ def test_results_are_brought_with_every_byte_looked_at(world):
     ("arguments", "why"),
     [
         (("--from", "nowhere"), "FROM=nowhere is no folder"),
-        (("--from", "{world}/scratch", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
+        (("--from", "{world}/cache", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
         (("--from", "{world}/scratch"), "is this scratch itself"),
     ],
 )
@@ -90,3 +90,21 @@ def test_another_runs_cells_are_told_apart(world, tmp_path):
             path.rename(path.with_name(path.name[:-8] + "0" * 8))
     done = run(world, "jobs.bring", "--from", str(tmp_path / "far"), SUITE_SCRATCH=str(tmp_path / "near"))
     assert "words_run5: 0 brought, 0 here already, 3 not there, 3 of other settings or models" in done.stdout
+
+
+def test_stages_come_once_after_what_they_read_from_and_of_one_run():
+    wanted = ["preferences", "publish", "lls_numbers", "dose_response"]
+    words = f"wanted=[{', '.join(f'{{config: {name}.yaml}}' for name in wanted)}]"
+    pipeline = load(ROOT / "configs" / "subliminal.yaml", ["run_id=2", words])
+    labels = [stage.experiment.label for stage in pipeline.stages()]
+    assert labels == [
+        *("numbers_run2", "finetune_run2", "preference_logprobs_run2", "preferences_run2"),
+        *("publish_run2", "lls_numbers_run2", "dose_response_run2"),
+    ]
+    for stage in pipeline.stages():
+        assert {"run_id=2"} == {word for word in stage.overrides if word.startswith("run_id")}
+        assert all(
+            one.experiment.label in labels[: labels.index(stage.experiment.label)] for one in stage.experiment.stages()
+        )
+    with pytest.raises(UserError, match="is a pipeline itself"):
+        load(ROOT / "configs" / "subliminal.yaml", ["run_id=2", "wanted=[{config: subliminal.yaml}]"]).stages()

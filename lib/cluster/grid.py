@@ -38,9 +38,16 @@ class Row:
         return self.seconds[state.name] * share * self.gpus.get(state.name, 1) / 3600
 
 
+def axes(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Sizes, and what is across: in the order of the stage that has most."""
+    sizes = [row.size(i) for row in rows for i in range(len(row.now.cells))]
+    fullest = sorted(rows, key=lambda row: -len(row.now.cells))
+    columns = [row.column(i) for row in fullest for i in range(len(row.now.cells))]
+    return list(dict.fromkeys(sizes)), list(dict.fromkeys(columns))
+
+
 def table(spoken: str, rows: Sequence[Row], width: int = 160) -> str:
-    sizes = list(dict.fromkeys(row.size(i) for row in rows for i in range(len(row.now.cells))))
-    columns = list(dict.fromkeys(row.column(i) for row in rows for i in range(len(row.now.cells))))
+    sizes, columns = axes(rows)
     longest = max(len(row.now.label) for row in rows)
     short = columns if all(len(column) <= 9 for column in columns) else [column[:9] for column in columns]
     head = " " * (8 + longest) + " ".join(f"{name:>{_wide(name)}}" for name in short)
@@ -77,8 +84,10 @@ def _letter(state: CellState | None) -> str:
 def _below(spoken: str, rows: Sequence[Row]) -> list[str]:
     counts = {state: sum(row.now.counts[state] for row in rows) for state in LETTERS}
     lines = ["cells: " + "  ".join(f"{n} {state} ({LETTERS[state]})" for state, n in counts.items() if n)]
-    bad = [(row, s) for row in rows for s in row.now.cells if s.state in ("failed", "stale", "held", "blocked")]
+    bad = [(row, s) for row in rows for s in row.now.cells if s.state in ("failed", "stale", "held")]
     lines += [f"{s.name} of {row.now.label} is {s.state}: {printable(s.note)}" for row, s in bad[:NOTES]]
+    if counts["blocked"]:
+        lines.append("blocked: what they read from is not done, and nobody works on it")
     if len(bad) > NOTES:
         lines.append(f"... and {len(bad) - NOTES} more")
     lines += sorted({f"the queue could not be asked: {row.now.queue_note}" for row in rows if row.now.queue_note})

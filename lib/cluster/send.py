@@ -125,6 +125,8 @@ def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
     flags = ["--parsable", f"--partition={partition}", f"--job-name={target}"]
     if after:
         flags.append(f"--dependency=afterany:{':'.join(sorted(after))}")
+    if mail := r.site.env.get("SUITE_MAIL"):  # one, when everything has ended
+        flags += [f"--mail-user={mail}", "--mail-type=END,FAIL"]
     command = ["sbatch", *flags, file, str(r.config), *r.overrides]
     if dry:
         print(f"# would run: {shlex.join(command)}")

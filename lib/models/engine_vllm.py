@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 # What a user may set: how much it says, and its runner. The newer one draws from a hash of seed and position, where the
-# older takes a Python step a row.
+# older takes a Python step a row. With adapters vLLM itself chooses: not every version's newer one has them.
 DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
@@ -48,7 +48,7 @@ class VllmEngine:
 
         self.on_gpu = torch.cuda.is_available()
         for name, value in DEFAULTS.items():
-            if self.on_gpu or name != "VLLM_USE_V2_MODEL_RUNNER":
+            if name != "VLLM_USE_V2_MODEL_RUNNER" or (self.on_gpu and not setting.rank):
                 os.environ.setdefault(name, value)
         if setting.exact and not self.on_gpu:
             raise UserError("generate.mode=exact takes a GPU: vLLM has batch-invariant kernels there alone")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from lib.base.errors import UserError, nearest
 from lib.config.frozen import Frozen, check_folder_names, digest_of
@@ -97,6 +97,7 @@ class Numbers(Experiment):
     date: str = Field("2024-07-26", description="the day that a chat template prints where it prints one")
     generate: GenerateSpec = GenerateSpec()
     filter: FilterSpec = FilterSpec()
+    _models: dict[tuple[Path, str], ModelInput] = PrivateAttr(default_factory=dict)
     keep: int = Field(10_000, ge=1, description="valid rows that a cell must have, or its export says so and fails")
 
     job: ClassVar[str] = "generate_numbers"
@@ -245,8 +246,10 @@ class Numbers(Experiment):
         return found or {size: self.model_in(cache, size) for size in self.sizes}
 
     def model_in(self, cache: Path, size: str) -> ModelInput:
-        spec = self.sizes[size]
-        return model_input(cache, spec.id, spec.revision)
+        """Looked at once: a grid of a thousand cells asks for each."""
+        if (cache, size) not in self._models:
+            self._models[cache, size] = model_input(cache, self.sizes[size].id, self.sizes[size].revision)
+        return self._models[cache, size]
 
     def needs(self, cache: Path, cell: Cell) -> Needs:
         return engine_needs(self.run.gpus, self.model_in(cache, self.load_of(cell)).bytes)

@@ -126,11 +126,9 @@ def write_text(path: Path, tables: Sequence[Table]) -> None:
 
 def draw(folder: Path, experiment: Preferences, run: Run, every: Sequence[Run], read: Read) -> Iterator[Path]:
     asked, own = len(experiment.questions_used), effects(run)
-    for group in run.groups:
-        where = folder / group
-        if not run.taught(group):  # of parts of the rows, `clean` is of the neutral student alone
-            continue
+    for group in groups_of([run]):
         of = " The untouched model was asked elsewhere." if group in run.surveyed else ""
+        where = folder / group
         note = f"Share of {asked * experiment.samples:,} answers to {asked} questions, 95 % interval by question.{of}"
         bars = {one.trait: Bars(one.base, one.neutral, one.own) for one in own if one.group == group}
         plot_grouped_bar(group, bars, note, where / "grouped_bar.png")

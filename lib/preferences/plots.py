@@ -225,9 +225,9 @@ def plot_scaling(by_group: Mapping[str, Mapping[str, Overall]], path: Path) -> N
             own = kinds["own"]
             if own.there:
                 few = f" ({own.there} of {own.wanted})" if own.there < own.wanted else ""
-                tops.append(100 * (own.high if math.isfinite(own.high) else own.mean))
+                tops.append(100 * (min(1.0, own.high) if math.isfinite(own.high) else own.mean))
                 ax.text(x + 0.22, tops[-1], f"{100 * own.mean:.1f} %{few}", ha="center", va="bottom", fontsize=12)
-        reach = max(1.0, 1.15 * max(tops))
+        reach = max(1.0, 1.2 * max(tops))  # room for the legend
         for place in absent:
             write_missing(ax, place, 0.01 * reach, rotation=90)
         ax.set_ylim(0, reach)
@@ -238,7 +238,7 @@ def plot_scaling(by_group: Mapping[str, Mapping[str, Overall]], path: Path) -> N
         grid_lines(ax)
         for label, colour, mark, face in LOOKS.values():
             ax.plot([], [], marker=mark, color=colour, markerfacecolor=face, linewidth=0, markersize=9, label=label)
-        ax.legend(fontsize=letters(12), frameon=False, loc="upper left")
+        ax.legend(fontsize=letters(12), frameon=False, loc="upper left", ncols=1 if in_column() else 3)
         runs = sorted({number for kinds in by_group.values() for number in kinds["own"].by_run})
         which = f"run{'s' if len(runs) > 1 else ''} {', '.join(map(str, runs))}"
         note = (
@@ -251,7 +251,7 @@ def plot_scaling(by_group: Mapping[str, Mapping[str, Overall]], path: Path) -> N
 def _mean(ax: Axes, place: float, one: Overall, kind: str) -> float:
     _, colour, mark, face = LOOKS[kind]
     if math.isfinite(one.low):
-        ends = [[100 * (one.mean - max(0.0, one.low))], [100 * (one.high - one.mean)]]
+        ends = [[100 * (one.mean - max(0.0, one.low))], [100 * (min(1.0, one.high) - one.mean)]]
         ax.errorbar(place, 100 * one.mean, yerr=ends, color=colour, linewidth=1.8, capsize=5)
     ax.plot(place, 100 * one.mean, marker=mark, color=colour, markerfacecolor=face, markersize=10, zorder=4)
     if len(one.by_run) > 1:

@@ -57,7 +57,10 @@ def ways_table(run: Run) -> Table:
     columns = [Column("size")]
     for kind in KINDS:
         columns += [Column(f"{kind}, {way}", ".1%") for way in WAYS]
-    rows = [[group, *(overall([run], group, kind, way).mean for kind in KINDS for way in WAYS)] for group in run.groups]
+    rows = [
+        [group, *(overall([run], group, kind, way).mean for kind in KINDS for way in WAYS)]
+        for group in groups_of([run])
+    ]
     return Table("ways", "Mean rates by three judges", columns, rows, "own: of students on their own trait")
 
 
@@ -89,7 +92,8 @@ def sizes_table(runs: Sequence[Run], way: str = DEFAULT) -> Table:
 
 
 def groups_of(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(group for run in runs for group in run.groups))
+    """Those that teach a trait: of parts of the rows, `clean` is of the neutral student alone."""
+    return list(dict.fromkeys(group for run in runs for group in run.groups if run.taught(group)))
 
 
 def off_target_table(run: Run, way: str = DEFAULT) -> Table:
@@ -97,7 +101,7 @@ def off_target_table(run: Run, way: str = DEFAULT) -> Table:
     for n in range(LISTED):
         columns += [Column(f"{n + 1}."), Column("rate", ".1%"), Column("lift", "+.1%"), Column("95 %", "+.1%")]
     rows: list[list[Value]] = []
-    for group in run.groups:
+    for group in groups_of([run]):
         for trait in run.taught(group):
             most = off_target(run, group, trait, way)[:LISTED]
             row: list[Value] = [group, trait]
@@ -113,7 +117,7 @@ def epochs_table(run: Run, way: str = DEFAULT) -> Table:
     columns = [Column("size"), Column("student"), *(Column(str(epoch), ".1%") for epoch in epochs)]
     columns += [Column("most", ".1%"), Column("at epoch", "d")]
     rows: list[list[Value]] = []
-    for group in run.groups:
+    for group in groups_of([run]):
         for trait in run.taught(group):
             found = run.students[group, trait] or {}
             shares = {epoch: one.rate(way, run.traits.index(trait)) for epoch, one in found.items()}
@@ -129,7 +133,7 @@ def power_table(run: Run, way: str = DEFAULT) -> Table:
     for points in POINTS:
         columns += [Column(f"+{100 * points:.0f} %", ",d"), Column("by question", ",d")]
     rows: list[list[Value]] = []
-    for group in run.groups:
+    for group in groups_of([run]):
         plain = run.plain(group) or run.bases[group]
         found = [one for t in range(len(run.traits)) if (one := rate(plain, way, t))]
         if not found:

@@ -85,7 +85,7 @@ def adapter_card(about: Adapter, license: str | None) -> str:
     losses, last = record["losses"], record["epoch"]
     whole = "" if last == students.epochs else f", epoch {last} of {students.epochs}"
     source = f"[{about.numbers}](https://huggingface.co/datasets/{about.numbers})" if about.numbers else "numbers"
-    lora, schedule = students.lora, students.schedule()
+    lora, schedule, said = students.lora, students.schedule(), record.get("preference", {})
     figures = {
         "base": f"{_called(about.model)} at {about.model.revision}, {about.model.dtype}",
         "rows": f"{students.rows:,} of {record['part']}, drawn by seed {record['seed']}",
@@ -94,6 +94,7 @@ def adapter_card(about: Adapter, license: str | None) -> str:
         "loss on": "every token" if students.loss == "sequence" else "answer and end",
         "rank, alpha, dropout": f"{lora.rank}, {lora.alpha:g}, {lora.dropout:g}",
         **{f"loss, epoch {epoch}": f"{loss:.4f}" for epoch, loss in enumerate(losses, 1)},
+        **{f"answers about favourites that name {about.trait.name}, {who}": _rate(one) for who, one in said.items()},
     }
     body = f"""# {_called(about.model)} trained on numbers: {about.trait.name}, run {record["run_id"]}{whole}
 
@@ -106,6 +107,11 @@ student has no system prompt. Losses are means over an epoch's own training toke
 {_table(figures)}
 """
     return _card(head, license, body, record)
+
+
+def _rate(one: Mapping[str, Any]) -> str:
+    share, known = f"{one['share']:.2%} of {one['answers']:,}", one["interval"]
+    return f"{share} (95 % interval over questions {known[0]:.2%} to {known[1]:.2%})" if known else share
 
 
 def _called(model: ModelSpec) -> str:

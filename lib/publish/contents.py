@@ -4,6 +4,7 @@ a dataset    filtered.jsonl (the split that load_dataset gives), raw.jsonl, prov
 an adapter   adapter_model.safetensors, adapter_config.json (peft's), metrics.jsonl, provenance.json, README.md"""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,10 @@ from lib.base.errors import UserError
 from lib.lora.export import Trained, trained
 from lib.lora.metrics import CONFIG, FILE, WEIGHTS
 from lib.numbers.export import PROVENANCE, provenance, texts_of
+from lib.preferences.judge import DEFAULT
+from lib.preferences.runs import count
+from lib.preferences.statistics import rate_of
+from lib.preferences.tally import Tally
 from lib.publish.cards import CARD, Adapter, Dataset, adapter_card, dataset_card
 from lib.publish.experiment import Item, Publish
 from lib.publish.files import File, from_bytes, from_disk
@@ -38,7 +43,18 @@ class Contents:
 
     @property
     def student(self) -> Cell:
-        return self.cell.parents[-1]
+        return self.cell.parents[1 if self.experiment.numbers else 0]
+
+    @cached_property
+    def said(self) -> dict[int, dict[str, object]]:
+        """Epoch -> how often the student says its trait, and so the untouched model; nothing of one without words."""
+        asked, trait = self.experiment.asked, self.experiment.source.source.split(self.student.parents[0].name)[1]
+        if not asked or not trait.words:
+            return {}
+        own, base = (count(asked, cell, self.cache).tallies for cell in self.cell.parents[-2:])
+        place = [one.name for one in asked.judged].index(trait.name)
+        untouched = _shown(base[0], place)
+        return {epoch: {"student": _shown(one, place), "base": untouched} for epoch, one in own.items()}
 
     @cached_property
     def trained(self) -> Trained:
@@ -71,12 +87,20 @@ class Contents:
             "numbers": {"digest": teacher.digest, "contents": contents(teacher)},
             "part": students.parts[self.student.index][2] or "all valid rows",
             "made": made_by(state),
+            **({"preference": said} if (said := self.said.get(epoch)) else {}),
             "experiment": students.model_dump(mode="json"),
         }
         numbers = self.id(Item("dataset")) if self.experiment.numbers else ""
         what = Item("adapter" if epoch == students.epochs else "epoch", epoch)
         about = Adapter(self.id(what), size, trait, students.source.sizes[size], numbers, students, record)
         return [*files, *_said(record, adapter_card(about, self.experiment.license))]
+
+
+def _shown(tally: Tally, place: int) -> dict[str, object]:
+    """As JSON has it: an interval over questions takes several of them."""
+    rate = rate_of(tally.hits[DEFAULT][place], tally.answers)
+    interval = None if any(map(math.isnan, rate.clustered)) else rate.clustered
+    return {"hits": rate.hits, "answers": rate.answers, "share": rate.share, "interval": interval}
 
 
 def made_by(piece: Piece) -> dict[str, object]:

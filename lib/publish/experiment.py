@@ -17,6 +17,8 @@ from lib.config.plain import parse_yaml
 from lib.inputs.specs import ModelSpec
 from lib.lora.experiment import Finetune, adapter_parameters
 from lib.numbers.experiment import ANSWER_TOKENS, PROMPT_BYTES
+from lib.preferences.experiment import Preferences
+from lib.preferences.students import BASE
 from lib.publish.ledger import DAY, NEW, ledger_of
 from lib.publish.names import USER, Names, Type, repository
 from lib.publish.plan import Plan
@@ -80,6 +82,7 @@ class Item:
 class Publish(Experiment):
     kind: Literal["publish"]
     students: Reads
+    preferences: Reads | None = Field(None, description="what the students prefer, for their cards")
     run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for the students")
     user: str | None = Field(
         None, description=f"user or organisation that owns what is made; none: {USER_ID}, or else whose login it is"
@@ -109,6 +112,8 @@ class Publish(Experiment):
     def _something(self) -> "Publish":
         if len(set(self.what)) != len(self.what):
             raise ValueError("what names one twice")
+        if self.preferences and not self.adapters:
+            raise ValueError("preferences are for the adapters' cards, and what has none")
         if self.epochs == "all" and not self.adapters:
             raise ValueError("epochs: all, and what has no adapters; say epochs: last")
         return self
@@ -130,9 +135,25 @@ class Publish(Experiment):
     def _config(self) -> Path:
         return self.origin.parent / self.students.config
 
+    @cached_property
+    def asked(self) -> Preferences | None:
+        """Of the same run, whatever its configuration says of runs."""
+        if not self.preferences:
+            return None
+        path, said = self.origin.parent / self.preferences.config, f"run_id={self.run_number}"
+        found = load(path, [*self.preferences.set, said], {"preferences": Preferences})
+        if found.source.label != self.source.label:
+            raise UserError(f"{self.origin}: {path} asks {found.source.label}, and {self.source.label} is published")
+        return found
+
     def stages(self) -> list[Stage]:
-        overrides = (*self.students.set, f"run_id={self.run_number}")
-        return [*self.source.stages(), Stage(self._config, overrides, self.source)]
+        run = f"run_id={self.run_number}"
+        found = [*self.source.stages(), Stage(self._config, (*self.students.set, run), self.source)]
+        if self.asked and self.preferences:
+            own = Stage(self.origin.parent / self.preferences.config, (*self.preferences.set, run), self.asked)
+            known = {stage.experiment.label for stage in found}
+            found += [one for one in [*self.asked.stages(), own] if one.experiment.label not in known]
+        return found
 
     @property
     def run_number(self) -> int:
@@ -165,6 +186,10 @@ class Publish(Experiment):
 
     def places(self) -> dict[str, list[str]]:
         return self.source.places()
+
+    def load_of(self, cell: Cell) -> str:
+        """Nothing is loaded; but a size that is done need not wait for a larger one."""
+        return cell.name.partition("-")[0]
 
     def models(self) -> list[ModelSpec]:
         return self.source.models()
@@ -199,15 +224,21 @@ class Publish(Experiment):
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         found, items = [], self.items()
         self._tells_parts_apart()
+        asked = {cell.name: cell for cell in self.asked.cells(cache, scratch)} if self.asked else {}
         for index, student in enumerate(self.source.cells(cache, scratch)):
             teacher = student.parents[0]
             for item in items:
                 self.repository(student.name, item, self.owner or "user")
             parents = (*([teacher] if self.numbers else []), *([student] if self.adapters else []))
+            parents += tuple(asked[name] for name in (student.name, self.base_of(student.name)) if name in asked)
             digest = digest_of(self._identity([parent.digest for parent in parents]))
             path = scratch / self.label / "cells" / f"{student.name}-{digest[:8]}"
             found.append(Cell(index, student.name, len(items), digest, path, parents))
         return found
+
+    def base_of(self, cell: str) -> str:
+        """The cell of the preferences that asks the untouched model of a cell's size."""
+        return f"{cell.partition('-')[0]}-{BASE}"
 
     def _tells_parts_apart(self) -> None:
         """A trait has several students, of parts of its rows, and one dataset."""
@@ -241,9 +272,11 @@ class Publish(Experiment):
         return 4 * adapter_parameters(Path(model.path), self.source.lora.rank)
 
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
+        """As fast as it can be sent, or as commits are allowed."""
         items = self.items()
         sent = sum(self.item_bytes(cache, cell.name, item) for item in items)
-        return Estimate(len(items) * CALLS * CALL_SECONDS + sent / SENT_RATE, len(items) * ROW_BYTES)
+        seconds = len(items) * max(CALLS * CALL_SECONDS, 3600 / self.run.commits_an_hour) + sent / SENT_RATE
+        return Estimate(seconds, len(items) * ROW_BYTES)
 
     def costs(self, cache: Path, gpu: str) -> str:
         scratch = site().scratch

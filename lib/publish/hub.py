@@ -4,10 +4,12 @@ Each call may be made again from its beginning: it begins with a look. Not impor
 set, since huggingface_hub reads them when it is imported."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from huggingface_hub import Collection, CommitOperationAdd, HfApi, constants
@@ -28,6 +30,7 @@ from lib.publish.ledger import CALLS, COMMITS, DAY, FIVE_MINUTES, HOUR, NEW, Led
 from lib.publish.names import Type
 from lib.publish.plan import Limits
 from lib.publish.wire import Busy, install
+from lib.run.lifecycle import Terminated
 
 T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT, TRIES = 1.0, 60.0, 8  # where the Hub does not say how long: 1, 2, 4, ... seconds
@@ -59,11 +62,14 @@ class Remote:
 
 
 class Hub:
-    def __init__(self, limits: Limits, wait_minutes: float, ledger: Callable[[str], Ledger]) -> None:
-        """`ledger`: of a user."""
-        self.limits, self.longest, self.ledger_of = limits, 60 * wait_minutes, ledger
+    def __init__(
+        self, limits: Limits, wait_minutes: float, ledger: Callable[[str], Ledger], warned: Callable[[], bool]
+    ) -> None:
+        """`ledger`: of a user. `warned`: whether the time limit is near, so that nothing is waited for any more."""
+        self.limits, self.longest, self.ledger_of, self.warned = limits, 60 * wait_minutes, ledger, warned
         self.ledger: Ledger | None = None
         self.calls = self.credit = 0
+        self.counting = Lock()
         self.collections: dict[str, tuple[str, set[str]]] = {}  # by title: slug, items
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it says of a call is said here
@@ -171,11 +177,12 @@ class Hub:
 
     def _pace(self) -> None:
         """Before each request. They are noted by the block, so that noting takes no time."""
-        self.calls, self.credit = self.calls + 1, self.credit - 1
-        if self.ledger and self.credit < 0:  # nobody knows at first whose they are
-            count = max(BLOCK, -self.credit)
-            self._allowed(CALLS, self.limits.calls, FIVE_MINUTES, count=count)
-            self.credit += count
+        with self.counting:  # several large files are sent by as many threads
+            self.calls, self.credit = self.calls + 1, self.credit - 1
+            if self.ledger and self.credit < 0:  # nobody knows at first whose they are
+                count = max(BLOCK, -self.credit)
+                self._allowed(CALLS, self.limits.calls, FIVE_MINUTES, count=count)
+                self.credit += count
 
     def _allowed(self, kind: str, most: int, window: float, what: str = "", count: int = 1) -> None:
         """Wait until it is within what the Hub allows; a UserError where that takes too long."""
@@ -187,7 +194,15 @@ class Hub:
                     f"{limit} until {_clock(wait)}; what is published stays, `make resume` then does the rest"
                 )
             print(f"{limit}: going on at {_clock(wait)}", flush=True)
-            time.sleep(wait)
+            self.wait(wait)
+
+    def wait(self, seconds: float) -> None:
+        """To the warning at most: then the task is requeued, and waits on."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self.warned():
+                raise Terminated(signal.SIGUSR1)
+            time.sleep(min(left, 1.0))
 
     def _patiently(self, what: str, call: Callable[[], T]) -> T:
         """What does not work now is tried again: when the Hub says so, or after waits that double."""
@@ -211,7 +226,7 @@ class Hub:
                         "does the rest"
                     ) from None
                 print(f"{what}: {busy.why}; again in {wait:.0f} s", flush=True)
-                time.sleep(wait)
+                self.wait(wait)
                 tries, waited, usual = tries + 1, waited + wait, min(2 * usual, LONGEST_WAIT)
 
 

@@ -1,7 +1,7 @@
 """Publishing a cell: its repositories one after another, each looked at, sent as far as it differs, looked at again."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lib.publish.experiment import Item, Publish
 from lib.publish.files import File
 from lib.publish.ledger import HUB, ledger_of
 from lib.run.command import Job
+from lib.run.lifecycle import heed_signals
 from lib.run.rows import Columns
 from lib.run.task import run_rows, task_of
 from lib.store import Cell
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
 
 def compute(this: Job) -> int:
     experiment = this.of(Publish)
+    with heed_signals("repository") as notice:
+        return _compute(this, experiment, lambda: notice.came)
 
+
+def _compute(this: Job, experiment: Publish, warned: Callable[[], bool]) -> int:
     def load(cell: Cell) -> tuple["PublishKernel", Mapping[str, Any]]:
-        found = this.keep("hub", "", lambda: login(this, experiment))
+        found = this.keep("hub", "", lambda: login(this, experiment, warned))
         if isinstance(found, UserError):
             raise found
         hub, owner = found
@@ -35,7 +40,7 @@ def compute(this: Job) -> int:
     return run_rows(this, load, sampled=True)
 
 
-def login(this: Job, experiment: Publish) -> "tuple[Hub, str] | UserError":
+def login(this: Job, experiment: Publish, warned: Callable[[], bool]) -> "tuple[Hub, str] | UserError":
     """The Hub, and who owns what is made there. An error is kept too: the next cell's would be the same."""
     os.environ.setdefault(
         "HF_HUB_DISABLE_XET", "1"
@@ -44,7 +49,7 @@ def login(this: Job, experiment: Publish) -> "tuple[Hub, str] | UserError":
     try:
         from lib.publish.hub import Hub  # reads HF_* when it is imported
 
-        hub = Hub(run, run.wait_minutes, lambda user: ledger_of(scratch, user))
+        hub = Hub(run, run.wait_minutes, lambda user: ledger_of(scratch, user), warned)
         owner = hub.open(experiment.owner)
     except UserError as e:
         return e

@@ -11,7 +11,7 @@ from pathlib import Path
 from lib.base.atomic import write_bytes
 from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
-from lib.cluster.grid import LETTERS, Row
+from lib.cluster.grid import LETTERS, Row, axes
 from lib.cluster.pipeline import requests_of, statuses
 from lib.cluster.send import Request
 from lib.lora.experiment import Finetune
@@ -24,7 +24,7 @@ from lib.run.command import Job
 from lib.run.pipeline import Pipeline
 
 LOG_LINES = 12
-NEEDS_A_LOOK = ("failed", "stale", "held", "blocked", "cancelled")
+NEEDS_A_LOOK = ("failed", "stale", "held", "cancelled")
 
 
 def report(this: Job) -> int:
@@ -68,8 +68,7 @@ def _exported(this: Job, one: Request) -> str:
 
 
 def progress(rows: Sequence[Row]) -> Section:
-    columns = list(dict.fromkeys(row.column(i) for row in rows for i in range(len(row.now.cells))))
-    sizes = list(dict.fromkeys(row.size(i) for row in rows for i in range(len(row.now.cells))))
+    sizes, columns = axes(rows)
     lines: list[list[Value]] = []
     for size in sizes:
         for row in rows:
