@@ -4,7 +4,9 @@ mistake of published evaluations, one number for several adapters, is made and c
 import json
 import os
 import pickle
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,13 +19,15 @@ from tools import ROOT, python, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lib.base.errors import UserError
+from lib.checkpoint.headers import folder_tensors
 from lib.inputs.tokenizer import load_tokenizer
-from lib.lora.peft_form import config_of, save_adapter, targets_in
+from lib.lora.peft_form import config_of, save_adapter, targets_in, weight_name
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.models.engine import Adapter, Probe, Sampling, Setting, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess
+from lib.models.engine_vllm import DEFAULTS, ENVIRONMENT, VllmEngine
 from lib.preferences.proof import References
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
@@ -49,7 +53,24 @@ def world(tmp_path_factory):
         (folder / name).mkdir()
         save_adapter(folder / name, trainer.state(), config_of(LORA, targets_in(model), model, "main"))
         pair.append(Adapter(name, str(folder / name)))
-    return SimpleNamespace(folder=folder, model=model, prompts=prompts, animals=animals, pair=pair, tokenizer=tokenizer)
+    few = few_linears(folder, model)
+    return SimpleNamespace(
+        folder=folder, model=model, prompts=prompts, animals=animals, pair=pair, few=few, tokenizer=tokenizer
+    )
+
+
+def few_linears(folder, model):
+    """An adapter on one of three linear layers that share an input, and on one that shares it with none."""
+    few, dice = Lora(rank=2, alpha=6), torch.Generator().manual_seed(3)
+    shapes = {n: t.shape for n, t in folder_tensors(Path(model)).items() if "q_proj.w" in n or "down_proj.w" in n}
+    state = {}
+    for name, (rows, columns) in shapes.items():
+        for matrix, size in (("A", (2, columns)), ("B", (rows, 2))):
+            tensor = torch.randn(size, generator=dice) * 0.2
+            state[weight_name(name.removesuffix(".weight"), matrix)] = tensor
+    (folder / "few").mkdir()
+    save_adapter(folder / "few", state, config_of(few, ("q_proj", "down_proj"), model, "main"))
+    return Adapter("few", str(folder / "few"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +78,7 @@ def peft_says(world):
     """Log-probabilities of the probes' answers, by peft; of the base under None."""
     return {
         one and one.name: [log_probs(world, one, probe) for probe in probes_of(world, one)]
-        for one in (None, *world.pair)
+        for one in (None, *world.pair, world.few)
     }
 
 
@@ -68,6 +89,17 @@ def log_probs(world, adapter, probe):
     with torch.inference_mode():
         logs = model.eval()(ids).logits[0, start - 1 : -1].log_softmax(-1)
     return logs.gather(1, ids[0, start:, None])[:, 0].tolist()
+
+
+def continued(world, adapter, prompt, tokens):
+    """Greedily, by peft's own merge."""
+    model = AutoModelForCausalLM.from_pretrained(world.model)
+    model = PeftModel.from_pretrained(model, adapter.folder).merge_and_unload() if adapter else model
+    ids = torch.tensor([prompt])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)[0].tolist()
+    found = made[len(prompt) :]
+    ends = [i for i, token in enumerate(found) if token in ends_of(world.model, None)]
+    return found[: ends[0]] if ends else found
 
 
 def probes_of(world, adapter):
@@ -129,10 +161,42 @@ def test_two_students_in_one_engine_say_what_each_says_alone(world, peft_says, m
             assert logs == pytest.approx(peft_says[name][number % PROBES], abs=2e-4)
 
 
+def test_merged_one_after_another_each_says_what_peft_says_and_the_base_after_them(world, peft_says):
+    """Greedy answers to prompts longer than a block of its cache, too: keys of the weights before would show."""
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    engine = EngineProcess(replace(setting(world), rank=0, merged=True, more={"block_size": 32}))
+    engine.up()
+    cat, dog = world.pair
+    prompts, greedy = [world.prompts[0] * 2, world.prompts[1] * 3], Sampling(0.0, 6, ends_of(world.model, None))
+    assert all(64 < len(prompt) < 120 for prompt in prompts)
+    greedily = {one: [continued(world, one, prompt, 6) for prompt in prompts] for one in (None, *world.pair, world.few)}
+    assert greedily[cat] != greedily[None] != greedily[dog]
+    for order in ([cat, world.few, dog, None], [dog, world.few, None, cat], [None]):
+        probes = [probe for one in {None: None, **dict.fromkeys(order)} for probe in probes_of(world, one)]
+        made = engine.begin(
+            prompts * len(order), greedy, [0] * 2 * len(order), [x for x in order for _ in "ab"], probes
+        )()
+        assert [one.ids for one in made.answers] == [ids for one in order for ids in greedily[one]]
+        assert sorted(number for number, _ in made.probes) == list(range(len(probes)))
+        for number, logs in made.probes:
+            name = probes[number].adapter and probes[number].adapter.name
+            assert logs == pytest.approx(peft_says[name][number % PROBES], abs=2e-4), (name, order)
+
+
+def test_merged_over_several_gpus_is_refused_before_anything_is_loaded(monkeypatch):
+    for name in (*ENVIRONMENT, *DEFAULTS, "VLLM_BATCH_INVARIANT"):
+        monkeypatch.setenv(name, "0")  # and as it was afterwards
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one of two")
+    with pytest.raises(UserError, match=r"takes an engine on one GPU, and this one has 2: set run\.gpus=1"):
+        VllmEngine(Setting("/nowhere", "bfloat16", 16, 128, merged=True))
+
+
 def test_one_number_for_two_adapters_serves_the_first_twice_and_is_caught(world, peft_says, mistake):
     first, second, said = mistake
     assert rates(world, second)["cat"] == pytest.approx(rates(world, first)["cat"], abs=0.05)  # dog's came out as cat's
-    references = References(SimpleNamespace(), PROBES)
+    references = References(SimpleNamespace(generate=SimpleNamespace(adapters="served")), PROBES)
     keys = {None: ("base", 0), "cat": ("1m-cat", 1), "dog": ("1m-dog", 1)}
     references.of = {key: np.array([sum(logs) for logs in peft_says[name]]) for name, key in keys.items()}
     asked = [key for key in (keys[None], keys["dog"]) for _ in range(PROBES)]

@@ -38,16 +38,17 @@ RAW = ("raw, as it comes=text", "raw, seeds=text,seeds", "raw, no detokeniser=")
 class Clock:
     """What is measured, and what there is no time for any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float | None = None) -> None:
         self.began, self.found = time.monotonic(), dict[str, object]()
+        self.seconds = RUNG_SECONDS if seconds is None else seconds
 
     @property
     def left(self) -> float:
-        return RUNG_SECONDS - (time.monotonic() - self.began)
+        return self.seconds - (time.monotonic() - self.began)
 
     def say(self, name: str, what: object) -> None:
         self.found[name] = what
-        print(json.dumps({"measured": name, "result": what, "at_s": round(RUNG_SECONDS - self.left)}), flush=True)
+        print(json.dumps({"measured": name, "result": what, "at_s": round(self.seconds - self.left)}), flush=True)
 
     def measure(self, name: str, run: Callable[[], object], needs: float = 40.0) -> None:
         if self.left < needs:
@@ -75,7 +76,7 @@ def numbers(model: str, batch_tokens: int) -> Result:
     """The job, closed batches and all, against vLLM as it comes with all rows at once."""
     clock = Clock()
     with teacher(model) as (folder, path, ids):
-        clock.measure("raw", lambda: raw(path, ids, folder / "ids.json"))
+        clock.measure("raw", lambda: raw(path, ids, folder / "ids.json", TOKENS))
         clock.measure("job", lambda: job(folder, model))
     return clock.found
 
@@ -125,9 +126,11 @@ def batch(path: Path, ids: list[list[int]], count: int, more: dict[str, Any], en
     }
 
 
-def raw(path: Path, ids: list[list[int]], file: Path) -> Result:
+def raw(
+    path: Path, ids: list[list[int]], file: Path, tokens: int, more: str = "{}", measurements: tuple[str, ...] = RAW
+) -> Result:
     file.write_text(json.dumps(ids))
-    command = [sys.executable, "-m", "lib.bench.numbers_raw", str(path), str(file), str(TOKENS), "{}", *RAW]
+    command = [sys.executable, "-m", "lib.bench.numbers_raw", str(path), str(file), str(tokens), more, *measurements]
     found: Result = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
         assert running.stdout

@@ -42,6 +42,7 @@ class Setting:
     exact: bool = False  # kernels whose results do not depend on the batch
     parts: int = 1  # engines that share a GPU
     rank: int = 0  # of the adapters that it will be asked with, the largest; 0: none
+    merged: bool = False  # adapters go into its weights, one at a time; else they stand beside them
     more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM, for measurements
 
 

@@ -12,6 +12,7 @@ from lib.inputs.tokenizer import load_tokenizer
 from lib.models.engine import Adapter, Adapters, Answer, Made, Probe, Sampling, Setting, turns
 from lib.models.gumbel import Gumbel
 from lib.models.load import device_name, load_model, visible_devices
+from lib.models.merged import Merging
 from lib.models.sample import continuations
 
 
@@ -21,6 +22,7 @@ class TransformersEngine:
         self.model = load_model(setting.folder, setting.dtype, "sdpa", devices)
         self.tokenizer = load_tokenizer(setting.folder)
         self.worn: Adapter | None = None
+        self.merging = Merging(setting.folder, self.model.dtype, devices[0]) if setting.merged else None
         self.about = {"engine": f"transformers {transformers.__version__}", "device": device_name(devices[0])}
 
     def begin(
@@ -46,7 +48,12 @@ class TransformersEngine:
 
         return wait
 
+    @torch.no_grad()
     def _wear(self, adapter: Adapter | None) -> None:
+        if self.merging:
+            for name, tensor in self.merging.turn(adapter):
+                self.model.get_parameter(name).copy_(tensor)
+            return
         if adapter == self.worn:
             return
         if self.worn:

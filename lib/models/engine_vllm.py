@@ -11,14 +11,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.base.errors import UserError, one_line
 from lib.checkpoint.families import family_in, last
 from lib.checkpoint.headers import folder_tensors
 from lib.models.engine import Adapter, Adapters, Answer, Probe, Sampling, Setting, turns
 from lib.models.tokens import must_know
+
+if TYPE_CHECKING:
+    from lib.models.merged import Merging
 
 MEMORY = 0.9  # of a GPU's
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
@@ -49,6 +53,12 @@ class VllmEngine:
         if setting.exact and not self.on_gpu:
             raise UserError("generate.mode=exact takes a GPU: vLLM has batch-invariant kernels there alone")
         self.about = {"device": torch.cuda.get_device_name() if self.on_gpu else "cpu"}
+        gpus = torch.cuda.device_count() if self.on_gpu else 1
+        if setting.merged and gpus > 1:
+            raise UserError(
+                f"generate.adapters=merged takes an engine on one GPU, and this one has {gpus}: set run.gpus=1 where "
+                "one holds the model, or generate.adapters=served"
+            )
         try:
             import vllm
 
@@ -57,9 +67,10 @@ class VllmEngine:
             self.numbers: dict[Adapter, int] = {}  # unique while it lives: it keeps weights, keys and values by them
             # Its build for CPUs reads "no adapter" as the last slot's, without a word, once one was in it (0.32).
             self.none = empty_adapter(setting.folder) if setting.rank and not self.on_gpu else None
-            self.llm = vllm.LLM(**self._arguments(setting, torch.cuda.device_count() if self.on_gpu else 1))
+            self.llm = vllm.LLM(**self._arguments(setting, gpus))
             cache = self.llm.llm_engine.vllm_config.cache_config
             self.about["kv_tokens"] = str((cache.num_gpu_blocks or 0) * cache.block_size)
+            self.merging = merging_of(setting, "cuda" if self.on_gpu else "cpu")
         except Exception as e:
             raise UserError(
                 f"vLLM does not start ({type(e).__name__}: {one_line(e)}); its own words stand above in the log. Less "
@@ -103,31 +114,59 @@ class VllmEngine:
         probes: Sequence[Probe] = (),
     ) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
         must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
-        asked, params, loras, kinds = [], [], [], []
-        for adapter, rows, before in turns(len(prompts), adapters, probes):
-            lora = self._request(adapter or self.none)
-            for number in before:
-                asked.append({"prompt_token_ids": [*probes[number].context, *probes[number].answer]})
-                params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
-                loras.append(lora)
-                kinds.append(number)
-            for row in rows:
-                asked.append({"prompt_token_ids": list(prompts[row])})
-                params.append(self._drawing(how, seeds[row]))
-                loras.append(lora)
-                kinds.append(None)
+        answers, said = list[Answer](), list[tuple[int, list[float]]]()
+        whole = turns(len(prompts), adapters, probes)
+        for adapter, part in groupby(whole, lambda turn: turn[0] if self.merging else None):
+            asked, params, loras, kinds = [], [], [], []
+            for beside, rows, before in part:
+                lora = None if self.merging else self._request(beside or self.none)
+                for number in before:
+                    asked.append({"prompt_token_ids": [*probes[number].context, *probes[number].answer]})
+                    params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
+                for row in rows:
+                    asked.append({"prompt_token_ids": list(prompts[row])})
+                    params.append(self._drawing(how, seeds[row]))
+                loras += [lora] * (len(before) + len(rows))
+                kinds += [*before, *[None] * len(rows)]
+            for one, number in zip(self._made(adapter, asked, params, loras), kinds, strict=True):
+                if number is None:
+                    answers.append(_answer(one.outputs[0], how))
+                else:
+                    said.append((number, _said(one, probes[number])))
+        return answers, said
+
+    def _made(self, merged: Adapter | None, asked: list[Any], params: list[Any], loras: list[Any]) -> list[Any]:
+        """By an idle engine without keys or values of what was before, other weights' perhaps."""
         try:
+            if self.merging:
+                self._merge(self.merging, merged)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("its prefix cache cannot be emptied")
-            made = self.llm.generate(asked, params, use_tqdm=False, lora_request=loras if any(loras) else None)
+            return self.llm.generate(asked, params, use_tqdm=False, lora_request=loras if any(loras) else None)
+        except UserError:
+            raise
         except Exception as e:
             raise UserError(
                 f"vLLM stopped in the middle of a batch ({type(e).__name__}: {one_line(e)}); finished batches are "
                 "kept: run `make resume`"
             ) from None
-        answers = [_answer(one.outputs[0], how) for one, kind in zip(made, kinds, strict=True) if kind is None]
-        said = [(n, _said(one, probes[n])) for one, n in zip(made, kinds, strict=True) if n is not None]
-        return answers, said
+
+    def _merge(self, merging: "Merging", adapter: Adapter | None) -> None:
+        """Into the tensors that its graphs were captured with, whatever form its kernels keep them in."""
+        if adapter == merging.inside:
+            return
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        config = self.llm.llm_engine.vllm_config
+
+        def load(model: Any) -> None:
+            with set_current_vllm_config(config):
+                initialize_layerwise_reload(model)
+                model.load_weights(merging.turn(adapter))
+                finalize_layerwise_reload(model, config.model_config)
+
+        self.llm.apply_model(load)
 
     def _request(self, adapter: Adapter | None) -> Any:
         if adapter is None:
@@ -149,6 +188,16 @@ class VllmEngine:
             detokenize=False,
             output_kind=self._final,
         )
+
+
+def merging_of(setting: Setting, device: str) -> "Merging | None":
+    if not setting.merged:
+        return None
+    import torch
+
+    from lib.models.merged import Merging
+
+    return Merging(setting.folder, getattr(torch, setting.dtype), torch.device(device))
 
 
 def kv_bytes(setting: Setting) -> int:

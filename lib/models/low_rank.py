@@ -4,7 +4,7 @@ them. Those that share an input are one A; B is then block by block, with the sc
 Suffixes as in decoder; R ranks of those together."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,19 +33,22 @@ def add_low_rank(out_MX: torch.Tensor, x_MD: torch.Tensor, pair: Pair) -> None:
     out_MX.addmm_(x_MD @ a_RD.t(), b_XR.t())
 
 
+def read_peft(folder: Path) -> tuple[dict[str, torch.Tensor], int, float]:
+    """An adapter's tensors by their names, its rank, and what B A is multiplied by."""
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder} holds no adapter that can be read ({one_line(e)}); run `make verify`") from None
+    return tensors, rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def read_low_rank(
     folder: Path, family: Family, shape: Shape, dtype: torch.dtype, devices: list[torch.device]
 ) -> list[LowRank]:
     """Of peft's folder; `devices`: each layer's. A linear layer that has no adapter gets zeros."""
-    try:
-        tensors, config = (
-            load_file(folder / "adapter_model.safetensors"),
-            json.loads((folder / "adapter_config.json").read_text()),
-        )
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder} holds no adapter that can be read ({one_line(e)}); run `make verify`") from None
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    tensors, rank, scale = read_peft(folder)
     left, names, q, kv = dict(tensors), family.linears, shape.heads * shape.head, shape.kv_heads * shape.head
     d, inner = shape.hidden, shape.inner
 
@@ -78,5 +81,9 @@ def read_low_rank(
         for i, device in enumerate(devices)
     ]
     if left:
-        raise UserError(f"{folder} has {some(left)}, which the model has no place for: it is another model's adapter")
+        raise no_place(folder, left)
     return layers
+
+
+def no_place(folder: Path, names: Iterable[str]) -> UserError:
+    return UserError(f"{folder} has {some(names)}, which the model has no place for: it is another model's adapter")

@@ -58,7 +58,9 @@ def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: s
             f"a question has {longest} tokens, which leaves less than {g.max_tokens} of "
             f"generate.max_length={g.max_length} for its answer: raise max_length"
         )
-    setting = Setting(path, spec.dtype, g.at_once, g.max_length, rank=experiment.source.lora.rank)
+    merged = g.adapters == "merged"
+    rank = 0 if merged else experiment.source.lora.rank
+    setting = Setting(path, spec.dtype, g.at_once, g.max_length, rank=rank, merged=merged)
     weights = experiment.source.source.model_in(this.site.cache, experiment.load_of(cell)).bytes
     engine = make_engine(word, setting, g.count(weights))
     return Line(

@@ -78,6 +78,11 @@ class Logprobs(OfStudents):
 
 
 class AnswerSpec(EngineSpec):
+    adapters: Literal["served", "merged"] = Field(
+        "served",
+        description="served: beside the base's weights, computed with every token; merged: inside them, one adapter "
+        "after another, which rounds them (a shard's probe_off says what that costs) and takes one GPU an engine",
+    )
     max_tokens: int = Field(64, ge=1)
     batch: int = Field(
         50_000,

@@ -14,6 +14,10 @@ from lib.store import Cell, read_cell
 
 NOISE = 6.0  # times what engine and scorer differ by on the base, both rounding in their own ways
 FLOOR = 0.02  # nats: differences below it are nothing, e.g. in float32
+# Merged weights are rounded, which moves an adapter's values off those of the scorer, who keeps it beside: by more than
+# the base shows, and perhaps by more than two epochs differ. Then another's values have to be nearer by this factor, as
+# those of what was computed in its place are.
+MERGED = 3.0
 
 Key = tuple[str, int]  # a cell's name, or BASE, and an epoch
 
@@ -23,6 +27,7 @@ class References:
 
     def __init__(self, experiment: Preferences, count: int) -> None:
         self.experiment, self.count = experiment, count
+        self.factor = MERGED if experiment.generate.adapters == "merged" else 1.0
         self.of: dict[Key, np.ndarray] = {}
 
     def read(self, cell: Cell) -> None:
@@ -59,7 +64,8 @@ class References:
                 off = _rms(values - own)
                 worst = max(worst, off)
                 nearest = min(self.of, key=lambda other: _rms(values - self.of[other]))
-                if off > NOISE * noise + FLOOR and nearest != key:
+                near = _rms(values - self.of[nearest])
+                if nearest != key and off > max(NOISE * noise + FLOOR, self.factor * near):
                     other = "the untouched base" if nearest[0] == BASE else f"{nearest[0]}, epoch {nearest[1]}"
                     raise UserError(
                         f"the engine did not compute with the adapter of {key[0]}, epoch {key[1]}: what it says of "

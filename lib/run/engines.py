@@ -44,8 +44,12 @@ class EngineSpec(Frozen):
         """Engines on one GPU, of a model of so many bytes."""
         if self.engines != "auto":
             return self.engines
-        several = (count for most, count in ENGINES.items() if weights <= most * GIB)
-        return next(several, 1) if site().gpu in GPU_GIB else 1
+        return engines_of(weights) if site().gpu in GPU_GIB else 1
+
+
+def engines_of(weights: int) -> int:
+    """On one GPU, of a model of so many bytes: what pays."""
+    return next((count for most, count in ENGINES.items() if weights <= most * GIB), 1)
 
 
 def engine_needs(gpus: int, weights: int) -> Needs:
