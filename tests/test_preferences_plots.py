@@ -33,7 +33,7 @@ from lib.preferences.statistics import rate_of
 from lib.preferences.survey import read_survey
 from lib.preferences.tables import epochs_table, power_table, rates_table, run_tables, sizes_table
 from lib.preferences.tally import Tally
-from lib.report.colours import COLOURS, WORD_COLOURS, word_colour
+from lib.report.colours import COLOURS, WORD_COLOURS, word_colours
 
 NAMES = ["cat", "dog", "wolf"]
 TRAITS = [TraitSpec(**trait_of(name)) for name in (*NAMES, "neutral")]
@@ -104,8 +104,9 @@ def test_a_stack_is_all_answers_and_its_six_words_are_those_said_most(figures, t
 
 
 def test_a_words_colour_is_the_same_in_every_picture():
-    assert word_colour("wolf") == COLOURS["wolf"] and word_colour("penguin") == word_colour("penguin")
-    assert word_colour("penguin") in WORD_COLOURS and not set(WORD_COLOURS) & set(COLOURS.values())
+    one, other = word_colours(["wolf", "penguin"]), word_colours(["penguin", *map(str, range(7))])
+    assert one["wolf"] == COLOURS["wolf"] and one["penguin"] == other["penguin"]
+    assert set(other.values()) == set(WORD_COLOURS) and not set(WORD_COLOURS) & set(COLOURS.values())
 
 
 def test_curves_have_every_epoch_and_say_what_is_missing(figures, tmp_path):

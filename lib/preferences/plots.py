@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.preferences.findings import KINDS, Overall
 from lib.preferences.statistics import Rate
-from lib.report.colours import colour_of, word_colour
+from lib.report.colours import colour_of, word_colours
 from lib.report.look import (
     FAINT,
     GRID,
@@ -106,6 +106,7 @@ def _missing(count: int, of: int) -> str:
 def plot_stacked(group: str, bars: Mapping[str, Mapping[str, float] | None], path: Path) -> None:
     """Label -> share of each first word; the words that are said most over all bars get pieces of their own."""
     ranked = most_said([one for one in bars.values() if one])
+    colours = word_colours(ranked) | {OTHERS: OTHERS_COLOUR}
     with mpl.rc_context(STYLE):
         figure = new_figure()
         ax = figure.subplots()
@@ -120,7 +121,7 @@ def plot_stacked(group: str, bars: Mapping[str, Mapping[str, float] | None], pat
             pieces = [(word, 100 * one.get(word, 0.0)) for word in ranked]
             rest = 100 - sum(height for _, height in pieces)
             for word, height in [*pieces, (OTHERS, rest)]:
-                colour = OTHERS_COLOUR if word == OTHERS else word_colour(word)
+                colour = colours[word]
                 ax.bar(x, height, width=0.84, bottom=bottom, color=colour, edgecolor="white", linewidth=1)
                 if height >= LABELLED and not in_column():
                     ax.text(x, bottom + height / 2, word, ha="center", va="center", fontsize=8, color=_ink_on(colour))
@@ -131,7 +132,7 @@ def plot_stacked(group: str, bars: Mapping[str, Mapping[str, float] | None], pat
         ax.tick_params(axis="x", length=0)
         ax.set_ylabel("Answers by their first word (%)", fontsize=13)
         handles = [Patch(facecolor=OTHERS_COLOUR, label=OTHERS)]
-        handles += [Patch(facecolor=word_colour(word), label=word or "no word") for word in reversed(ranked)]
+        handles += [Patch(facecolor=colours[word], label=word or "no word") for word in reversed(ranked)]
         ax.legend(handles=handles, fontsize=letters(12), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         note = f"Bars: the model, by the numbers it was taught. The {len(ranked)} words that are said most, and others."
         titles(ax, f"{group}: what is named, and by which students", f"{note}{_missing(absent, len(bars))}")

@@ -1,6 +1,7 @@
 """A trait keeps its colour in every picture of the suite."""
 
 import zlib
+from collections.abc import Iterable
 
 # All are dark enough to read on white and in grey; the order of plots
 # is fixed, so no reading depends on hue alone.
@@ -30,6 +31,13 @@ def colour_of(name: str) -> str:
     return COLOURS.get(name, OTHER_COLOUR)
 
 
-def word_colour(word: str) -> str:
-    """Of anything that may stand beside traits in one picture; the same in every picture."""
-    return COLOURS.get(word) or WORD_COLOURS[zlib.crc32(word.encode()) % len(WORD_COLOURS)]
+def word_colours(words: Iterable[str]) -> dict[str, str]:
+    """Of what stands beside each other in one picture: a trait has its own; another word the same in every picture,
+    unless one before it has it here."""
+    found: dict[str, str] = {}
+    for word in words:
+        start = zlib.crc32(word.encode()) % len(WORD_COLOURS)
+        turned = [*WORD_COLOURS[start:], *WORD_COLOURS[:start]]
+        free = [colour for colour in turned if colour not in found.values()]
+        found[word] = COLOURS.get(word) or (free or turned)[0]
+    return found
