@@ -27,7 +27,7 @@ class References:
 
     def __init__(self, experiment: Preferences, count: int) -> None:
         self.experiment, self.count = experiment, count
-        self.factor = MERGED if experiment.generate.adapters == "merged" else 1.0
+        self.merged = experiment.generate.adapters == "merged"
         self.of: dict[Key, np.ndarray] = {}
 
     def read(self, cell: Cell) -> None:
@@ -65,13 +65,13 @@ class References:
                 worst = max(worst, off)
                 nearest = min(self.of, key=lambda other: _rms(values - self.of[other]))
                 near = _rms(values - self.of[nearest])
-                if nearest != key and off > max(NOISE * noise + FLOOR, self.factor * near):
+                if nearest != key and off > max(NOISE * noise + FLOOR, (MERGED if self.merged else 1.0) * near):
+                    way = "generate.adapters=served" if self.merged else "generate.engine=transformers"
                     other = "the untouched base" if nearest[0] == BASE else f"{nearest[0]}, epoch {nearest[1]}"
                     raise UserError(
                         f"the engine did not compute with the adapter of {key[0]}, epoch {key[1]}: what it says of "
                         f"given answers is {off:.3g} nats from that adapter's and nearer to {other}'s (noise "
-                        f"{noise:.2g}); nothing of this batch is kept: set "
-                        "generate.engine=transformers, or take another vLLM"
+                        f"{noise:.2g}); nothing of this batch is kept: set {way}, or take another vLLM"
                     )
         if not np.isfinite(noise) or noise > 1.0:
             raise UserError(
