@@ -1,10 +1,9 @@
 """Results of another machine's run, brought to this scratch with their digests checked: make import FROM=..."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from lib.base.errors import exit_with
+from lib.base.errors import UserError, exit_with
 from lib.families import load
 from lib.run.command import job
 from lib.subliminal.bring import bring
@@ -12,11 +11,17 @@ from lib.subliminal.bring import bring
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bring", add_help=False, allow_abbrev=False)
-    parser.add_argument("--from", dest="source", type=Path, required=True, help="the other machine's scratch")
+    parser.add_argument("--from", dest="source", default="", help="the other machine's scratch")
     parser.add_argument("--stages", default="", help="kinds of stages, e.g. 'preferences preference_logprobs'")
     own, rest = parser.parse_known_args()
-    return bring(job("bring", __doc__, load, rest, indexed=False), own.source, own.stages.replace(",", " ").split())
+    if not own.source:
+        raise UserError("from where? say FROM=, the folder that is the other machine's scratch, or a copy of it")
+    return bring(
+        job("bring", __doc__, load, rest, indexed=False),
+        Path(own.source).expanduser(),
+        own.stages.replace(",", " ").split(),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(exit_with(main))
+    exit_with(main)

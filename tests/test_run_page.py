@@ -72,6 +72,7 @@ def test_results_are_brought_with_every_byte_looked_at(world):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
+        (("--from", ""), "from where? say FROM="),
         (("--from", "nowhere"), "FROM=nowhere is no folder"),
         (("--from", "{world}/cache", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
         (("--from", "{world}/scratch"), "is this scratch itself"),
