@@ -109,3 +109,17 @@ def test_stages_come_once_after_what_they_read_from_and_of_one_run():
         )
     with pytest.raises(UserError, match="is a pipeline itself"):
         load(ROOT / "configs" / "subliminal.yaml", ["run_id=2", "wanted=[{config: subliminal.yaml}]"]).stages()
+
+
+def test_a_size_that_is_not_fetched_keeps_no_other_from_being_shown(world, tmp_path):
+    for path in world.glob("*.yaml"):
+        shutil.copy(path, tmp_path)
+    numbers = json.loads((world / "numbers.yaml").read_text())
+    sizes = numbers["sizes"] | {"9b": {"id": "nobody/nothing", "dtype": "float32"}}
+    (tmp_path / "numbers.yaml").write_text(json.dumps(numbers | {"sizes": sizes}))
+    words = ("status", "--config", str(tmp_path / "whole.yaml"))
+    done = forked("jobs.cluster", *words, env=environment(world))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = {line[8:].split()[0]: line for line in done.stdout.splitlines() if line[8:].startswith("teachers_run5")}
+    assert done.stdout.count("teachers_run5") == 2 and "9b" in lines["teachers_run5"]
+    assert "1m: " in done.stdout and "9b: 0.00 GPU-hours left" in done.stdout

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lib.cluster.send import Request, send_results
 from lib.cluster.status import status
 from lib.run.pipeline import Pipeline
 from lib.run.site import Site
+from lib.store import Cell
 
 WATCH_SECONDS = 10
 
@@ -105,9 +107,16 @@ def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.R
         cells, unknown = one.cells_or_names()
         seconds = estimates(one.experiment, [] if unknown else cells, one.site.cache, one.site.gpu)
         now = status(one.experiment.label, cells, one.experiment.run.gpus, unknown, answer, seconds)
-        needs = {} if unknown else {cell.name: one.experiment.needs(one.site.cache, cell).gpus for cell in cells}
+        needs = {} if unknown else {cell.name: _gpus(one, cell) for cell in cells}
         found.append(grid.Row(one, now, one.experiment.places(), seconds, needs))
     return found
+
+
+def _gpus(r: Request, cell: Cell) -> int:
+    """Of a task; as configured where the cell's model is not fetched."""
+    with suppress(UserError):
+        return r.experiment.needs(r.site.cache, cell).gpus
+    return r.experiment.run.gpus
 
 
 def show_status(r: Request, requests: Sequence[Request], as_json: bool, watch: bool) -> int:
