@@ -21,12 +21,16 @@ class Sizes:
     run: RunSpec
     start: float = 9.0
     large: set[str] = field(default_factory=set)
+    sized: bool = True
 
     def start_seconds(self, cache: Path) -> float:
         return self.start
 
     def needs(self, cache: Path, cell: Cell) -> Needs:
         return Needs(2, 300) if cell.name in self.large else Needs(1)
+
+    def places(self) -> dict[str, list[str]]:
+        return {"SIZES": []} if self.sized else {}
 
     def load_of(self, cell: Cell) -> str:
         return "large" if cell.name in self.large else "small"
@@ -65,6 +69,17 @@ def test_what_asks_for_the_same_and_waits_for_the_same_is_an_array(tmp_path):
         (2, [1], []),
         (1, [4], ["7"]),
     ]
+
+
+def test_cells_of_a_size_wait_together_and_for_no_other_size(tmp_path):
+    some, large = plans(tmp_path, a=1.0, b=1.0, c=1.0, d=1.0, e=1.0), {"b", "d"}
+    after = {name: frozenset({f"7_{i}"}) for i, name in enumerate("abcd")}
+    arrays = arrays_of(Sizes(RunSpec(cells="auto"), large=large), tmp_path, some, after, 1e9)
+    assert [("".join(*cells), sorted(one.after)) for one, cells in zip(arrays, cells_of(arrays), strict=True)] == [
+        *(("ac", ["7_0", "7_2"]), ("bd", ["7_1", "7_3"]), ("e", []))
+    ]
+    apart = arrays_of(Sizes(RunSpec(cells="auto"), large=large, sized=False), tmp_path, some, after, 1e9)
+    assert sorted(name for cells in cells_of(apart) for name in cells) == list("abcde")
 
 
 def test_a_time_limit_is_the_estimate_with_a_margin_inside_the_partitions(tmp_path):

@@ -14,6 +14,7 @@ from lib.run.extent import extent
 from lib.run.parents import why_blocked
 from lib.store import Cell
 
+TOGETHER = "each other"
 LEAST_MINUTES, MARGIN = 15, 2.0  # of a time limit over the estimate: slow file systems, and a node's other users
 
 
@@ -73,12 +74,15 @@ def arrays_of(
     limit: float,
     shortened: Callable[[frozenset[str]], frozenset[str]] = lambda waits: waits,
 ) -> list[Array]:
-    """`after`: what each cell waits for; those that share a load, and have to wait, wait together, and for nothing that
-    other loads wait for. `limit`: minutes that a task may take at most."""
+    """`after`: what each cell waits for. Of an experiment whose cells have places, such as a size, those of a load wait
+    together, so that a hundred of them are not as many arrays, and for nothing that other loads wait for. `limit`:
+    minutes that a task may take at most."""
     start = experiment.start_seconds(cache)
-    groups: dict[tuple[Needs, str, bool], list[CellPlan]] = {}
+    groups: dict[tuple[Needs, str, frozenset[str]], list[CellPlan]] = {}
+    together = bool(experiment.places())
     for one in plans:
-        key = experiment.needs(cache, one.cell), experiment.load_of(one.cell), bool(after.get(one.cell.name))
+        load, own = experiment.load_of(one.cell), after.get(one.cell.name, frozenset())
+        key = experiment.needs(cache, one.cell), load, frozenset({TOGETHER}) if together and own else own
         groups.setdefault(key, []).append(one)
     found: dict[tuple[Needs, frozenset[str]], list[list[CellPlan]]] = {}
     for (needs, _, _), group in groups.items():
