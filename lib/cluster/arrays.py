@@ -82,7 +82,11 @@ def arrays_of(
     together = bool(experiment.places())
     for one in plans:
         load, own = experiment.load_of(one.cell), after.get(one.cell.name, frozenset())
-        key = experiment.needs(cache, one.cell), load, frozenset({TOGETHER}) if together and own else own
+        key = (
+            experiment.needs(cache, one.cell),
+            load,
+            frozenset({TOGETHER}) if together and own else frozenset(map(_array, own)),
+        )
         groups.setdefault(key, []).append(one)
     found: dict[tuple[Needs, frozenset[str]], list[list[CellPlan]]] = {}
     for (needs, _, _), group in groups.items():
@@ -92,6 +96,11 @@ def arrays_of(
         Array(sorted(tasks, key=lambda t: t[0].cell.index), needs, waits, _minutes(tasks, start, limit))
         for (needs, waits), tasks in found.items()
     ]
+
+
+def _array(waited_for: str) -> str:
+    """Of a task."""
+    return waited_for.partition("_")[0] if waited_for[:1].isdigit() else waited_for
 
 
 def _cut(plans: Sequence[CellPlan], most: int | str, start: float) -> list[list[CellPlan]]:
