@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from finetune_world import environment
@@ -9,6 +11,8 @@ from preferences_world import begin, finished, make_world
 from tools import ROOT, forked
 
 from lib.base.errors import UserError
+from lib.cluster import grid
+from lib.cluster.status import CellState, Status
 from lib.families import load
 from lib.store import read_cell
 
@@ -123,3 +127,14 @@ def test_a_size_that_is_not_fetched_keeps_no_other_from_being_shown(world, tmp_p
     lines = {line[8:].split()[0]: line for line in done.stdout.splitlines() if line[8:].startswith("teachers_run5")}
     assert done.stdout.count("teachers_run5") == 2 and "9b" in lines["teachers_run5"]
     assert "1m: " in done.stdout and "9b: 0.00 GPU-hours left" in done.stdout
+
+
+def test_the_hours_left_of_a_size_are_those_of_its_stages():
+    """Half of a cell of an hour on two GPUs, in two stages."""
+    state = CellState(0, "1m-cat", 10, 5, state="failed")
+    now = Status("stage", "/s", [state], counts=dict.fromkeys(grid.LETTERS, 0))
+    request = SimpleNamespace(site=SimpleNamespace(scratch=Path("/s")))
+    row = grid.Row(request, now, {"SIZES": ["1m"], "TRAITS": ["cat"]}, {"1m-cat": 3600.0}, {"1m-cat": 2})
+    lines = grid.table("CONFIG=x", [row, row]).splitlines()
+    assert [line.split()[-1] for line in lines if "stage" in line and "0/1" in line] == ["1.00", "1.00"]
+    assert "1m: 2.00 GPU-hours left" in [line.strip() for line in lines]

@@ -14,7 +14,7 @@ from lib.run.extent import extent
 from lib.run.parents import why_blocked
 from lib.store import Cell
 
-TOGETHER = "each other"
+TOGETHER = "each other"  # what cells of a load wait for, as a key
 LEAST_MINUTES, MARGIN = 15, 2.0  # of a time limit over the estimate: slow file systems, and a node's other users
 
 
@@ -22,9 +22,7 @@ LEAST_MINUTES, MARGIN = 15, 2.0  # of a time limit over the estimate: slow file 
 class Array:
     tasks: list[list[CellPlan]]  # the index of each is its lowest cell
     needs: Needs
-    after: frozenset[str] = (
-        frozenset()
-    )  # arrays, or tasks of them (or queues of this box), that hold what it reads from
+    after: frozenset[str] = frozenset()  # arrays, tasks of them, or queues of this box: what its cells read from
     minutes: int | None = None  # of the longest task, with a margin; None: not known
 
     @property
@@ -59,7 +57,7 @@ class Parents:
 
     def shortened(self, waits: frozenset[str]) -> frozenset[str]:
         """An array in place of all its tasks that still run or wait."""
-        for array in {one.partition("_")[0] for one in waits if one[:1].isdigit()}:
+        for array in {_array(one) for one in waits if one[:1].isdigit()}:
             its = {task.id for live in self.live.values() for task in live.values() if task.array == array}
             if its <= waits:
                 waits = waits - its | {array}
@@ -81,13 +79,9 @@ def arrays_of(
     groups: dict[tuple[Needs, str, frozenset[str]], list[CellPlan]] = {}
     together = bool(experiment.places())
     for one in plans:
-        load, own = experiment.load_of(one.cell), after.get(one.cell.name, frozenset())
-        key = (
-            experiment.needs(cache, one.cell),
-            load,
-            frozenset({TOGETHER}) if together and own else frozenset(map(_array, own)),
-        )
-        groups.setdefault(key, []).append(one)
+        waits = after.get(one.cell.name, frozenset())
+        alike = frozenset({TOGETHER}) if together and waits else frozenset(map(_array, waits))
+        groups.setdefault((experiment.needs(cache, one.cell), experiment.load_of(one.cell), alike), []).append(one)
     found: dict[tuple[Needs, frozenset[str]], list[list[CellPlan]]] = {}
     for (needs, _, _), group in groups.items():
         waits = shortened(frozenset[str]().union(*(after.get(one.cell.name, ()) for one in group)))

@@ -53,9 +53,7 @@ def table(spoken: str, rows: Sequence[Row], width: int = 160) -> str:
     head = " " * (8 + longest) + " ".join(f"{name:>{_wide(name)}}" for name in short)
     lines = [rows[0].request.site.scratch.as_posix(), head + "   done  GPU-h used  left"]
     for size in sizes:
-        hours = sum(
-            row.hours_left(state) for row in rows for i, state in enumerate(row.now.cells) if row.size(i) == size
-        )
+        hours = 0.0
         for number, row in enumerate(rows):
             of = {row.column(i): state for i, state in enumerate(row.now.cells) if row.size(i) == size}
             if not of:

@@ -17,7 +17,7 @@ from lib.store import Cell
 
 if TYPE_CHECKING:
     from lib.models.apart import Apart
-    from lib.models.engine import Adapter, Answer, Engine, Made, Probe, Sampling
+    from lib.models.engine import Adapter, Answer, Engine, Made, Sampling
     from lib.preferences.questioning import Asked
 
 PROBED = 8  # questions whose given answer every adapter is known by
@@ -109,7 +109,7 @@ class Line:
         of = [own.get(number) for number in epoch.tolist()]
         prompts = [self.asked.whole(q) for q in question.tolist()]
         wait = self.engine.begin(prompts, self.how, seeds_of(e.seed_used, cell.name, rows), of, probes)
-        return Batch(rows, sum(map(len, prompts)), keys, probes, wait)
+        return Batch(rows, sum(map(len, prompts)), keys, wait)
 
     def columns(self, cell: Cell, rows: range, answers: list["Answer"]) -> dict[str, Any]:
         """Few answers differ: each is read once."""
@@ -138,7 +138,6 @@ class Batch:
     rows: range
     prompt_tokens: int
     keys: list[Key]  # of each probe
-    probes: "list[Probe]"
     wait: Callable[[], "Made"]
 
 

@@ -1,6 +1,5 @@
 """Experiments that belong together: those that are named, and before each of them what it reads from."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,10 +8,9 @@ from pydantic import Field, PrivateAttr
 
 from lib.base.errors import UserError
 from lib.inputs.specs import DatasetSpec, ModelSpec
+from lib.run.command import Load
 from lib.run.experiment import Experiment, Reads, Stage
 from lib.store import Cell
-
-Load = Callable[[Path, list[str]], Experiment]
 
 
 class Pipeline(Experiment):
@@ -50,9 +48,8 @@ class Pipeline(Experiment):
         return self._stages
 
     def pinned(self) -> dict[str, object]:
-        return {
-            key: value for stage in self.stages() for key, value in stage.experiment.pinned().items() if key == "run_id"
-        }
+        found = [pins for stage in self.stages() if "run_id" in (pins := stage.experiment.pinned())]
+        return {"run_id": found[-1]["run_id"]} if found else {}
 
     def models(self) -> list[ModelSpec]:
         return [spec for stage in self.stages() for spec in stage.experiment.models()]
