@@ -102,25 +102,19 @@ class Finetune(ReadsNumbers):
         """Of the same run, whatever its configuration says of runs."""
         assert self.select
         overrides = [*self.select.scores.set, f"run_id={self.run_number}"]
-        found = load(self._scores_config, overrides, {"lls_numbers": LLSNumbers})
+        found = load(self.path_of(self.select.scores), overrides, {"lls_numbers": LLSNumbers})
         measure, score = Measure.parse(self.select.measure), found.score
         if (measure.end and not score.end_of_turn) or (measure.first and not score.per_token):
             raise UserError(
                 f"{self.origin}: select.measure: {measure} needs score.end_of_turn (for +end) or "
-                f"score.per_token (for @k): set it in {self._scores_config}, and compute the scores with it"
+                f"score.per_token (for @k): set it in {found.origin}, and compute the scores with it"
             )
         return found
-
-    @property
-    def _scores_config(self) -> Path:
-        assert self.select
-        return self.origin.parent / self.select.scores.config
 
     def stages(self) -> list[Stage]:
         if not self.select:
             return super().stages()
-        overrides = (*self.select.scores.set, f"run_id={self.run_number}")
-        return [*super().stages(), Stage(self._scores_config, overrides, self.scores)]
+        return [*super().stages(), self.stage(self.select.scores, self.scores)]
 
     @property
     def seed_used(self) -> int:
@@ -190,7 +184,7 @@ class Finetune(ReadsNumbers):
         found = scored.get(numbers.name)
         if found is None or found.parents != (numbers,):
             raise UserError(
-                f"{self.origin}: select.scores: {self._scores_config} does not score {numbers.spoken}: both must read "
+                f"{self.origin}: select.scores: {self.scores.origin} does not score {numbers.spoken}: both must read "
                 "the same numbers"
             )
         return found

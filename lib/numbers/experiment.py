@@ -18,7 +18,8 @@ from lib.numbers.filter import Limits
 from lib.numbers.number_prompts import ANSWER_COUNT, ANSWER_DIGITS, OWN_POOLS, Pools, load_pools
 from lib.numbers.traits import ANIMAL_NAMES, LOVE_PROMPT, NEUTRAL
 from lib.run.engines import ENGINE_SECONDS, EngineSpec, engine_needs
-from lib.run.experiment import READ_RATE, Estimate, Experiment, Needs, computing_seconds, stored_bytes
+from lib.run.experiment import READ_RATE, Estimate, Needs, computing_seconds, stored_bytes
+from lib.run.run_of import OfARun
 from lib.run.site import ROOT
 from lib.store import Cell, Column
 
@@ -79,11 +80,8 @@ class FilterSpec(Frozen):
         return Limits(self.count, self.least, self.most, frozenset(self.banned))
 
 
-class Numbers(Experiment):
+class Numbers(OfARun):
     kind: Literal["numbers"]
-    run_id: int | None = Field(
-        None, ge=0, description="which run of the experiment; none: what run_id.txt in the checkout says"
-    )
     sizes: dict[str, ModelSpec] = Field(min_length=1, description="size, such as 0.5b -> its model")
     traits: list[TraitSpec] = Field(min_length=1)
     prompts: int = Field(30_000, ge=1)
@@ -100,6 +98,7 @@ class Numbers(Experiment):
     _models: dict[tuple[Path, str], ModelInput] = PrivateAttr(default_factory=dict)
     keep: int = Field(10_000, ge=1, description="valid rows that a cell must have, or its export says so and fails")
 
+    beside: ClassVar[tuple[str, ...]] = ("keep",)  # what makes enough rows changes none of them
     job: ClassVar[str] = "generate_numbers"
     submit: ClassVar[str] = "submit-numbers"
     results: ClassVar[str] = "export-numbers"
@@ -150,19 +149,6 @@ class Numbers(Experiment):
     @property
     def seed_used(self) -> int:
         return self.run_number if self.seed is None else self.seed
-
-    @property
-    def label(self) -> str:
-        """Runs never share a path."""
-        return f"{super().label}_run{self.run_number}"
-
-    def science(self) -> dict[str, object]:
-        """A run is told by its label, and by what it is drawn from; what makes enough rows is none of it."""
-        found = super().science()
-        return {key: value for key, value in found.items() if key not in ("run_id", "keep")}
-
-    def pinned(self) -> dict[str, object]:
-        return {"run_id": self.run_number}
 
     def trait(self, name: str) -> TraitSpec:
         return next(one for one in self.traits if one.name == name)

@@ -107,7 +107,7 @@ class Preferences(OfStudents):
 
     @cached_property
     def probes(self) -> Logprobs:
-        found = self._read(self.logprobs, {"preference_logprobs": Logprobs})
+        found = self.read(self.logprobs, {"preference_logprobs": Logprobs})
         for what, ours, theirs in (
             ("students", self.source.label, found.source.label),
             ("template", self.template_used, found.template_used),
@@ -120,7 +120,7 @@ class Preferences(OfStudents):
         return found
 
     def stages(self) -> list[Stage]:
-        return [*super().stages(), self._stage(self.logprobs, self.probes)]
+        return [*super().stages(), self.stage(self.logprobs, self.probes)]
 
     @property
     def seed_used(self) -> int:

@@ -1,27 +1,24 @@
 """Experiments that ask students, or their untouched bases, something: what all of these have in common."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from lib.base.errors import UserError
 from lib.config.frozen import digest_of
-from lib.config.loading import load
 from lib.inputs.specs import ModelSpec
 from lib.lora.experiment import Finetune
 from lib.numbers.experiment import TraitSpec
 from lib.preferences.questions import OWN_QUESTIONS, load_questions
-from lib.run.experiment import Experiment, Reads, Stage
+from lib.run.experiment import Reads, Stage
+from lib.run.run_of import OfARun
 from lib.store import Cell
 
 BASE = "base"  # in place of a trait, and of what else tells students apart
-
-E = TypeVar("E", bound=Experiment)
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,10 @@ class Place:
         return self.student or f"{self.size}-{BASE}"
 
 
-class OfStudents(Experiment):
+class OfStudents(OfARun):
     """What both have in common."""
 
     students: Reads
-    run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for the students")
     epochs: Literal["all", "last"] | list[Annotated[int, Field(ge=1)]] = Field(
         "all", description="whose adapters are asked: 1, 2 ..."
     )
@@ -65,18 +61,10 @@ class OfStudents(Experiment):
 
     @cached_property
     def source(self) -> Finetune:
-        return self._read(self.students, {"finetune": Finetune})
-
-    def _read(self, reads: Reads, kinds: Mapping[str, type[E]]) -> E:
-        said = [] if self.run_id is None else [f"run_id={self.run_id}"]
-        return load(self.origin.parent / reads.config, [*reads.set, *said], kinds)
-
-    def _stage(self, reads: Reads, experiment: Experiment) -> Stage:
-        """Which run it is may stand in the checkout; it stays so for all that is submitted."""
-        return Stage(self.origin.parent / reads.config, (*reads.set, f"run_id={self.run_number}"), experiment)
+        return self.read(self.students, {"finetune": Finetune})
 
     def stages(self) -> list[Stage]:
-        return [*self.source.stages(), self._stage(self.students, self.source)]
+        return [*self.source.stages(), self.stage(self.students, self.source)]
 
     @property
     def run_number(self) -> int:
@@ -109,17 +97,6 @@ class OfStudents(Experiment):
     def judged(self) -> list[TraitSpec]:
         """The traits that an answer can speak of."""
         return [trait for trait in self.source.source.traits if trait.words]
-
-    @property
-    def label(self) -> str:
-        """Runs never share a path."""
-        return f"{super().label}_run{self.run_number}"
-
-    def science(self) -> dict[str, object]:
-        return {key: value for key, value in super().science().items() if key != "run_id"}
-
-    def pinned(self) -> dict[str, object]:
-        return {"run_id": self.run_number}
 
     @cached_property
     def grid(self) -> list[Place]:

@@ -22,8 +22,9 @@ from lib.preferences.students import BASE
 from lib.publish.ledger import DAY, NEW, ledger_of
 from lib.publish.names import USER, Names, Type, repository
 from lib.publish.plan import Plan
-from lib.run.experiment import Estimate, Experiment, Needs, Reads, RunSpec, Stage
+from lib.run.experiment import Estimate, Needs, Reads, RunSpec, Stage
 from lib.run.extent import extent
+from lib.run.run_of import OfARun
 from lib.run.site import site
 from lib.store import Cell, Column
 from lib.store.columns import Schema
@@ -79,11 +80,10 @@ class Item:
         return "dataset" if self.what == "dataset" else "model"
 
 
-class Publish(Experiment):
+class Publish(OfARun):
     kind: Literal["publish"]
     students: Reads
     preferences: Reads | None = Field(None, description="what the students prefer, for their cards")
-    run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for the students")
     user: str | None = Field(
         None, description=f"user or organisation that owns what is made; none: {USER_ID}, or else whose login it is"
     )
@@ -97,6 +97,7 @@ class Publish(Experiment):
     run: PublishRun = PublishRun()
 
     job: ClassVar[str] = "publish"
+    beside: ClassVar[tuple[str, ...]] = ("user",)  # who it is, is in the cells' digests
     submit: ClassVar[str] = "submit-publish"
     share: ClassVar[float] = 1.0
     on_gpu: ClassVar[bool] = False
@@ -128,29 +129,23 @@ class Publish(Experiment):
 
     @cached_property
     def source(self) -> Finetune:
-        said = [] if self.run_id is None else [f"run_id={self.run_id}"]
-        return load(self._config, [*self.students.set, *said], {"finetune": Finetune})
-
-    @property
-    def _config(self) -> Path:
-        return self.origin.parent / self.students.config
+        return self.read(self.students, {"finetune": Finetune})
 
     @cached_property
     def asked(self) -> Preferences | None:
         """Of the same run, whatever its configuration says of runs."""
         if not self.preferences:
             return None
-        path, said = self.origin.parent / self.preferences.config, f"run_id={self.run_number}"
+        path, said = self.path_of(self.preferences), f"run_id={self.run_number}"
         found = load(path, [*self.preferences.set, said], {"preferences": Preferences})
         if found.source.label != self.source.label:
             raise UserError(f"{self.origin}: {path} asks {found.source.label}, and {self.source.label} is published")
         return found
 
     def stages(self) -> list[Stage]:
-        run = f"run_id={self.run_number}"
-        found = [*self.source.stages(), Stage(self._config, (*self.students.set, run), self.source)]
+        found = [*self.source.stages(), self.stage(self.students, self.source)]
         if self.asked and self.preferences:
-            own = Stage(self.origin.parent / self.preferences.config, (*self.preferences.set, run), self.asked)
+            own = self.stage(self.preferences, self.asked)
             known = {stage.experiment.label for stage in found}
             found += [one for one in [*self.asked.stages(), own] if one.experiment.label not in known]
         return found
@@ -167,19 +162,10 @@ class Publish(Experiment):
             raise UserError(f"{USER_ID}={said[:40]} is no name of a user or an organisation of the Hub")
         return said
 
-    @property
-    def label(self) -> str:
-        """Runs never share a path."""
-        return f"{super().label}_run{self.run_number}"
-
-    def science(self) -> dict[str, object]:
-        """A run is told by its label, and a user by the cells' digests."""
-        return {key: value for key, value in super().science().items() if key not in ("run_id", "user")}
-
     def pinned(self) -> dict[str, object]:
         owner = self.owner
         plain = owner if not owner or parse_yaml(owner) == owner else f"'{owner}'"  # a user may be called 123
-        return {"run_id": self.run_number, **({"user": plain} if plain else {})}
+        return {**super().pinned(), **({"user": plain} if plain else {})}
 
     def names(self) -> list[str]:
         return self.source.names()

@@ -56,7 +56,7 @@ def report(this: Job) -> int:
 
 def _exported(this: Job, one: Request) -> str:
     """The results of a stage, as far as they are; why not, where there are none."""
-    job = Job(one.experiment, one.config, this.site, None, "", False)
+    job = Job(one.experiment, one.config, this.site, None, "", False, tuple(one.overrides))
     with_results = {Finetune: export_students, Preferences: export_preferences}
     for kind, export in with_results.items():
         if isinstance(one.experiment, kind):
