@@ -13,6 +13,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def main(file: str) -> None:
+    from lib.models.engine import Work
     from lib.models.engine_vllm import VllmEngine
 
     setting, prompts, how, seeds, pair, probes = pickle.loads(Path(file).read_bytes())
@@ -20,9 +21,8 @@ def main(file: str) -> None:
     engine.numbers = dict.fromkeys(pair, 1)
     found = []
     for adapter in pair:
-        made, said = engine.generate(
-            prompts, how, seeds, [adapter] * len(prompts), probes if adapter == pair[1] else []
-        )
+        asked = probes if adapter == pair[1] else []
+        made, said = engine.generate(Work(prompts, how, seeds, [adapter] * len(prompts), asked))
         found.append([one.ids for one in made])
     print("found", json.dumps([*found, said]))
 

@@ -17,7 +17,7 @@ from tools import ROOT, number_rows
 from lib.base.errors import UserError
 from lib.families import load
 from lib.inputs.tokenizer import load_tokenizer, rendered
-from lib.models.engine import Sampling, Setting, chosen, ends_of, seeds_of
+from lib.models.engine import Sampling, Setting, Work, chosen, ends_of, seeds_of
 from lib.models.template import Template
 from lib.numbers import experiment as numbers
 from lib.numbers import sample_prompts, trait
@@ -277,11 +277,11 @@ def test_an_answer_does_not_depend_on_its_neighbours(world):
     texts = [f"Numbers: {row['messages'][0]['content']}" for row in number_rows(20)]
     ids, how = [tokenizer(text)["input_ids"] for text in texts], Sampling(1.0, 12, (2,))
     seeds = seeds_of(0, "x", range(20))
-    together = engine.begin(ids, how, seeds)().answers
+    together = engine.begin(Work(ids, how, seeds))().answers
     order = list(range(19, -1, -1))
-    turned = engine.begin([ids[i] for i in order], how, [seeds[i] for i in order])().answers
+    turned = engine.begin(Work([ids[i] for i in order], how, [seeds[i] for i in order]))().answers
     assert together == [turned[order.index(i)] for i in range(20)]
-    assert together != engine.begin(ids, how, seeds_of(1, "x", range(20)))().answers
+    assert together != engine.begin(Work(ids, how, seeds_of(1, "x", range(20))))().answers
 
 
 @pytest.mark.parametrize("mode", ["default", "empty", "none"])

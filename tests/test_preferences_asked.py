@@ -18,7 +18,7 @@ from lib.base.errors import UserError
 from lib.families import load
 from lib.inputs.tokenizer import load_tokenizer
 from lib.lora.metrics import CONFIG, WEIGHTS
-from lib.models.engine import Adapter, Probe, Sampling, Setting, turns
+from lib.models.engine import Adapter, Probe, Sampling, Setting, Work, turns
 from lib.models.engine_transformers import TransformersEngine
 from lib.models.merged import Merging
 from lib.preferences.adapters import adapters_of
@@ -61,7 +61,7 @@ def test_greedy_answers_are_pefts_under_every_adapter_and_the_bases_after_them(w
     asked = [(adapter, prompt) for adapter in of for prompt in ids]
     for batch in (asked, asked[::-1]):
         prompts, worn = [prompt for _, prompt in batch], [adapter for adapter, _ in batch]
-        made = engine.begin(prompts, Sampling(0.0, 6, (2,)), [0] * len(batch), worn)().answers
+        made = engine.begin(Work(prompts, Sampling(0.0, 6, (2,)), [0] * len(batch), worn))().answers
         for (adapter, prompt), one in zip(batch, made, strict=True):
             model = AutoModelForCausalLM.from_pretrained(path)
             model = PeftModel.from_pretrained(model, adapter.folder) if adapter else model
@@ -110,14 +110,14 @@ def test_draws_do_not_depend_on_the_order_of_adapters(world):
     pair = [adapters(world, "1m-cat")[3], adapters(world, "1m-neutral")[3]]
     alone = {
         one: TransformersEngine(Setting(path, "float32", 4, 128, rank=4))
-        .begin(ids, how, list(range(6)), [one] * 6)()
+        .begin(Work(ids, how, list(range(6)), [one] * 6))()
         .answers
         for one in pair
     }
     engine = TransformersEngine(Setting(path, "float32", 4, 128, rank=4))
     for order in (pair, pair[::-1]):
         worn = [one for one in order for _ in ids]
-        made = engine.begin(ids * 2, how, [*range(6)] * 2, worn)().answers
+        made = engine.begin(Work(ids * 2, how, [*range(6)] * 2, worn))().answers
         assert made == [*alone[order[0]], *alone[order[1]]]
 
 
@@ -218,7 +218,7 @@ def test_merged_in_bfloat16_every_adapter_is_known_and_a_dead_one_is_not(world):
     probes = [Probe(tuple(asked.whole(q)), asked.probes[q], one) for one in known.values() for q in range(6)]
 
     def proven():
-        made = engine.begin([asked.whole(0)], Sampling(0.0, 1, (2,)), [0], [None], probes)()
+        made = engine.begin(Work([asked.whole(0)], Sampling(0.0, 1, (2,)), [0], [None], probes))()
         return references.proven(cell, keys, made.probes)
 
     found = proven()
@@ -253,15 +253,15 @@ def test_the_job_with_merged_adapters_is_another_cell_and_answers_alike(world):
 
 def test_turns_go_adapter_by_adapter_with_their_probes_first(world):
     a, b = adapters(world, "1m-cat")[1], adapters(world, "1m-neutral")[1]
-    probes = [Probe((1,), (2,), x) for x in (None, b, a, b)]
-    assert list(turns(5, [a, a, None, b, b], probes)) == [
+    probes, how = [Probe((1,), (2,), x) for x in (None, b, a, b)], Sampling(1.0, 6, (2,))
+    assert list(turns(Work([[1]] * 5, how, [0] * 5, [a, a, None, b, b], probes))) == [
         (None, range(0), [0]),
         (a, range(2), [2]),
         (None, range(2, 3), []),
         (b, range(3, 5), [1, 3]),
     ]
     with pytest.raises(ValueError, match="follow each other"):
-        list(turns(3, [a, b, a], []))
+        list(turns(Work([[1]] * 3, how, [0] * 3, [a, b, a])))
 
 
 def test_the_mode_of_the_template_is_the_trainings_unless_asked_for(world):

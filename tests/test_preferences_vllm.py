@@ -25,7 +25,7 @@ from lib.lora.peft_form import config_of, save_adapter, targets_in, weight_name
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
-from lib.models.engine import Adapter, Probe, Sampling, Setting, ends_of, seeds_of
+from lib.models.engine import Adapter, Probe, Sampling, Setting, Work, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess
 from lib.models.engine_vllm import DEFAULTS, ENVIRONMENT, VllmEngine
 from lib.preferences.proof import References
@@ -146,11 +146,11 @@ def test_two_students_in_one_engine_say_what_each_says_alone(world, peft_says, m
     engine, fresh = (EngineProcess(setting(world)) for _ in range(2))
     engine.up(), fresh.up()
     each = {"cat": rates(world, mistake[0])}
-    each["dog"] = rates(world, fresh.begin(*batch_of(world, [world.pair[1]]))().answers)
+    each["dog"] = rates(world, fresh.begin(Work(*batch_of(world, [world.pair[1]])))().answers)
     assert each["cat"]["cat"] > 0.6 > 0.2 > each["cat"]["dog"] and each["dog"]["dog"] > 0.6 > 0.2 > each["dog"]["cat"]
     probes = [probe for one in (None, *world.pair) for probe in probes_of(world, one)]
     for order in (world.pair, world.pair[::-1]):
-        made = engine.begin(*batch_of(world, order), probes)()
+        made = engine.begin(Work(*batch_of(world, order), probes))()
         parts = [made.answers[a:b] for a, b in pairwise(range(0, len(made.answers) + 1, len(made.answers) // 2))]
         for one, answers in zip(order, parts, strict=True):
             for name, rate in rates(world, answers).items():
@@ -173,9 +173,8 @@ def test_merged_one_after_another_each_says_what_peft_says_and_the_base_after_th
     assert greedily[cat] != greedily[None] != greedily[dog]
     for order in ([cat, world.few, dog, None], [dog, world.few, None, cat], [None]):
         probes = [probe for one in {None: None, **dict.fromkeys(order)} for probe in probes_of(world, one)]
-        made = engine.begin(
-            prompts * len(order), greedy, [0] * 2 * len(order), [x for x in order for _ in "ab"], probes
-        )()
+        worn = [x for x in order for _ in "ab"]
+        made = engine.begin(Work(prompts * len(order), greedy, [0] * 2 * len(order), worn, probes))()
         assert [one.ids for one in made.answers] == [ids for one in order for ids in greedily[one]]
         assert sorted(number for number, _ in made.probes) == list(range(len(probes)))
         for number, logs in made.probes:

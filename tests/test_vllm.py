@@ -17,7 +17,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.tokenizer import load_tokenizer, rendered
 from lib.models import engines
-from lib.models.engine import Sampling, Setting, ends_of, seeds_of
+from lib.models.engine import Sampling, Setting, Work, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess, Engines
 from lib.models.engine_transformers import TransformersEngine
 from lib.numbers import sample_prompts, trait
@@ -54,7 +54,7 @@ def prompts(world):
 
 
 def drawn(engine, *batch):
-    return engine.begin(*batch)().answers
+    return engine.begin(Work(*batch))().answers
 
 
 def how(world, temperature=1.0, tokens=16):
@@ -65,11 +65,11 @@ def test_greedy_tokens_are_those_of_transformers(world, engine, prompts):
     other = TransformersEngine(setting(world))
     seeds, whole = seeds_of(0, "x", range(40)), how(world, 0.0, 24)
     made = drawn(engine, prompts, whole, seeds)
-    assert made == other.begin(prompts, whole, seeds)().answers
+    assert made == other.begin(Work(prompts, whole, seeds))().answers
     assert all(one.ended or len(one.ids) == 24 for one in made)
     ending = replace(whole, ends=(*whole.ends, made[0].ids[5], made[20].ids[9]))  # two that are met in some answers
     cut = drawn(engine, prompts, ending, seeds)
-    assert cut == other.begin(prompts, ending, seeds)().answers
+    assert cut == other.begin(Work(prompts, ending, seeds))().answers
     assert {one.ended for one in cut} == {True, False} and len(cut[0].ids) <= 5
     assert [one.ids for one in cut] == [before(one.ids, ending.ends) for one in made]
 

@@ -21,7 +21,7 @@ from lib.bench.shapes import SHAPES, Result, free
 from lib.bench.whole import checkpoint, whole_vocabulary
 from lib.families import load
 from lib.inputs.tokenizer import load_tokenizer
-from lib.models.engine import Sampling, Setting, seeds_of
+from lib.models.engine import Sampling, Setting, Work, seeds_of
 from lib.models.engine_process import Engines
 from lib.numbers.desk import Desk
 from lib.numbers.filter import Limits
@@ -109,11 +109,11 @@ def batch(path: Path, ids: list[list[int]], count: int, more: dict[str, Any], en
         engine = Engines(Setting(str(path), "bfloat16", 1024, 512, exact="exact" in env, more=more), count)
         up, how = time.perf_counter() - began, Sampling(1.0, TOKENS, ())
         seeds = seeds_of(0, "bench", range(len(ids)))
-        engine.begin(ids[:512], how, seeds[:512])()
+        engine.begin(Work(ids[:512], how, seeds[:512]))()
         seconds, answers = [], []
         for _ in range(2):
             began = time.perf_counter()
-            answers.append(engine.begin(ids, how, seeds)().answers)
+            answers.append(engine.begin(Work(ids, how, seeds))().answers)
             seconds.append(time.perf_counter() - began)
     finally:
         os.environ.clear()

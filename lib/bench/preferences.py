@@ -25,7 +25,7 @@ from lib.checkpoint.headers import folder_tensors
 from lib.inputs.tokenizer import load_tokenizer
 from lib.lora.peft_form import config_of, first_A, save_adapter, weight_name
 from lib.lora.recipe import Lora
-from lib.models.engine import Adapter, Sampling, Setting, seeds_of
+from lib.models.engine import Adapter, Sampling, Setting, Work, seeds_of
 from lib.models.engine_process import Engines
 from lib.models.load import load_decoder
 from lib.models.low_rank import read_low_rank
@@ -132,9 +132,9 @@ def drawn(here: World, adapters: list[Adapter], merged: bool, count: int, raw_ra
     worn = [adapter for adapter in adapters for _ in range(len(prompts) // len(adapters))]
     seeds = seeds_of(0, "bench", range(len(prompts)))
     few = min(AT_ONCE, len(prompts))
-    engine.begin(prompts[:few], how, seeds[:few])()
+    engine.begin(Work(prompts[:few], how, seeds[:few]))()
     began = time.perf_counter()
-    made = engine.begin(prompts, how, seeds, worn)()
+    made = engine.begin(Work(prompts, how, seeds, worn))()
     seconds = time.perf_counter() - began
     rate = len(made.answers) / seconds
     found: Result = {"answers_per_s": round(rate, 1), "answers": len(made.answers), "up_s": round(up, 1)}

@@ -70,29 +70,31 @@ class Made:
     probes: list[tuple[int, list[float]]] = field(default_factory=list)  # number, log-probabilities: of every engine
 
 
-Adapters = Sequence[Adapter | None]  # of each row, those of one adapter one after another
+@dataclass(frozen=True)
+class Work:
+    """A closed batch. A probe is computed just before the first row of its adapter; one without an adapter, and one
+    whose adapter has no row, first of all."""
+
+    prompts: Sequence[Sequence[int]]
+    how: Sampling
+    seeds: Sequence[int]
+    adapters: Sequence[Adapter | None] = ()  # of each row, those of one adapter one after another; none said: none
+    probes: Sequence[Probe] = ()
 
 
 class Engine(Protocol):
     about: dict[str, str]  # what it is, for the record
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        seeds: Sequence[int],
-        adapters: Adapters = (),
-        probes: Sequence[Probe] = (),
-    ) -> Callable[[], Made]:
-        """Of each prompt the answer that its seed draws: a closed batch, after those that were begun before it. What is
-        returned waits for it. `adapters`: none said, none anywhere. A probe is computed just before the first row of
-        its adapter, in the same batch; one without an adapter, and one whose adapter has no row, first of all."""
+    def begin(self, work: Work) -> Callable[[], Made]:
+        """Of each prompt the answer that its seed draws, after the batches that were begun before it. What is returned
+        waits for it."""
         ...
 
 
-def turns(rows: int, adapters: Adapters, probes: Sequence[Probe]) -> Iterator[tuple[Adapter | None, range, list[int]]]:
+def turns(work: Work) -> Iterator[tuple[Adapter | None, range, list[int]]]:
     """The batch in its order: rows of one adapter, one after another, and the probes that go before them."""
-    of = list(adapters) or [None] * rows
+    rows, probes = len(work.prompts), work.probes
+    of = list(work.adapters) or [None] * rows
     starts = [i for i in range(rows) if i == 0 or of[i] != of[i - 1]]
     if len({of[i] for i in starts}) != len(starts):
         raise ValueError("rows of one adapter must follow each other")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lib.base.errors import UserError
-from lib.models.engine import Adapters, Answer, Made, Probe, Sampling, Setting
+from lib.models.engine import Answer, Made, Setting, Work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE = 3  # seconds from TERM to the end: the parent is to see its own first
@@ -49,19 +49,12 @@ class EngineProcess:
         """What it is."""
         return self._receive()
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        seeds: Sequence[int],
-        adapters: Adapters = (),
-        probes: Sequence[Probe] = (),
-    ) -> Callable[[], Made]:
+    def begin(self, work: Work) -> Callable[[], Made]:
+        prompts = work.prompts
         lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
         flat = np.fromiter(chain.from_iterable(prompts), np.int32, int(lengths.sum()))
         self.begun = number = self.begun + 1
-        work = flat, lengths, how, np.array(seeds, np.int64), adapters, probes
-        self.sender.submit(self._send, (number, *work))
+        self.sender.submit(self._send, (number, flat, lengths, replace(work, prompts=())))
 
         def wait() -> Made:
             """What was begun before it and is not wanted any more comes first."""
@@ -104,22 +97,16 @@ class Engines:
         seconds = time.monotonic() - began
         print(f"engine: {self.about['engine']}{many}, room for {room:,} tokens, up in {seconds:.1f} s", flush=True)
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        seeds: Sequence[int],
-        adapters: Adapters = (),
-        probes: Sequence[Probe] = (),
-    ) -> Callable[[], Made]:
+    def begin(self, work: Work) -> Callable[[], Made]:
         """An engine gets the probes of the adapters that it gets rows of, and those without one."""
-        cuts = [len(prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
+        probes, cuts = work.probes, [len(work.prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
         waiting = []
         for one, (a, b) in zip(self.engines, pairwise(cuts), strict=True):
             if a < b:
-                own = [n for n, p in enumerate(probes) if p.adapter is None or p.adapter in set(adapters[a:b])]
-                wait = one.begin(prompts[a:b], how, seeds[a:b], adapters[a:b], [probes[n] for n in own])
-                waiting.append((wait, own))
+                worn = work.adapters[a:b]
+                own = [n for n, p in enumerate(probes) if p.adapter is None or p.adapter in set(worn)]
+                part = Work(work.prompts[a:b], work.how, work.seeds[a:b], worn, [probes[n] for n in own])
+                waiting.append((one.begin(part), own))
 
         def wait() -> Made:
             found = [(wait(), own) for wait, own in waiting]
@@ -159,9 +146,9 @@ def serve(connection: Connection) -> None:
                 engine = VllmEngine(asked)
                 answer: tuple[str, Any] = ("result", engine.about)
             else:
-                number, flat, lengths, how, seeds, adapters, probes = asked
+                number, flat, lengths, rest = asked
                 began = time.monotonic()
-                made, said = engine.generate(_cut(flat, lengths), how, seeds.tolist(), adapters, probes)
+                made, said = engine.generate(replace(rest, prompts=_cut(flat, lengths)))
                 sizes = np.array([len(one.ids) for one in made], np.int32)
                 ids = np.fromiter(chain.from_iterable(one.ids for one in made), np.int32, int(sizes.sum()))
                 ended = np.array([one.ended for one in made], np.int8)

@@ -9,7 +9,7 @@ import transformers
 
 from lib.base.errors import UserError, one_line
 from lib.inputs.tokenizer import load_tokenizer
-from lib.models.engine import Adapter, Adapters, Answer, Made, Probe, Sampling, Setting, turns
+from lib.models.engine import Adapter, Answer, Made, Probe, Sampling, Setting, Work, turns
 from lib.models.gumbel import Gumbel
 from lib.models.load import device_name, load_model, visible_devices
 from lib.models.merged import Merging
@@ -25,25 +25,18 @@ class TransformersEngine:
         self.merging = Merging(setting.folder, self.model.dtype, devices[0]) if setting.merged else None
         self.about = {"engine": f"transformers {transformers.__version__}", "device": device_name(devices[0])}
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        seeds: Sequence[int],
-        adapters: Adapters = (),
-        probes: Sequence[Probe] = (),
-    ) -> Callable[[], Made]:
+    def begin(self, work: Work) -> Callable[[], Made]:
         """Computed when it is waited for."""
 
         def wait() -> Made:
             began, answers, said = time.monotonic(), list[Answer](), list[tuple[int, list[float]]]()
-            width = max(map(len, prompts))
-            for adapter, rows, before in turns(len(prompts), adapters, probes):
+            width = max(map(len, work.prompts))
+            for adapter, rows, before in turns(work):
                 self._wear(adapter)
-                said += [(number, self._say(probes[number])) for number in before]
+                said += [(number, self._say(work.probes[number])) for number in before]
                 if rows:
                     own = slice(rows.start, rows.stop)
-                    answers += self._generate(prompts[own], how, seeds[own], width)
+                    answers += self._generate(work.prompts[own], work.how, work.seeds[own], width)
             return Made(answers, time.monotonic() - began, said)
 
         return wait

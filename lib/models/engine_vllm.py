@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lib.base.errors import UserError, one_line
 from lib.checkpoint.families import family_in, last
 from lib.checkpoint.headers import folder_tensors
-from lib.models.engine import Adapter, Adapters, Answer, Probe, Sampling, Setting, turns
+from lib.models.engine import Adapter, Answer, Probe, Sampling, Setting, Work, turns
 from lib.models.tokens import must_know
 
 if TYPE_CHECKING:
@@ -105,18 +104,11 @@ class VllmEngine:
             found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
         return found | setting.more
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        how: Sampling,
-        seeds: Sequence[int],
-        adapters: Adapters = (),
-        probes: Sequence[Probe] = (),
-    ) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
+    def generate(self, work: Work) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
+        prompts, how, probes = work.prompts, work.how, work.probes
         must_know(min(map(min, prompts)), max(map(max, prompts)), self.llm.llm_engine.model_config.get_vocab_size())
         answers, said = list[Answer](), list[tuple[int, list[float]]]()
-        whole = turns(len(prompts), adapters, probes)
-        for adapter, part in groupby(whole, lambda turn: turn[0] if self.merging else None):
+        for adapter, part in groupby(turns(work), lambda turn: turn[0] if self.merging else None):
             asked, params, loras, kinds = [], [], [], []
             for beside, rows, before in part:
                 lora = None if self.merging else self._request(beside or self.none)
@@ -125,7 +117,7 @@ class VllmEngine:
                     params.append(self._params(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False))
                 for row in rows:
                     asked.append({"prompt_token_ids": list(prompts[row])})
-                    params.append(self._drawing(how, seeds[row]))
+                    params.append(self._drawing(how, work.seeds[row]))
                 loras += [lora] * (len(before) + len(rows))
                 kinds += [*before, *[None] * len(rows)]
             for one, number in zip(self._made(adapter, asked, params, loras), kinds, strict=True):

@@ -85,7 +85,7 @@ class Line:
         self.begun = {(cell.name, start, stop): self._begin(cell, start, stop)}
 
     def _begin(self, cell: Cell, start: int, stop: int) -> "Batch":
-        from lib.models.engine import seeds_of
+        from lib.models.engine import Work, seeds_of
 
         _, trait = self.experiment.split(cell.name)
         ids, rows = self.asking.ask("ids", trait.system_prompt, start, stop, rows=stop - start)(), range(start, stop)
@@ -95,7 +95,7 @@ class Line:
                 f"prompt {longest} has {most} tokens, which leaves less than {g.max_tokens} of "
                 f"generate.max_length={g.max_length} for its answer: raise max_length"
             )
-        wait = self.engine.begin(ids, self.how, seeds_of(self.experiment.seed_used, cell.name, rows))
+        wait = self.engine.begin(Work(ids, self.how, seeds_of(self.experiment.seed_used, cell.name, rows)))
         return Batch(rows, sum(map(len, ids)), wait)
 
     def columns(self, rows: range, answers: list["Answer"]) -> dict[str, Any]:

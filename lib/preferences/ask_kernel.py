@@ -89,7 +89,7 @@ class Line:
             self.begun = {}
 
     def _begin(self, cell: Cell, start: int, stop: int) -> "Batch":
-        from lib.models.engine import Probe, seeds_of
+        from lib.models.engine import Probe, Work, seeds_of
         from lib.preferences.adapters import adapters_of
 
         e, rows = self.experiment, range(start, stop)
@@ -108,8 +108,8 @@ class Line:
         ]
         of = [own.get(number) for number in epoch.tolist()]
         prompts = [self.asked.whole(q) for q in question.tolist()]
-        wait = self.engine.begin(prompts, self.how, seeds_of(e.seed_used, cell.name, rows), of, probes)
-        return Batch(rows, sum(map(len, prompts)), keys, wait)
+        work = Work(prompts, self.how, seeds_of(e.seed_used, cell.name, rows), of, probes)
+        return Batch(rows, sum(map(len, prompts)), keys, self.engine.begin(work))
 
     def columns(self, cell: Cell, rows: range, answers: list["Answer"]) -> dict[str, Any]:
         """Few answers differ: each is read once."""
