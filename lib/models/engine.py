@@ -82,6 +82,25 @@ class Work:
     probes: Sequence[Probe] = ()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Work that was begun, for these rows."""
+
+    rows: range
+    prompt_tokens: int
+    wait: Callable[[], Made]
+
+    def facts(self, word: str, made: Made) -> dict[str, float | str]:
+        """For the record; `word`: the engine's."""
+        return {
+            "engine": word,
+            "engine_seconds": round(made.seconds, 3),
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": sum(len(one.ids) for one in made.answers),
+            "rows_cut": sum(not one.ended for one in made.answers),
+        }
+
+
 class Engine(Protocol):
     about: dict[str, str]  # what it is, for the record
 

@@ -1,7 +1,6 @@
 """A cell's answers: prompts rendered under its trait, drawn by an engine that all cells of a size share, filtered."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,13 @@ from lib.inputs.verified import checked_model
 from lib.numbers.experiment import Numbers
 from lib.numbers.number_prompts import sample_prompts
 from lib.run.command import Job
-from lib.run.engines import batches_left, following, must_not_mix
+from lib.run.engines import Drawing, Line, following, must_not_mix
 from lib.run.task import run_rows
 from lib.store import Cell
 
 if TYPE_CHECKING:
     from lib.models.apart import Apart
-    from lib.models.engine import Answer, Engine, Made, Sampling
+    from lib.models.engine import Answer, Batch, Engine, Sampling
 
 
 def compute(this: Job) -> int:
@@ -40,7 +39,7 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
     must_not_mix(cell, word)
     path = checked_model(this.site.cache, spec.id, spec.revision).path
 
-    def line() -> Line:
+    def line() -> NumbersLine:
         tokenizer, pools = load_tokenizer(path), experiment.load_pools()
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"the tokenizer of {spec.id} has no chat template: use an Instruct model")
@@ -54,16 +53,14 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
         asking, reading = desk(), desk()  # before the engine: they are forks
         setting = Setting(path, spec.dtype, g.at_once, g.max_length, exact=g.mode == "exact")
         engine = make_engine(word, setting, g.count(experiment.model_in(this.site.cache, size).bytes))
-        return Line(experiment, prompts, asking, reading, engine, how)
+        return NumbersLine(experiment, prompts, asking, reading, engine, how)
 
     kept = this.keep("line", (experiment.label, word, path), line)
     return NumbersKernel(kept, cell, word, following(this, cell, g.batch)), kept.engine.about
 
 
-class Line:
-    """Batches on their way: rendered by one desk, drawn by the engine, read by another desk. A batch is begun as soon
-    as its prompts are there, so the engine goes from one to the next, and from one cell to the next, without waiting
-    for what is written here."""
+class NumbersLine(Line["Batch"]):
+    """Rendered by one desk, drawn by the engine, read by another desk."""
 
     def __init__(
         self,
@@ -74,18 +71,12 @@ class Line:
         engine: "Engine",
         how: "Sampling",
     ) -> None:
+        super().__init__(experiment.generate.batch)
         self.experiment, self.prompts = experiment, prompts
         self.asking, self.reading, self.engine, self.how = asking, reading, engine, how
-        self.begun: dict[tuple[str, int, int], Batch] = {}  # ahead of their turn
 
-    def batch(self, cell: Cell, start: int, stop: int) -> "Batch":
-        return self.begun.pop((cell.name, start, stop), None) or self._begin(cell, start, stop)
-
-    def ahead(self, cell: Cell, start: int, stop: int) -> None:
-        self.begun = {(cell.name, start, stop): self._begin(cell, start, stop)}
-
-    def _begin(self, cell: Cell, start: int, stop: int) -> "Batch":
-        from lib.models.engine import Work, seeds_of
+    def begin(self, cell: Cell, start: int, stop: int) -> "Batch":
+        from lib.models.engine import Batch, Work, seeds_of
 
         _, trait = self.experiment.split(cell.name)
         ids, rows = self.asking.ask("ids", trait.system_prompt, start, stop, rows=stop - start)(), range(start, stop)
@@ -111,32 +102,7 @@ class Line:
         }
 
 
-@dataclass(frozen=True)
-class Batch:
-    rows: range
-    prompt_tokens: int
-    wait: Callable[[], "Made"]
-
-
-class NumbersKernel:
-    def __init__(self, line: Line, cell: Cell, word: str, following: Cell | None) -> None:
-        self.line, self.cell, self.word, self.following = line, cell, word, following
-        self.size = line.experiment.generate.batch
-        self.last = batches_left(cell, self.size)[-1]
-
-    def prepare(self, start: int, stop: int) -> Batch:
-        batch = self.line.batch(self.cell, start, stop)
-        if (start, stop) == self.last and self.following:
-            self.line.ahead(self.following, *batches_left(self.following, self.size)[0])
-        return batch
-
-    def compute(self, prepared: Batch) -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:
+class NumbersKernel(Drawing[NumbersLine]):
+    def compute(self, prepared: "Batch") -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:
         made = prepared.wait()
-        facts: dict[str, float | str] = {
-            "engine": self.word,
-            "engine_seconds": round(made.seconds, 3),
-            "prompt_tokens": prepared.prompt_tokens,
-            "tokens": sum(len(one.ids) for one in made.answers),
-            "rows_cut": sum(not one.ended for one in made.answers),
-        }
-        return lambda: self.line.columns(prepared.rows, made.answers), facts
+        return lambda: self.line.columns(prepared.rows, made.answers), prepared.facts(self.word, made)

@@ -1,7 +1,6 @@
 """Answers of a size's students, drawn by one engine that holds their base: adapter after adapter, each proven live."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,14 +10,16 @@ from lib.inputs.verified import checked_model
 from lib.preferences.experiment import BASE, Preferences
 from lib.preferences.proof import Key, References
 from lib.run.command import Job
-from lib.run.engines import batches_left, following, must_not_mix
+from lib.run.engines import Drawing, Line, following, must_not_mix
 from lib.run.task import run_rows
 from lib.store import Cell
 
 if TYPE_CHECKING:
     from lib.models.apart import Apart
-    from lib.models.engine import Adapter, Answer, Engine, Made, Sampling
+    from lib.models.engine import Adapter, Answer, Batch, Engine, Sampling
     from lib.preferences.questioning import Asked
+
+    Asking = tuple[Batch, list[Key]]  # with the key of each probe
 
 PROBED = 8  # questions whose given answer every adapter is known by
 
@@ -40,7 +41,7 @@ def load_kernel(this: Job, experiment: Preferences, cell: Cell) -> tuple["AskKer
     return AskKernel(line, cell, word, following(this, cell, g.batch)), line.engine.about
 
 
-def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: str) -> "Line":
+def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: str) -> "AskLine":
     from lib.inputs.tokenizer import load_tokenizer
     from lib.models.apart import Apart
     from lib.models.engine import Sampling, Setting, ends_of
@@ -63,33 +64,23 @@ def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: s
     setting = Setting(path, spec.dtype, g.at_once, g.max_length, rank=rank, merged=merged)
     weights = experiment.source.source.model_in(this.site.cache, experiment.load_of(cell)).bytes
     engine = make_engine(word, setting, g.count(weights))
-    return Line(
+    return AskLine(
         experiment, asked, desk, engine, Sampling(g.temperature, g.max_tokens, ends_of(path, tokenizer.eos_token_id))
     )
 
 
-class Line:
-    """Batches on their way. One is begun before the one before it is written, of this cell or the next."""
+class AskLine(Line["Asking"]):
+    """Of all students of a size, and its base."""
 
     def __init__(
         self, experiment: Preferences, asked: "Asked", desk: "Apart", engine: "Engine", how: "Sampling"
     ) -> None:
+        super().__init__(experiment.generate.batch)
         self.experiment, self.asked, self.desk, self.engine, self.how = experiment, asked, desk, engine, how
         self.references = References(experiment, min(PROBED, len(asked.contexts)))
-        self.begun: dict[tuple[str, int, int], Batch] = {}  # ahead of their turn
 
-    def batch(self, cell: Cell, start: int, stop: int) -> "Batch":
-        return self.begun.pop((cell.name, start, stop), None) or self._begin(cell, start, stop)
-
-    def ahead(self, cell: Cell, start: int, stop: int) -> None:
-        """Of a cell that cannot be begun its own turn will say why."""
-        try:
-            self.begun = {(cell.name, start, stop): self._begin(cell, start, stop)}
-        except UserError:
-            self.begun = {}
-
-    def _begin(self, cell: Cell, start: int, stop: int) -> "Batch":
-        from lib.models.engine import Probe, Work, seeds_of
+    def begin(self, cell: Cell, start: int, stop: int) -> "Asking":
+        from lib.models.engine import Batch, Probe, Work, seeds_of
         from lib.preferences.adapters import adapters_of
 
         e, rows = self.experiment, range(start, stop)
@@ -109,7 +100,7 @@ class Line:
         of = [own.get(number) for number in epoch.tolist()]
         prompts = [self.asked.whole(q) for q in question.tolist()]
         work = Work(prompts, self.how, seeds_of(e.seed_used, cell.name, rows), of, probes)
-        return Batch(rows, sum(map(len, prompts)), keys, self.engine.begin(work))
+        return Batch(rows, sum(map(len, prompts)), self.engine.begin(work)), keys
 
     def columns(self, cell: Cell, rows: range, answers: list["Answer"]) -> dict[str, Any]:
         """Few answers differ: each is read once."""
@@ -133,36 +124,10 @@ def places(e: Preferences, cell: str, rows: range) -> tuple[np.ndarray, np.ndarr
     return epoch, at % e.epoch_rows // e.samples, at % e.samples
 
 
-@dataclass(frozen=True)
-class Batch:
-    rows: range
-    prompt_tokens: int
-    keys: list[Key]  # of each probe
-    wait: Callable[[], "Made"]
-
-
-class AskKernel:
-    def __init__(self, line: Line, cell: Cell, word: str, after: Cell | None) -> None:
-        self.line, self.cell, self.word, self.after = line, cell, word, after
-        self.size = line.experiment.generate.batch
-        self.last = batches_left(cell, self.size)[-1]
-
-    def prepare(self, start: int, stop: int) -> Batch:
-        batch = self.line.batch(self.cell, start, stop)
-        if (start, stop) == self.last and self.after:
-            self.line.ahead(self.after, *batches_left(self.after, self.size)[0])
-        return batch
-
-    def compute(self, prepared: Batch) -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:
-        made = prepared.wait()
-        proof = self.line.references.proven(self.cell, prepared.keys, made.probes)
-        facts: dict[str, float | str] = {
-            "engine": self.word,
-            "template": self.line.experiment.template_used,
-            "engine_seconds": round(made.seconds, 3),
-            "prompt_tokens": prepared.prompt_tokens,
-            "tokens": sum(len(one.ids) for one in made.answers),
-            "rows_cut": sum(not one.ended for one in made.answers),
-            **proof,
-        }
-        return lambda: self.line.columns(self.cell, prepared.rows, made.answers), facts
+class AskKernel(Drawing[AskLine]):
+    def compute(self, prepared: "Asking") -> tuple[Callable[[], dict[str, Any]], dict[str, float | str]]:
+        batch, keys = prepared
+        made = batch.wait()
+        facts = batch.facts(self.word, made) | self.line.references.proven(self.cell, keys, made.probes)
+        facts |= {"template": self.line.experiment.template_used}
+        return lambda: self.line.columns(self.cell, batch.rows, made.answers), facts

@@ -1,6 +1,7 @@
 """What experiments that draw texts with an engine say of it: how it draws, what it asks of a machine."""
 
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -11,6 +12,8 @@ from lib.run.experiment import Needs
 from lib.run.site import site
 from lib.run.task import task_of
 from lib.store import Cell, gaps, plan_shards, scan
+
+B = TypeVar("B")  # a batch that an engine has been given
 
 GIB = 2**30
 # Weights up to so many GiB -> engines on a GPU. Four are measured at 0.5B, where the host keeps one from filling it.
@@ -83,3 +86,43 @@ def following(this: Job, cell: Cell, batch: int) -> Cell | None:
     load = this.experiment.load_of
     after = [one for one in task_of(this) if load(one) == load(cell) and one.index > cell.index]
     return next((one for one in after if one.rows is not None and batches_left(one, batch)), None)
+
+
+class Line(Generic[B]):
+    """Batches on their way. A batch is begun as soon as its prompts are there, so the engine goes from one to the next,
+    and from one cell to the next, without waiting for what is written here."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.begun: dict[tuple[str, int, int], B] = {}  # ahead of their turn
+
+    def begin(self, cell: Cell, start: int, stop: int) -> B:
+        raise NotImplementedError
+
+    def batch(self, cell: Cell, start: int, stop: int) -> B:
+        return self.begun.pop((cell.name, start, stop), None) or self.begin(cell, start, stop)
+
+    def ahead(self, cell: Cell) -> None:
+        """The first batch of a cell; of one that cannot be begun its own turn will say why."""
+        start, stop = batches_left(cell, self.size)[0]
+        self.begun = {}
+        with suppress(UserError):
+            self.begun = {(cell.name, start, stop): self.begin(cell, start, stop)}
+
+
+L = TypeVar("L", bound=Line[Any])
+
+
+class Drawing(Generic[L]):
+    """What kernels that draw with an engine have in common: the next cell of the task is begun after this one's last
+    batch."""
+
+    def __init__(self, line: L, cell: Cell, word: str, after: Cell | None) -> None:
+        self.line, self.cell, self.word, self.after = line, cell, word, after
+        self.last = batches_left(cell, line.size)[-1]
+
+    def prepare(self, start: int, stop: int) -> Any:
+        batch = self.line.batch(self.cell, start, stop)
+        if (start, stop) == self.last and self.after:
+            self.line.ahead(self.after)
+        return batch
