@@ -21,7 +21,6 @@ from lib.run.experiment import Experiment
 from lib.run.pipeline import Pipeline
 from lib.run.site import Site, site
 
-WATCH_SECONDS = 10
 AXES = ("SIZES", "TRAITS", "PARTS")
 
 
@@ -117,4 +116,4 @@ def _status(r: Request, as_json: bool, watch: bool, brief: bool) -> int:
             print(clear + show.table(now, r.spoken, targets, width), flush=True)
         if not active:
             return int(watch and any(now.counts[state] for state in ("failed", "stale", "held", "blocked")))
-        time.sleep(WATCH_SECONDS)
+        time.sleep(show.WATCH_SECONDS)

@@ -9,17 +9,17 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from lib.base.errors import UserError, nearest
+from lib.base.errors import UserError
 from lib.cluster import grid, logs, slurm, submit
 from lib.cluster.live import Ask, live_tasks
+from lib.cluster.pick import must_be_known, words_of
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request, send_results
+from lib.cluster.show import WATCH_SECONDS
 from lib.cluster.status import status
 from lib.run.pipeline import Pipeline
 from lib.run.site import Site
 from lib.store import Cell
-
-WATCH_SECONDS = 10
 
 
 def requests_of(pipeline: Pipeline, site: Site) -> list[Request]:
@@ -77,11 +77,10 @@ def _results(r: Request, requests: Sequence[Request], dry: bool) -> None:
 
 def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[tuple[Request, str | None]]:
     """Each stage's cells that are meant, all without SIZES and TRAITS, and what they read from. None: none of its."""
-    asked = {axis: words for axis, text in places.items() if (words := text.replace(",", " ").split())}
+    asked = words_of(places)
     for axis, words in asked.items():
         known = list(dict.fromkeys(value for one in requests for value in one.experiment.places().get(axis, [])))
-        if wrong := next((word for word in words if word not in known), ""):
-            raise UserError(f"{axis}: {wrong!r} is none of {', '.join(known) or 'nothing here'}{nearest(wrong, known)}")
+        must_be_known(axis, words, known)
     if not asked:
         return [(one, "") for one in requests]
     meant = {one.experiment.label: _meant(one, asked) for one in requests}

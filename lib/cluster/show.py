@@ -5,6 +5,7 @@ from lib.base.progress import clock
 from lib.cluster.status import CellState, Status
 
 COLUMNS = "{:>4}  {:<14} {:<8} {:>17} {:>5} {:>9} {:>9} {:>9} {:<12} {}"
+WATCH_SECONDS = 10  # between looks
 MANY = 40  # beyond this many cells, only those that need a look
 
 
