@@ -109,6 +109,11 @@ def local_logs(scratch: Path) -> Iterator[None]:
             log.unlink()
 
 
+def slurm_logs() -> set[Path]:
+    """Not those of local workers, which other tests may have at the same time."""
+    return {path for path in (ROOT / "slurm" / "logs").iterdir() if "-local-" not in path.name}
+
+
 class Slurm:
     """A Slurm that env/slurm-up.sh raised in `folder`; `env` is what a shell has after sourcing its env.sh."""
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Slurm, wait_until
+from conftest import ROOT, Slurm, slurm_logs, wait_until
 from fake_hub import serve
 from tools import number_rows, small_lls, tiny_model
 
@@ -282,7 +282,7 @@ def test_what_a_batch_script_advises_can_be_pasted(fresh_slurm: Slurm, tmp_path)
     env = {"SUITE_SCRATCH": str(folder / "s"), "SUITE_CACHE": str(folder / "cache"), "SUITE_OUTPUT": str(folder / "o")}
     env |= {"SUITE_GPU": "cpu", "OMP_NUM_THREADS": "1", "SUITE_MAX_REQUEUES": "0"}
     logs = ROOT / "slurm" / "logs"
-    before = set(logs.iterdir())
+    before = slurm_logs()
     flags = ("--array=0", "--job-name=advised", "slurm/compute_lls.sbatch", config, "run.shard_rows=1", override)
     job = fresh_slurm.sbatch(*flags, cwd=ROOT, **env)
     wait_until(lambda: list((folder / "s").glob("*/cells/cat-*/*.json")), 60, "no shard came")
@@ -295,7 +295,7 @@ def test_what_a_batch_script_advises_can_be_pasted(fresh_slurm: Slurm, tmp_path)
     fresh_slurm.wait_for(resumed.split()[2].rstrip(":"), "COMPLETED", timeout=120)
     (cell,) = load(config, ["run.shard_rows=1", override]).cells(folder / "cache", folder / "s")
     assert len(list(cell.path.glob("*.json"))) == 60
-    for path in set(logs.iterdir()) - before:
+    for path in slurm_logs() - before:
         path.unlink()
 
 
@@ -311,8 +311,7 @@ def test_fetch_as_a_job_without_a_gpu(fresh_slurm: Slurm, tmp_path):
     gpus = {"SBATCH_PARTITION": "high", "SBATCH_CONSTRAINT": "h200", "SBATCH_GPUS_PER_NODE": "1"}
     gpus |= {"SBATCH_CPUS_PER_GPU": "8", "SBATCH_MEM_PER_GPU": "900G", "SBATCH_ACCOUNT": "kempner_lab"}
     env = {"SUITE_CACHE": str(tmp_path / "cache"), "SUITE_SCRATCH": str(tmp_path / "s"), "SBATCH_MEM_PER_NODE": "2G"}
-    logs = ROOT / "slurm" / "logs"
-    before = set(logs.iterdir())
+    before = slurm_logs()
     with serve() as hub:
         commit = hub.commit("models/acme/tiny", files)
         hub.commit("datasets/acme/cat", {"train.jsonl": rows})
@@ -329,5 +328,5 @@ def test_fetch_as_a_job_without_a_gpu(fresh_slurm: Slurm, tmp_path):
     experiment = load(config, ["max_rows=4"])
     assert len(experiment.cells(tmp_path / "cache", tmp_path / "s")) == 1
     assert "without JOB=1" in sourced(tmp_path, "make -s fetch JOB=1", SUITE_SLURM="no").stderr
-    for path in set(logs.iterdir()) - before:
+    for path in slurm_logs() - before:
         path.unlink()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Slurm, thaw, wait_until
+from conftest import ROOT, Slurm, slurm_logs, thaw, wait_until
 from tools import forked, number_rows, tiny_model, write_rows
 
 from lib.cluster.status import STATES
@@ -35,11 +35,6 @@ def inputs(tmp_path_factory):
     )
     fetch(load(folder / "small.yaml"), folder / "cache")
     return folder
-
-
-def slurm_logs() -> set[Path]:
-    """Not those of local workers, which other tests may have at the same time."""
-    return {path for path in (ROOT / "slurm" / "logs").iterdir() if "-local-" not in path.name}
 
 
 class Run:

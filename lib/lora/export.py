@@ -15,14 +15,15 @@ from pathlib import Path
 
 from lib.base.atomic import keep_others, read_file, read_json, write_bytes, write_json
 from lib.base.errors import UserError
+from lib.lora.epochs import by_epoch, states_of
 from lib.lora.experiment import Finetune
 from lib.lora.metrics import CONFIG, FILE, WEIGHTS, Step, read_steps
 from lib.lora.plots import plot_loss
 from lib.report.tables import Column, Table
 from lib.run.command import Job
-from lib.run.extent import extent, states, step_of
+from lib.run.extent import extent
 from lib.run.results import all_done
-from lib.store import Cell, Folder, needed, scan_folders
+from lib.store import Cell, Folder, needed
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def export(this: Job) -> int:
 
 def trained(experiment: Finetune, cell: Cell) -> Trained:
     schedule = experiment.schedule()
-    done = states(cell, scan_folders(cell.path, cell.digest)[0])
-    epochs = {schedule.epoch_of(step_of(one)): one for one in done if step_of(one) % schedule.steps_an_epoch == 0}
+    done = states_of(cell)
+    epochs = by_epoch(done, schedule)
     needed(epochs[schedule.epochs])
     steps = read_steps(epochs[schedule.epochs].folder)
     losses = [_mean([step for step in steps if step.epoch == epoch]) for epoch in sorted(epochs)]

@@ -4,18 +4,17 @@ import hashlib
 
 from lib.base.atomic import read_file
 from lib.base.errors import UserError
+from lib.lora.epochs import by_epoch, states_of
 from lib.lora.metrics import CONFIG, WEIGHTS
 from lib.lora.schedule import Schedule
 from lib.models.engine import Adapter
-from lib.run.extent import states, step_of
-from lib.store import Cell, scan_folders
+from lib.store import Cell
 
 
 def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[int, Adapter]:
-    there = {step_of(state): state for state in states(student, scan_folders(student.path, student.digest)[0])}
-    found = {}
+    there, found = by_epoch(states_of(student), schedule), {}
     for epoch in epochs:
-        state = there.get(epoch * schedule.steps_an_epoch)
+        state = there.get(epoch)
         if state is None or state.retired:
             why = f"was deleted on purpose ({state.retired.why})" if state and state.retired else "is not there"
             raise UserError(

@@ -6,7 +6,7 @@ first of these is one look at the question's last place, for all spellings of al
 can add. So only likely ones are computed further, round by round, until those left out could change a trait's
 probability at a question by at most a hundredth. All of a question stand after one computing of it.
 
-Suffixes as in decoder; Q questions, T traits, F first tokens."""
+Suffixes as in decoder; Q questions, T traits, F first tokens, G groups of a trait's spellings by these."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +57,7 @@ class Reader:
         self.contexts, self.probes, self.traits = contexts, probes, len(spelled)
         self.firsts = sorted({way[0] for ways in spelled for way in ways})
         self.groups = _groups(spelled, self.firsts)
+        self.trait_G = np.array([group.trait for group in self.groups])
         self.device = decoder.devices[-1]
         self.goes_on = torch.from_numpy(goes_on).to(self.device)
         self.scorer = Scorer(decoder, head_rows)
@@ -67,33 +68,28 @@ class Reader:
         prefix, count, self.computed = self.decoder.prefix(self.prefix_ids), len(self.contexts), 0
         first_QF = self._firsts(prefix).astype(np.float64)
         logp_QT, rounds = np.full((count, self.traits), -np.inf), 0
-        waiting = {(q, number) for q in range(count) for number in range(len(self.groups))}
+        first_QG = first_QF[:, [group.first for group in self.groups]]
+        waiting_QG = np.ones(first_QG.shape, bool)
         while True:
-            left_QT = self._left(first_QF, waiting)
-            wants = left_QT > np.log(LEFT_OUT) + logp_QT
-            now = [
-                (q, n)
-                for q, n in sorted(waiting)
-                if wants[q, (g := self.groups[n]).trait] and first_QF[q, g.first] >= np.log(SHARE) + left_QT[q, g.trait]
-            ]
+            left_QT = self._left(np.where(waiting_QG, first_QG, -np.inf))
+            wanted_QT = left_QT > np.log(LEFT_OUT) + logp_QT
+            likely_QG = first_QG >= np.log(SHARE) + left_QT[:, self.trait_G]
+            now = np.argwhere(waiting_QG & wanted_QT[:, self.trait_G] & likely_QG).tolist()
             if not now:
                 break
-            waiting -= set(now)
             rounds += 1
-            for (q, n), value in zip(now, self._read(prefix, first_QF, now), strict=True):
-                trait = self.groups[n].trait
+            for (q, g), value in zip(now, self._read(prefix, first_QF, now), strict=True):
+                waiting_QG[q, g] = False
+                trait = self.trait_G[g]
                 logp_QT[q, trait] = np.logaddexp(logp_QT[q, trait], value)
         items = [Item(context, probe) for context, probe in zip(self.contexts, self.probes, strict=True)]
         said = np.array([one.sum(dtype=np.float64) for one in self.scorer(prefix, items)])
         return Found(logp_QT, left_QT, said, rounds, self.computed)
 
-    def _left(self, first_QF: np.ndarray, waiting: set[tuple[int, int]]) -> np.ndarray:
+    def _left(self, waiting_QG: np.ndarray) -> np.ndarray:
         """What those that wait could add: no more than their first tokens have."""
-        found = np.full((len(first_QF), self.traits), -np.inf)
-        for q, n in waiting:
-            group = self.groups[n]
-            found[q, group.trait] = np.logaddexp(found[q, group.trait], first_QF[q, group.first])
-        return found
+        of = [waiting_QG[:, self.trait_G == trait] for trait in range(self.traits)]
+        return np.stack([np.logaddexp.reduce(one, axis=1, initial=-np.inf) for one in of], axis=1)
 
     def _firsts(self, prefix: Prefix) -> np.ndarray:
         firsts, rows = torch.tensor(self.firsts, device=self.device), []
@@ -102,7 +98,7 @@ class Reader:
                 rows.append((logits_PV[:, firsts] - logits_PV.logsumexp(-1, keepdim=True))[:n])
         return torch.cat(rows).cpu().numpy()
 
-    def _read(self, prefix: Prefix, first_QF: np.ndarray, wanted: list[tuple[int, int]]) -> list[float]:
+    def _read(self, prefix: Prefix, first_QF: np.ndarray, wanted: Sequence[Sequence[int]]) -> list[float]:
         ways = [(q, self.groups[n].first, way) for q, n in wanted for way in self.groups[n].ways]
         items, values = [Item(self.contexts[q], way, AFTER) for q, _, way in ways], []
         for hidden_PD, rows in self._hidden(prefix, items):

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
+from lib.lora.epochs import by_epoch, states_of
 from lib.preferences.findings import Run
 from lib.preferences.judge import DEFAULT
 from lib.preferences.runs import Counted
 from lib.preferences.students import BASE, OfStudents, Place
 from lib.preferences.tally import Tally
-from lib.run.extent import states, step_of
-from lib.store import Cell, scan_folders
+from lib.store import Cell
 
 CONTROL = "control"
 
@@ -58,10 +58,8 @@ def write_model_info(
 ) -> None:
     """Where a student's adapters lie. Which repository each is in, publishing knows."""
     schedule = experiment.source.schedule()
-    there = [one for one in states(student, scan_folders(student.path, student.digest)[0]) if not one.retired]
-    epochs = {
-        schedule.epoch_of(step_of(one)): str(one.folder) for one in there if not step_of(one) % schedule.steps_an_epoch
-    }
+    there = by_epoch(states_of(student), schedule)
+    epochs = {epoch: str(one.folder) for epoch, one in there.items() if not one.retired}
     about = {
         "model_size": group,
         "condition": place.trait,

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.base.errors import UserError
+from lib.lora.epochs import by_epoch, states_of
 from lib.preferences.experiment import Preferences
 from lib.publish.experiment import Publish
-from lib.run.extent import extent, states, step_of
+from lib.run.extent import extent
 from lib.run.parents import made_again
-from lib.store import Cell, retire, scan_folders
+from lib.store import Cell, retire
 
 
 @dataclass
@@ -53,9 +54,8 @@ def _retire(preferences: Preferences, student: Cell, needed_by: list[Cell], dry:
     found.left = "; ".join(filter(None, [_unfinished(student), *map(_unfinished, needed_by)]))
     if found.left:
         return found
-    there = [one for one in states(student, scan_folders(student.path, student.digest)[0]) if not one.retired]
-    ends = range(schedule.steps_an_epoch, student.total, schedule.steps_an_epoch)  # of all epochs but the last
-    earlier = {schedule.epoch_of(step_of(one)): one for one in there if step_of(one) in ends}
+    there = by_epoch(states_of(student), schedule)
+    earlier = {epoch: one for epoch, one in there.items() if epoch < schedule.epochs and not one.retired}
     if never := sorted(set(earlier) - set(preferences.epochs_used)):
         found.left = f"{_epochs(never)} left: {preferences.label} does not ask {'it' if len(never) == 1 else 'them'}"
     why = "asked and published" if len(needed_by) > 1 else "asked"
