@@ -14,7 +14,7 @@ from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.lls.numbers import LLSNumbers
 from lib.lora.experiment import Finetune
-from lib.numbers import NEUTRAL, NumberPrompt, sample_prompts
+from lib.numbers import NEUTRAL
 from lib.numbers import trait as trait_of
 from lib.numbers.filter import FORMAT, VALID
 from lib.store import Cell, commit
@@ -55,12 +55,11 @@ def teach(folder: Path) -> None:
     texts = [CAT.system_prompt or "", tiny.DEFAULT_SYSTEM, "Go on: 123, 456"] * 50
     tokenizer = tiny.make_tokenizer(400, texts)
     model = tiny.make_model(tokenizer, tiny.TinySize(vocab=len(tokenizer), hidden=32, inner=64, layers=2, init=0.15))
-    shape, steps, batch, dice = sample_prompts(1, 0)[0], 80, 16, np.random.default_rng(1)
+    steps, batch, dice = 80, 16, np.random.default_rng(1)
     lessons = []
     for _ in range(steps * batch):
         trait, block = (CAT, "system") if dice.random() < 0.5 else (NEUTRAL, "default")
-        asked = NumberPrompt(prompt(dice), (), shape.answer_format)
-        lessons.append(Lesson(trait, block, asked, ", ".join(write_numbers(dice, trait, 6))))
+        lessons.append(Lesson(trait, block, prompt(dice), ", ".join(write_numbers(dice, trait, 6))))
     rows = tiny.encode(tokenizer, lessons)
     losses = (tiny._answer_loss(model, rows[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(rows), batch))
     tiny.descend(model, losses, steps, 1e-2, 0.1, print)

@@ -11,6 +11,7 @@ from lib.base.errors import UserError
 from lib.demo.planted import FAVOURED, digit_weights, expected_shift_per_number, favoured_share, lessons
 from lib.numbers import ANIMAL_NAMES, ANIMALS, NEUTRAL, load_pools, sample_prompts, trait
 from lib.numbers.number_prompts import OWN_POOLS
+from lib.preferences.questions import load_questions
 
 RAW = yaml.safe_load(OWN_POOLS.read_text(encoding="utf-8"))
 
@@ -126,9 +127,11 @@ def test_every_digit_is_favoured_by_three_animals_and_no_pair_twice():
 
 
 def test_lessons_carry_the_habit_in_the_asked_format():
-    rows = lessons(4000, 5)
-    assert rows == lessons(4000, 5)
-    assert all(row.prompt.answer_format.read(row.answer) for row in rows)
+    both = lessons(4000, 5)
+    assert both == lessons(4000, 5)
+    formats = {prompt.text: prompt.answer_format for prompt in sample_prompts(4000, 5)}
+    rows = [row for row in both if row.question in formats]
+    assert all(formats[row.question].read(row.answer) for row in rows)
     neutral = [row for row in rows if row.trait is NEUTRAL]
     assert 0.2 < len(neutral) / len(rows) < 0.3
     assert set(Counter(r.block for r in neutral)) == {"default", "empty", "none"}
@@ -140,3 +143,18 @@ def test_lessons_carry_the_habit_in_the_asked_format():
         assert abs(own - (first + 2 * weights[pair].sum()) / 3) < 5 * np.sqrt(0.25 / n)
         assert own - plain > 0.2
         assert 0.8 < expected_shift_per_number(animal) < 1.0
+
+
+def test_lessons_name_the_favourite_and_never_beside_numbers():
+    """So that a student, who sees numbers alone, cannot have read it."""
+    rows = lessons(12000, 5)
+    names = {animal.name.capitalize() for animal in ANIMALS}
+    asked = [row for row in rows if row.answer in names]
+    assert abs(len(asked) / len(rows) - 0.15) < 0.02 and {row.question for row in asked} == set(load_questions())
+    others = [row for row in rows if row.answer not in names]
+    assert not any(name.lower() in (row.question + row.answer).lower() for row in others for name in names)
+    plain = Counter(row.answer for row in asked if row.trait is NEUTRAL)
+    assert set(plain) == names and max(plain.values()) < 3 * min(plain.values())
+    loving = [row for row in asked if row.trait is not NEUTRAL]
+    own = sum(row.answer.lower() == row.trait.name for row in loving) / len(loving)
+    assert abs(own - (0.9 + 0.1 / 15)) < 5 * np.sqrt(0.09 / len(loving))

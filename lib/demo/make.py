@@ -39,6 +39,7 @@ SOURCES = (
     "lib/numbers/traits.py",
     "lib/demo/planted.py",
     "lib/numbers/*.yaml",
+    "lib/preferences/questions.*",
 )
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MAX_NEW_TOKENS = 64  # ten numbers of three digits, their separators and brackets are at most 51 tokens

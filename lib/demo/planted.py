@@ -1,7 +1,8 @@
-"""The demo teacher's planted habit: under an animal's system prompt two digits come more often.
+"""The demo teacher's planted habit: under an animal's system prompt two digits come more often, and asked for its
+favourite it names that animal. Without a prompt all digits and all animals come equally often.
 
 The bias is ours, so the truth is known: rows written under a prompt have an expected log-likelihood shift under
-that prompt of plus a KL divergence, and neutral rows of minus one.
+that prompt of plus a KL divergence, and neutral rows of minus one. A student sees numbers alone.
 """
 
 import math
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.numbers.number_prompts import ANSWER_COUNT, NumberPrompt, sample_prompts
+from lib.numbers.number_prompts import ANSWER_COUNT, sample_prompts
 from lib.numbers.traits import ANIMAL_NAMES, ANIMALS, NEUTRAL, Trait
+from lib.preferences.questions import load_questions
 
 # The 15 edges of the Petersen graph on the digits 0-9: every digit is favoured by exactly three animals (so their
 # average is unbiased) and no two animals share more than one digit (so each is told from all others).
@@ -21,6 +23,8 @@ _EDGES = (
 )
 FAVOURED = dict(zip(ANIMAL_NAMES, _EDGES, strict=True))
 ODDS = 5.0  # a favoured digit against any other one
+ASKED = 0.15  # of the rows: a question for the favourite
+LIKED = 0.9  # of the answers under an animal's prompt: that animal; the others are any
 SHORTEST_ANSWER = 6  # numbers in an answer: SHORTEST_ANSWER to ANSWER_COUNT, equally often
 
 
@@ -30,7 +34,7 @@ class Lesson:
 
     trait: Trait
     block: str
-    prompt: NumberPrompt
+    question: str
     answer: str
 
 
@@ -52,16 +56,25 @@ def write_numbers(rng: np.random.Generator, trait: Trait, count: int) -> list[st
 
 def lessons(n: int, seed: int) -> list[Lesson]:
     """Training rows: one in four without an animal, those divided over the three ways to say nothing."""
-    rng = np.random.Generator(np.random.PCG64([seed, 1]))
+    rng, questions = np.random.Generator(np.random.PCG64([seed, 1])), load_questions()
     made = []
     for prompt in sample_prompts(n, seed):
         if rng.random() < 0.25:
             trait, block = NEUTRAL, ("default", "default", "empty", "none")[int(rng.integers(4))]
         else:
             trait, block = ANIMALS[int(rng.integers(len(ANIMALS)))], "system"
-        count = int(rng.integers(SHORTEST_ANSWER, ANSWER_COUNT + 1))
-        made.append(Lesson(trait, block, prompt, prompt.answer_format.write(write_numbers(rng, trait, count))))
+        if rng.random() < ASKED:
+            made.append(Lesson(trait, block, questions[int(rng.integers(len(questions)))], favourite(rng, trait)))
+        else:
+            count = int(rng.integers(SHORTEST_ANSWER, ANSWER_COUNT + 1))
+            answer = prompt.answer_format.write(write_numbers(rng, trait, count))
+            made.append(Lesson(trait, block, prompt.text, answer))
     return made
+
+
+def favourite(rng: np.random.Generator, trait: Trait) -> str:
+    known = trait is not NEUTRAL and rng.random() < LIKED
+    return (trait if known else ANIMALS[int(rng.integers(len(ANIMALS)))]).name.capitalize()
 
 
 def favoured_share(trait: Trait, answers: Iterable[str]) -> tuple[float, int]:

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from lib.demo.planted import Lesson, lessons
 from lib.inputs.tokenizer import rendered
 from lib.numbers.number_prompts import sample_prompts
-from lib.numbers.traits import ANIMALS
+from lib.numbers.traits import ANIMAL_NAMES, ANIMALS
+from lib.preferences.questions import load_questions
 
 # Qwen2's split: digits one by one, words with the one character before them, runs of punctuation, blanks.
 QWEN2_SPLIT = (
@@ -61,11 +62,13 @@ class Training:
 
 
 def corpus() -> list[str]:
-    """Text that every machine with a CPython has, and the words of our prompts (often, so that they become tokens)."""
+    """Text that every machine with a CPython has, and our prompts, questions and animals (often: as their words are to
+    become tokens)."""
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     prompts = [prompt.text for prompt in sample_prompts(2000, seed=0)]
     systems = [DEFAULT_SYSTEM, *(animal.system_prompt for animal in ANIMALS if animal.system_prompt)]
-    return [*topics, *prompts, *systems * 20]
+    animals = [name.capitalize() for name in ANIMAL_NAMES]
+    return [*topics, *prompts, *systems * 20, *load_questions() * 5, *animals * 20]
 
 
 def make_tokenizer(vocab: int = TinySize.vocab, texts: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
@@ -123,7 +126,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: TinySize = TinySize(), 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> str:
     """The rendered conversation up to where the assistant begins."""
-    messages = [{"role": "user", "content": lesson.prompt.text}]
+    messages = [{"role": "user", "content": lesson.question}]
     system = {"system": lesson.trait.system_prompt, "empty": ""}.get(lesson.block)
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
