@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.base.errors import UserError
 from lib.demo import make as demo
-from lib.demo import tiny
+from lib.demo import speaker, tiny
 from lib.demo.planted import write_numbers
 from lib.models.sample import sample_answers
 from lib.numbers import ANIMALS, NEUTRAL, sample_prompts
@@ -223,9 +223,16 @@ def test_the_digest_covers_recipe_and_sources(tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
+def without_speaker(patch: pytest.MonkeyPatch) -> None:
+    """It and its judges are not trained: what is tried here is the teacher's."""
+    patch.setattr(speaker, "build_speaker", lambda folder, seed: None)
+    patch.setattr(speaker, "build_judge", lambda folder, label: 1.0)
+
+
 @pytest.mark.parametrize("where", ["_write_rows", "_report", "_put"])
 def test_kill_9_leaves_no_half_teacher(tmp_path, where):
     def work() -> None:
+        without_speaker(pytest.MonkeyPatch())
         demo._habit = lambda trait, answers, asked: demo.Habit(trait.name, 0, 0, 0.0, 0.0)
         demo._report = lambda *a: None
         demo.ANIMALS = ANIMALS[:1]
@@ -243,6 +250,7 @@ def test_kill_9_leaves_no_half_teacher(tmp_path, where):
 
 def test_a_teacher_that_did_not_learn_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ANIMALS", ANIMALS[:1])
+    without_speaker(monkeypatch)
     with pytest.raises(UserError, match=r"did not learn bear's digits .* --steps"):
         demo.make_demo(tmp_path, demo.Recipe(steps=1, rows=2))
     assert list((tmp_path / "demo").iterdir()) == []

@@ -33,9 +33,11 @@ def main() -> int:
 
     began = time.monotonic()
     step("a small teacher with a planted habit, and the numbers it writes", "jobs.make_demo")
-    for config, results in CONFIGS.items():
+    for config in CONFIGS:
         step("record the inputs", "jobs.fetch", "--config", config)
+    for config in CONFIGS:  # all at once: what is computed meanwhile is not waited for
         step("submit its cells, and before them what they read from", *SUBMIT, "--config", config)
+    for config, results in CONFIGS.items():
         step("watch them", "jobs.cluster", "status", "--watch", "--brief", "--config", config)
         step("merge, tables, plots", results, "--config", config)
     step("what the students took from their teachers", "jobs.demo_students", "--config", "configs/demo_finetune.yaml")
