@@ -1,20 +1,21 @@
 """Zero-shot tasks by lm-evaluation-harness on a model that is loaded: its own tasks by name, or YAML files of a folder.
 
-The tasks are set up once, documents and all, and asked again after each change of the model's weights. Nothing is
-fetched: a dataset lies in the cache of `datasets` or in local files."""
+The tasks are set up once, documents and all, and asked again after each change of the model's weights. A job fetches
+nothing: a dataset lies in the cache of `datasets`, where `bring` put it, or in local files."""
 
 import copy
 import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lib.base.errors import UserError, nearest, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Metrics = dict[str, tuple[float, float]]  # name -> value and standard error; NaN where the harness gives none
 RESAMPLES = 1000  # for the standard errors that have no formula
@@ -27,7 +28,7 @@ class Tasks:
         self.asked = [one for name in names for one in _set_up(self.manager, name)]
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int = 16, limit: int | None = None
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int = 16, limit: int | None = None
     ) -> dict[str, Metrics]:
         """Task (and group of tasks) -> metrics; `limit`: only the first documents of each task, for a trial."""
         from lm_eval import simple_evaluate
@@ -49,6 +50,25 @@ class Tasks:
         return {task: _metrics(values) for task, values in found["results"].items()}
 
 
+def bring(names: Sequence[str], folder: Path | None = None, update: bool = False) -> None:
+    """The documents of these tasks, where there is a network. What is there already stays, so that all settings of a
+    sweep are asked the same."""
+    manager = _manager(names, folder)
+    for name in names:
+        try:
+            if update:
+                raise Missing
+            _set_up(manager, name)
+            print(f"task {name}: its documents are there", flush=True)
+        except Missing:
+            _set_up(manager, name, offline=False)
+            print(f"task {name}: its documents are fetched", flush=True)
+
+
+class Missing(UserError):
+    """A task that cannot be set up without a network."""
+
+
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
     """What knows all these names. The harness' own 14,000 take many seconds to read, so only where they are needed."""
     from lm_eval.tasks import TaskManager
@@ -66,18 +86,17 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
     return every
 
 
-def _set_up(manager: Any, name: str) -> list[Any]:
+def _set_up(manager: Any, name: str, offline: bool = True) -> list[Any]:
     """The task, the group, or the tasks of a tag."""
     try:
-        with _offline(), _quiet():
+        with _offline() if offline else nullcontext(), _quiet():
             loaded = manager.load([name])
     except Exception as e:  # of datasets, the hub, YAML, jinja and the task's own code
-        fetching = f"from lm_eval.tasks import TaskManager; TaskManager().load(['{name}'])"
-        raise UserError(
-            f"task {name} cannot be set up ({type(e).__name__}: {one_line(e)}); mend its YAML file, or, where its "
-            f"dataset is missing, run once where there is a network: "
-            f'HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 .venv/bin/python -c "{fetching}"'
-        ) from None
+        what = f"task {name} cannot be set up ({type(e).__name__}: {one_line(e)}); "
+        if offline:
+            fix = "where its dataset is missing, run `make fetch` with this CONFIG where there is a network; otherwise "
+            raise Missing(f"{what}{fix}mend its YAML file") from None
+        raise UserError(f"{what}mend its YAML file, or try again where there is a network") from None
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 

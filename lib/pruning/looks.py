@@ -48,6 +48,10 @@ class TextsSpec(Frozen):
     def labels(self) -> list[str]:
         return [label(convention, self.window) for convention in self.perplexity]
 
+    @property
+    def own_tasks(self) -> Path | None:
+        return Path(self.tasks_folder) if self.tasks_folder else None
+
     def columns(self) -> dict[str, Column]:
         found: dict[str, Column] = {}
         for name in self.labels:
@@ -60,9 +64,9 @@ class TextsSpec(Frozen):
     def identity(self) -> dict[str, object]:
         """All that decides what is seen, but for the texts themselves."""
         found = self.model_dump(mode="json", exclude={"text", "judges", "neutral", "effect", "tasks_folder"})
-        if self.tasks_folder:
-            files = sorted(path for path in Path(self.tasks_folder).rglob("*") if path.is_file())
-            found["own_tasks"] = {str(path.relative_to(self.tasks_folder)): sha256_file(path) for path in files}
+        if own := self.own_tasks:
+            files = sorted(path for path in own.rglob("*") if path.is_file())
+            found["own_tasks"] = {str(path.relative_to(own)): sha256_file(path) for path in files}
         return found
 
     def passes(self) -> float:

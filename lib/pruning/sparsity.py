@@ -110,6 +110,9 @@ class Sparsity(Experiment):
     def stages(self) -> list[Stage]:
         return list(self.sources.values())
 
+    def tasks(self) -> tuple[list[str], Path | None]:
+        return self.evaluate.tasks, self.evaluate.own_tasks
+
     def models(self) -> list[ModelSpec]:
         return [self.base.model]
 

@@ -89,7 +89,7 @@ def load_subject(
     for judge in judges:
         path = checked_model(cache, judge.id, judge.revision).path
         them.append(Toxicity(load_classifier(path, judge.dtype, devices[0]), load_tokenizer(path)))
-    asked = Tasks(spec.tasks, Path(spec.tasks_folder) if spec.tasks_folder else None) if spec.tasks else None
+    asked = Tasks(spec.tasks, spec.own_tasks) if spec.tasks else None
     return Subject(
         cache,
         loaded,

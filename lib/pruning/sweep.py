@@ -121,6 +121,9 @@ class Sweep(Experiment):
     def stages(self) -> list[Stage]:
         return [*self.choice.stages(), self._stage]
 
+    def tasks(self) -> tuple[list[str], Path | None]:
+        return self.evaluate.tasks, self.evaluate.own_tasks
+
     def models(self) -> list[ModelSpec]:
         return [*self.choice.models(), *self.evaluate.judges]
 

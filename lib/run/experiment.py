@@ -107,6 +107,10 @@ class Experiment(Configuration):
     def datasets(self) -> list[DatasetSpec]:
         return []
 
+    def tasks(self) -> tuple[list[str], Path | None]:
+        """lm-eval's that are asked, and a folder with some of the user's own: their documents are fetched."""
+        return [], None
+
     def names(self) -> list[str]:
         """The cells' names in order: known before the inputs are."""
         raise NotImplementedError
