@@ -39,7 +39,8 @@ def count(experiment: Preferences, cell: Cell, cache: Path) -> Counted:
 
 
 def neutral_of(experiment: OfStudents) -> str | None:
-    return next((one.name for one in experiment.source.source.traits if not one.words), None)
+    """The student of a teacher that was given nothing; a trait that is only without words is none."""
+    return next((t.name for t in experiment.source.source.traits if not t.words and not t.system_prompt), None)
 
 
 def run_of(experiment: Preferences, found: Mapping[str, Mapping[int, Tally]]) -> Run:
