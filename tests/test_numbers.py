@@ -303,6 +303,14 @@ def test_the_desk_renders_as_the_template_does(world, mode):
     }[mode]
 
 
+def test_a_cell_that_another_copy_has_finished_meanwhile_is_not_begun(world):
+    """Whoever loaded an engine for it, or wanted to go on with it, finds nothing left."""
+    cell = cell_of(world, index=1)
+    line = asked.Line(10_000)
+    line.ahead(cell)
+    assert line.begun == {} and asked.Drawing(line, cell, "transformers", None).last == []
+
+
 def test_the_cells_of_a_task_follow_each_other_without_a_pause(world, tmp_path, monkeypatch):
     """One engine; the next cell's first batch is begun before this one's last is waited for; the text is as alone."""
     from lib.models import engines
