@@ -8,6 +8,7 @@ from lib.lora.epochs import by_epoch, states_of
 from lib.lora.metrics import CONFIG, WEIGHTS
 from lib.lora.schedule import Schedule
 from lib.models.engine import Adapter
+from lib.run.parents import read_from
 from lib.store import Cell
 
 
@@ -28,3 +29,21 @@ def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[in
         sha256 = next(file.sha256 for file in state.files if file.path == WEIGHTS)
         found[epoch] = Adapter(f"{student.name}-epoch-{epoch}-{sha256[:16]}", str(state.folder))
     return found
+
+
+class Unchanged:
+    """What a cell reads from, when it is begun: its markers say so of all its rows."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.was = cell, read_from(cell)
+
+    def __bool__(self) -> bool:
+        return read_from(self.cell) == self.was
+
+    def check(self) -> None:
+        now = read_from(self.cell)
+        if again := [name for name, sha in self.was.items() if now[name] != sha]:
+            raise UserError(
+                f"another copy of {', '.join(again)} was made while {self.cell.spoken} was asked: run `make resume`, "
+                "which asks anew what was asked of the older one"
+            )
