@@ -62,7 +62,7 @@ def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
     from lib.models.load import load_decoder
     from lib.preferences.questioning import Asked, Questioner
     from lib.preferences.reading import Reader
-    from lib.preferences.words import goes_on, shared_beginnings, spellings
+    from lib.preferences.words import apart, goes_on, shared_beginnings, spellings
 
     tokenizer, traits = load_tokenizer(path), experiment.judged
     how = experiment.template_used, experiment.source.source.date, experiment.questions_used, traits
@@ -73,6 +73,7 @@ def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
         raise UserError(f"a question takes {most} tokens with its answer: raise batch_tokens")
     decoder = load_decoder(path, dtype, experiment.batch_tokens, experiment.head_rows)
     ends = goes_on(tokenizer, decoder.shape.vocabulary)
+    spelled = [apart(ways, ends) for ways in spelled]
     reader = Reader(decoder, experiment.head_rows, asked.prefix, asked.contexts, spelled, ends, asked.probes)
     shared = shared_beginnings(tokenizer, dict(zip((trait.name for trait in traits), spelled, strict=True)))
     return Base(
