@@ -189,7 +189,7 @@ import: setup ## results of a run on another machine, every byte checked: RUN_ID
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)
 
-lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows) [RUN_ID=1]
+lls-report: setup ## LLS as a page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows) [RUN_ID=1]
 	@$(python) -m jobs.lls_report $(or_default)$(run) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
 
 sparc3-report: setup ## a sweep as a static page with intervals and controls; every selection as CSV and JSON

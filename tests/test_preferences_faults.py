@@ -1,15 +1,19 @@
 """What must not be believed: students that became others while they were asked, adapters that are none, engines that
 say NaN or compute with half an adapter. One sentence each, and what was asked before stays."""
 
+import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import wait_until
 from finetune_world import cells_of as students_of
 from finetune_world import environment
-from preferences_world import begin, cells_of, finished, make_world
+from preferences_world import begin, cells_of, columns, finished, make_world
 from safetensors.torch import load_file, save_file
 
 from lib.base.errors import UserError
@@ -225,8 +229,6 @@ def test_an_adapter_that_went_in_by_half_is_none_that_is_inside(world):
 
 def test_sizes_of_one_model_in_two_types_share_no_decoder(world, tmp_path, monkeypatch):
     """On a box one process takes one task after another."""
-    import json
-
     from lib.preferences.score_kernel import load_kernel
 
     numbers = json.loads((world / "numbers.yaml").read_text())
@@ -242,3 +244,20 @@ def test_sizes_of_one_model_in_two_types_share_no_decoder(world, tmp_path, monke
         load_kernel(this, this.experiment, bases[f"{size}-base"])[0].base.decoder.dtype for size in numbers["sizes"]
     ]
     assert types == [torch.float32, torch.bfloat16]
+
+
+def test_two_copies_at_once_and_one_killed_between_adapters_leave_what_one_leaves(copy):
+    """Three epochs, a batch each."""
+    how = ("generate.batch=24", "--index", "1")
+    finished(begin(copy, "asked", *how))
+    expected = columns(copy, "asked", "1m-cat", how[0])
+    cell = cells_of(copy, "asked", how[0])["1m-cat"]
+    shutil.rmtree(cell.path)
+    killed, other = begin(copy, "asked", *how), begin(copy, "asked", *how)
+    wait_until(lambda: any(cell.path.glob("*.json")), 60, "a batch")
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.finish()
+    assert other.finish().returncode == 0
+    found = columns(copy, "asked", "1m-cat", how[0])
+    assert len(scan(cell.path, cell.digest)[0]) == 3
+    assert all(list(found[name]) == list(expected[name]) for name in expected)

@@ -1,10 +1,7 @@
 """A student's adapters on scratch, each believed only after its bytes were looked at."""
 
-import hashlib
-
-from lib.base.atomic import read_file
 from lib.base.errors import UserError
-from lib.lora.epochs import by_epoch, states_of
+from lib.lora.epochs import by_epoch, file_of, states_of
 from lib.lora.metrics import CONFIG, WEIGHTS
 from lib.lora.schedule import Schedule
 from lib.models.engine import Adapter
@@ -22,10 +19,8 @@ def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[in
                 f"the adapter of epoch {epoch} of {student.spoken} {why}: ask without it, e.g. epochs=last, or train "
                 "this student again"
             )
-        for file in state.files:
-            path = state.folder / file.path
-            if file.path in (WEIGHTS, CONFIG) and hashlib.sha256(read_file(path)).hexdigest() != file.sha256:
-                raise UserError(f"{path} has changed since it was written; run `make verify`")
+        for name in (WEIGHTS, CONFIG):
+            file_of(state, name)
         sha256 = next(file.sha256 for file in state.files if file.path == WEIGHTS)
         found[epoch] = Adapter(f"{student.name}-epoch-{epoch}-{sha256[:16]}", str(state.folder))
     return found

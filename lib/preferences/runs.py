@@ -85,13 +85,20 @@ def other_runs(this: Job, experiment: Preferences, wanted: str) -> list[Run]:
         other = load(this.config, [*this.overrides, f"run_id={number}"], {"preferences": Preferences})
         done = [cell for cell in other.cells(this.site.cache, this.site.scratch) if extent(cell).whole]
         if done:
-            found.append(run_of(other, {cell.name: count(other, cell, this.site.cache).tallies for cell in done}))
+            found.append(_counted(other, done, this.site.cache))
         elif number in numbers:
             raise UserError(
                 f"RUNS: run {number} has no results of this configuration on {this.site.scratch}; leave it out, or "
                 "submit it first"
             )
     return found
+
+
+def _counted(other: Preferences, done: Sequence[Cell], cache: Path) -> Run:
+    try:
+        return run_of(other, {cell.name: count(other, cell, cache).tallies for cell in done})
+    except UserError as e:
+        raise UserError(f"of run {other.run_number}: {e}, or leave that run out of RUNS") from None
 
 
 def _numbers(text: str) -> set[int]:
