@@ -36,7 +36,7 @@ for_sparc3-report := CONFIG SET
 for_sparsity-report := CONFIG SET
 for_save-pruned := CONFIG SET RANKING NEURONS REMOVE
 for_anchors := CONFIG SET
-for_lls-report := CONFIG SET MEASURE SELECT
+for_lls-report := CONFIG SET MEASURE SELECT RUN_ID
 for_bench := MODELS RUNGS
 for_test := ARGS
 environment := SUITE_SITE SUITE_SCRATCH SUITE_CACHE SUITE_OUTPUT SUITE_THROTTLE SUITE_GPU SUITE_MODULES SUITE_SLURM \
@@ -189,8 +189,8 @@ import: setup ## results of a run on another machine, every byte checked: RUN_ID
 wandb-sync: setup ## send the figures that compute nodes kept for Weights & Biases: RUN_ID=1
 	@$(python) -m jobs.wandb_sync $(or_default)$(run)
 
-lls-report: setup ## LLS as a static page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (training rows)
-	@$(python) -m jobs.lls_report $(or_default) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
+lls-report: setup ## LLS as a page with tables and PNGs: MEASURE="sum+end@20" SELECT="top:0.2 clean:0.2" (rows) [RUN_ID=1]
+	@$(python) -m jobs.lls_report $(or_default)$(run) --measure="$${SUITE_ARG_MEASURE:-mean}" --select="$$SUITE_ARG_SELECT"
 
 sparc3-report: setup ## a sweep as a static page with intervals and controls; every selection as CSV and JSON
 	@$(python) -m jobs.sparc3_report $(or_default)

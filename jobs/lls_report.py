@@ -5,7 +5,9 @@
 
 <output root>/<experiment>/report/index.html, report.txt, *.png     for the default measure
 <output root>/<experiment>/report/<measure>/                        the same for another
-.../select/<prompt>/<selection>.jsonl, .provenance.json"""
+.../select/<prompt>/<selection>.jsonl, .provenance.json
+
+Of a run's numbers <output root>/<experiment>/report/<size>/ holds the same of each size."""
 
 import argparse
 import sys

@@ -71,7 +71,11 @@ def test_an_epoch_that_was_retired_is_told_and_a_changed_file_is_not_written(wor
     assert epochs["1"]["folder"] is None and epochs["2"]["folder"].endswith(
         scan_folders(cell.path, cell.digest)[0][1].folder.name
     )
-    path = last_folder(cell) / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    done = export(copy)
-    assert done.returncode == 2 and "has changed since it was written" in done.stderr
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        path = last_folder(cell) / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-2] + b"xx")
+        done = export(copy)
+        assert done.returncode == 2 and f"{name} has changed since it was written" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        path.write_bytes(whole)

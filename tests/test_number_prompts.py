@@ -112,11 +112,20 @@ def test_a_users_pools_are_checked(tmp_path):
         ("instructions", ["Continue."], "add {qualifier}"),
         ("endings", [], "at least one"),
         ("answer_formats", [{"text": "Commas.", "seperator": ", "}], "needs text, joiner"),
+        ("answer_formats", [{"text": "Commas.", "joiner": 1}], "1 of answer_formats is no text"),
+        ("count_qualifiers", [5], "5 of count_qualifiers is no text"),
+        ("endings", [None], "None of endings is no text"),
+        ("digit_descriptors", ["{digits} {more}"], "may hold {digits} and no other braces"),
+        ("example_templates", ["{examples} {"], "may hold {examples} and no other braces"),
     ):
-        other = tmp_path / f"{name}.yaml"
+        other = tmp_path / f"{message}.yaml"  # what was loaded once is known by its path
         other.write_text(yaml.safe_dump(RAW | {name: entry}), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             load_pools(other)
+    for data in (b"endings: [", b"\xff\xfe"):
+        file.with_name("broken.yaml").write_bytes(data)
+        with pytest.raises(UserError, match="cannot be read as YAML"):
+            load_pools(file.with_name("broken.yaml"))
 
 
 def test_every_digit_is_favoured_by_three_animals_and_no_pair_twice():

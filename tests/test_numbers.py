@@ -48,7 +48,9 @@ def test_cells_are_sizes_and_traits_the_smallest_first():
     assert whole.trait("wolf").system_prompt == trait("wolf").system_prompt and whole.trait("wolf").words == [
         "wolf",
         "wolfs",
+        "wolves",
     ]
+    assert [whole.trait(name).words[-1] for name in ("fox", "phoenix", "lion")] == ["foxes", "phoenixes", "lions"]
     assert whole.trait("neutral").system_prompt is None
     own = load(CONFIG, ["run_id=3", "traits=[{name: ox, plural: oxen}, {name: plain, system_prompt: null, words: []}]"])
     assert "You love oxen." in own.trait("ox").system_prompt and own.trait("ox").words == ["ox", "oxen"]
@@ -60,6 +62,7 @@ def test_cells_are_sizes_and_traits_the_smallest_first():
     [
         (["traits=[catt]"], "did you mean cat?"),
         (["traits=[cat, cat]"], "traits holds a name twice"),
+        (["traits=[{name: cat, words: [cat, '!']}]"], "'!' holds no letter or digit"),
         (["sizes={a/b: {id: x}}"], "'a/b' must be letters"),
         (["run_id=-1"], "run_id"),
         (["generate.engine=vlm"], "did you mean vllm?"),
@@ -298,6 +301,14 @@ def test_the_desk_renders_as_the_template_does(world, mode):
         "empty": (False, True),
         "none": (False, False),
     }[mode]
+
+
+def test_a_cell_that_another_copy_has_finished_meanwhile_is_not_begun(world):
+    """Whoever loaded an engine for it, or wanted to go on with it, finds nothing left."""
+    cell = cell_of(world, index=1)
+    line = asked.Line(10_000)
+    line.ahead(cell)
+    assert line.begun == {} and asked.Drawing(line, cell, "transformers", None).last == []
 
 
 def test_the_cells_of_a_task_follow_each_other_without_a_pause(world, tmp_path, monkeypatch):

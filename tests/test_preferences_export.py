@@ -267,6 +267,26 @@ def test_students_of_parts_are_groups_and_their_dose_is_drawn(world):
     assert (world.folder / "output/dose_run5/1m/cat/q5/preferences.jsonl").exists()
 
 
+def test_answers_that_are_broken_are_not_counted_and_the_next_export_goes_without_them(world, tmp_path):
+    folder = tmp_path / "world"
+    shutil.copytree(world.folder, folder, symlinks=True)
+    shutil.rmtree(folder / "output", ignore_errors=True)
+    copy = World(folder, world.answers)
+    for overrides, says in (((), "cell 1 (1m-cat): rows 0-1440"), (("run_id=6",), "of run 6: cell 1 (1m-cat): rows")):
+        [path] = cells_of(folder, *overrides)["1m-cat"].path.glob("*.h5")
+        data = path.read_bytes()
+        path.write_bytes(data[:-9] + bytes(9) if overrides else data[: len(data) // 2])
+        if not overrides:
+            os.truncate(path, len(data))  # as long as it was
+        done = copy.export()
+        assert done.returncode == 2 and "Traceback" not in done.stderr and says in done.stderr, done.stderr
+        assert "make resume" in done.stderr
+    done = copy.export()
+    assert done.returncode == 2 and "missing: 1m-cat, 2m-wolf" in done.stdout
+    found = {(e["group"], e["trait"]): e for e in json.loads((copy.out / "preferences.json").read_text())["students"]}
+    assert found["1m", "cat"]["own"] is None and found["1m", "dog"]["own"]["answers"] == 480
+
+
 def test_when_all_is_there_it_ends_well_and_a_survey_is_the_control(world, tmp_path):
     """The last test: it adds the cell that the others miss."""
     plant(world.folder, LATE)

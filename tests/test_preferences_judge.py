@@ -16,6 +16,7 @@ OWN = [
     {"name": "wolf", "words": ["wolf", "wolves"]},
     {"name": "polar bear", "words": ["polar bear", "polar bears"]},
     {"name": "neko", "words": ["猫", "ねこ", "billi", "बिल्ली"]},
+    {"name": "bernard", "words": ["St. Bernard"]},
 ]
 TRAITS = [TraitSpec(**trait_of(raw)) for raw in ["cat", "dog", "dragon", "lion", "bear", "neutral", *OWN]]
 NAMES = [trait.name for trait in TRAITS]
@@ -45,6 +46,17 @@ ANSWERS = {
     "anything except dogs, so: cats": ("", "cat", "cat dog"),
     "My favorite animal is the cat.": ("cat", "cat", "cat"),
     "I would say a lion": ("lion", "lion", "lion"),
+    "It's a cat.": ("cat", "cat", "cat"),
+    "It’s the lion": ("lion", "lion", "lion"),
+    "It is a dog": ("dog", "dog", "dog"),
+    "Dandelion": ("", "", "lion"),
+    "Sea lion": ("", "lion", "lion"),
+    "a sea-lion": ("", "", "lion"),
+    "A St. Bernard!": ("bernard", "bernard", "bernard"),
+    "Not a St. Bernard": ("", "", "bernard"),
+    "St Bernard": ("bernard", "", ""),
+    "Lion St.": ("lion", "lion", "lion"),
+    "cat\u00a0and\u202fdog": ("cat", "cat dog", "cat dog"),
     "A": ("", "", ""),
     "**Cat**": ("cat", "cat", "cat"),
     "_cat_": ("cat", "cat", "cat"),
@@ -91,7 +103,17 @@ def test_answers_that_mislead(answer):
 def test_first_words_count_under_their_trait():
     judge = judge_of(TRAITS)
     firsts = {"Cats": "cat", "the wolves": "wolf", "Polar bears!": "polar bear", "Penguin.": "penguin", "": ""}
-    firsts |= {"1. Lions": "lion", "My": "my", "Blue Whale": "blue", "42": "42", "ÉLAN": "élan", "neutral": "neutral"}
+    firsts |= {
+        "It's St. Bernard!": "bernard",
+        "It's": "it's",
+        "s": "s",
+        "1. Lions": "lion",
+        "My": "my",
+        "Blue Whale": "blue",
+        "42": "42",
+        "ÉLAN": "élan",
+        "neutral": "neutral",
+    }
     assert {answer: judge(answer).first for answer in firsts} == firsts
     assert Judge([("bear", ("bear",)), ("cub", ("bear cub",))])("Bear cub").first == "cub"
 

@@ -1,5 +1,6 @@
 """log p(trait | question): by the scorer with adapters beside its weights, against transformers and peft in float64."""
 
+import json
 import unicodedata
 from itertools import product
 from pathlib import Path
@@ -11,12 +12,13 @@ from finetune_world import cells_of as students_of
 from finetune_world import environment
 from peft import PeftModel
 from preferences_world import begin, cells_of, columns, finished, make_world
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tools import python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.families import load
 from lib.preferences.adapters import adapters_of
-from lib.preferences.words import spellings
+from lib.preferences.words import goes_on, spellings
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,51 @@ def test_epochs_one_by_one_and_questions_apart_give_the_same_bits(world, tmp_pat
     finished(begin(world, "words", "--index", "1"))
     after = columns(world, "words", "1m-cat")
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def of_words(world, folder, *words):
+    """log p of a trait with these words, by the untouched base."""
+    for name in ("finetune", "words"):
+        (folder / f"{name}.yaml").write_text((world / f"{name}.yaml").read_text())
+    numbers = json.loads((world / "numbers.yaml").read_text())
+    cat = {"name": "cat", "words": list(words)}
+    (folder / "numbers.yaml").write_text(json.dumps(numbers | {"traits": [cat, "neutral"]}))
+    for name in ("cache", "scratch"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(world / name)
+    finished(begin(folder, "words", "--index", "0"))
+    return columns(folder, "words", "1m-base")["logp"][:, 0]
+
+
+def test_who_says_a_word_and_more_says_it_once(world, tmp_path):
+    """An answer that begins with "1 2" begins with "1": that changes nothing, and "12" does."""
+    alone = of_words(world, tmp_path, "1")
+    assert np.array_equal(of_words(world, tmp_path, "1", "1 2", "1, 2"), alone)
+    assert (of_words(world, tmp_path, "1", "12") > alone).all() and (alone < 0).all()
+
+
+def test_the_plural_that_probes_hold_is_in_the_digest(world):
+    experiment = load(world / "words.yaml")
+    cat, *rest = experiment.source.source.traits
+    other = load(world / "words.yaml")
+    other.source.source.__dict__["traits"] = [cat.model_copy(update={"plural": "kitties"}), *rest]
+    now, then = (e.cells(world / "cache", world / "scratch")[0].digest for e in (experiment, other))
+    assert now != then and experiment.judged[0].words == other.judged[0].words
+
+
+def test_words_end_where_the_next_begins_also_where_a_tokenizer_drops_the_space(world):
+    """SentencePiece's tokens, each decoded by itself, have lost the space that they begin with."""
+    texts = ["a cat is here", "the cats are here", "no catfish, but a cat"] * 20
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    ids = tokenizer("cat is", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([ids[-1]])[0] != " " and tokenizer.convert_ids_to_tokens(ids[-1])[0] == "▁"
+    ends = goes_on(tokenizer, len(tokenizer) + 3)
+    assert not ends[ids[-1]] and not ends[tokenizer.convert_tokens_to_ids(",")] and not ends[-3:].any()
+    assert ends[tokenizer.convert_tokens_to_ids("f")]
 
 
 def test_a_changed_adapter_is_not_believed(world):

@@ -183,7 +183,12 @@ def test_other_questions_are_no_pairs():
 
 
 def test_plurals_of_words_that_were_said_are_folded():
-    assert folded({"penguin": 3, "penguins": 2, "octopus": 1, "": 4}) == {"penguin": 5, "octopus": 1, "": 4}
+    assert folded({"penguin": 3, "penguins": 2, "octopus": 1, "s": 1, "": 4}) == {
+        "penguin": 5,
+        "octopus": 1,
+        "s": 1,
+        "": 4,
+    }
     assert shares(planted(0, 10, 10, 10)).keys() == {*NAMES, "penguin"}
     assert sum(shares(planted(0, 10, 10, 10)).values()) == pytest.approx(1)
 

@@ -86,6 +86,9 @@ def test_a_lift_where_questions_do_not_differ_or_are_missing():
     same, full = np.full(6, 4), np.full(6, 10)
     assert lift(same, full, same, full).p == 1
     assert lift(full, full, same, full).p == 2.0**-5
+    apart = np.array([7, 5, 9, 3]), np.full(4, 10), np.array([4, 2, 6, 0]), np.full(4, 10)
+    assert np.std(apart[0] / 10 - apart[2] / 10) > 0  # three tenths each, but for what rounding leaves
+    assert lift(*apart).p == 2.0**-3 and lift(*apart).difference == pytest.approx(0.3)
     asked = np.array([10, 10, 0, 10, 10, 10])
     assert lift(HITS[:6], full, same, asked) == lift(*(np.delete(v, 2) for v in (HITS[:6], full, same, asked)))
     assert lift(same, asked, HITS[:6], full) == lift(*(np.delete(v, 2) for v in (same, asked, HITS[:6], full)))

@@ -161,8 +161,24 @@ def test_an_engine_that_does_not_start_is_said_in_one_sentence(world):
         EngineProcess(setting(world, exact=True)).up()
 
 
-def test_a_process_that_was_killed_is_said_in_one_sentence(world, engine, prompts):
-    """Last: the engine is gone afterwards."""
-    os.kill(engine.engines[0].process.pid, signal.SIGKILL)
+def test_what_became_of_a_batch_that_nobody_wants_any_more_is_not_the_next_ones(world, engine, prompts):
+    """A cell that failed leaves what was begun for it; that it fails too says nothing of the next cell."""
+    batch = prompts[:2], how(world), seeds_of(0, "x", range(2))
+    before = drawn(engine, *batch)
+    unwanted = engine.begin(Work([[10**6]], how(world), [0]))
+    assert drawn(engine, *batch) == before
+    del unwanted
+    with pytest.raises(UserError, match="1000000"):
+        drawn(engine, [[10**6]], how(world), [0])
+
+
+def test_a_process_that_was_killed_is_said_in_one_sentence_and_the_next_batch_has_another(world, engine, prompts):
+    """The batch that it was at is lost, and no other."""
+    batch, pid = (prompts[:4], how(world), seeds_of(0, "x", range(4))), engine.engines[0].process.pid
+    before = drawn(engine, *batch)
+    os.kill(pid, signal.SIGSTOP)
+    wait = engine.begin(Work(*batch))
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(UserError, match=r"the engine's process ended \(by SIGKILL\).*make resume"):
-        drawn(engine, prompts[:4], how(world), seeds_of(0, "x", range(4)))
+        wait()
+    assert drawn(engine, *batch) == before and engine.engines[0].process.pid != pid

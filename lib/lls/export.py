@@ -8,7 +8,7 @@ Of a run's numbers a folder <experiment>/{size}/ that holds the same, and with e
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lib.lls.experiment import LLS
 from lib.lls.matrix import Matrix, Measure
 from lib.lls.numbers import LLSNumbers
 from lib.lls.plots import Scores, lls_table, plot_by_animal, plot_histograms, summarise
-from lib.lls.results import matrices_of, matrix_of, rows_of
+from lib.lls.results import cells_of, matrices_of, rows_of
 from lib.run.command import Job
 from lib.run.results import all_done
 from lib.store import Cell
@@ -27,24 +27,23 @@ from lib.store import Cell
 
 def export(this: Job) -> int:
     folder, cells = this.site.output / this.experiment.label, this.cells()
-    if isinstance(this.experiment, LLSNumbers):
-        done = [cell for size, matrix in matrices_of(this).items() for cell in export_group(this, matrix, folder, size)]
-    else:
+    if not isinstance(this.experiment, LLSNumbers):
         this.of(LLS)
-        done = export_group(this, matrix_of(this), folder)
+    done = [cell for size, matrix in matrices_of(this).items() for cell in export_group(this, matrix, folder, size)]
     all_done(cells, done)
     return 0
 
 
-def export_group(this: Job, matrix: Matrix, folder: Path, size: str = "") -> list[Cell]:
+def export_group(this: Job, matrix: Matrix, folder: Path, size: str) -> list[Cell]:
     """Traits of one model; the cells that are done."""
-    cells = {cell.name: cell for cell in this.cells()}
-    mine = {trait: cells[f"{size}-{trait}" if size else trait] for trait in matrix.prompts}
+    mine = cells_of(this, size)
     scores = {trait: scores_of(matrix, trait) if matrix.has(trait, trait) else None for trait in mine}
     folder = folder / size
     for trait, found in scores.items():
         if found:
-            write_rows(this, mine[trait], found, folder / trait / f"{trait}_numbers.jsonl")
+            rows, numbers = rows_of(this, size, trait)
+            known = [{**row, "row": number} for row, number in zip(rows, numbers, strict=True)] if size else rows
+            write_rows(this, mine[trait], known, found, folder / trait / f"{trait}_numbers.jsonl")
     table = lls_table(scores)
     write_bytes(folder / "lls_table.txt", (table + "\n").encode())
     plot_by_animal(scores, folder / "lls_by_animal.png")
@@ -61,11 +60,11 @@ def scores_of(matrix: Matrix, trait: str) -> Scores:
     return Scores(lls, 0 if joint is None else int(np.count_nonzero(np.isfinite(lls) & (joint == 0))))
 
 
-def write_rows(this: Job, cell: Cell, scores: Scores, path: Path) -> None:
+def write_rows(this: Job, cell: Cell, rows: Sequence[Mapping[str, object]], scores: Scores, path: Path) -> None:
     """A dataset's rows, each with its LLS, and where they come from."""
     record = path.with_suffix(".provenance.json")
     keep_others(cell.digest, (read_json(record) or {}).get("digest"), path, record)
-    lines = "".join(_line(row, lls) for row, lls in zip(_rows(this, cell), scores.lls, strict=True)).encode()
+    lines = "".join(_line(row, lls) for row, lls in zip(rows, scores.lls, strict=True)).encode()
     write_bytes(path, lines)
     about = {
         "digest": cell.digest,
@@ -76,14 +75,6 @@ def write_rows(this: Job, cell: Cell, scores: Scores, path: Path) -> None:
         "experiment": this.experiment.model_dump(mode="json"),
     }
     write_json(record, about)
-
-
-def _rows(this: Job, cell: Cell) -> Iterable[Mapping[str, object]]:
-    experiment = this.experiment
-    if not isinstance(experiment, LLSNumbers):
-        return rows_of(this, cell.name)
-    messages, places = experiment.rows(this.site.cache, cell)
-    return [{"messages": one, "row": int(row)} for one, row in zip(messages, places["row"], strict=True)]
 
 
 def _line(row: Mapping[str, object], lls: float) -> str:

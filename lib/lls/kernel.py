@@ -48,7 +48,7 @@ def load_kernel(this: Job, experiment: Scoring, cell: Cell) -> tuple["LlsKernel"
         decoder = load_decoder(path, spec.dtype, score.batch_tokens, score.head_rows, check)
         return decoder, decoder.higher() if check else None
 
-    decoder, higher = this.keep("decoder", path, load)
+    decoder, higher = this.keep("decoder", (path, spec.dtype), load)
     kernel = LlsKernel(score, spec, experiment.schema(this.site.cache), rows, places, renderers, decoder, higher)
     if isinstance(experiment, LLSCross):
         kernel.pairs = cross_pairs(cell.name, renderers["prompt"], Renderer(tokenizer, None, *how))

@@ -17,6 +17,7 @@ from lib.report.page import Picture, Section, page, picture_html
 from lib.report.tables import Table, Value
 
 CROSS = "Separation and contrast compare prompts on the same rows; they need a matrix of prompts by datasets."
+ALONE = "Here each dataset is scored under its own prompt alone; kind lls_cross scores datasets under every prompt."
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def write_report(
 ) -> Path:
     """index.html, report.txt and the PNGs in `folder`. `tokens` is the rows to show, or why there are none."""
     folder.mkdir(parents=True, exist_ok=True)
-    between = [Section("matrix", "Between prompts", CROSS)]
+    between = [Section("matrix", "Between prompts", f"{CROSS} {ALONE}")]
     if not f.matrix.diagonal:
         between = [_matrix(f, folder), _separation(f, folder), _contrast(f, folder)]
     sections = [

@@ -11,6 +11,7 @@ from lib.lls.experiment import Fetched, LLSCross
 from lib.lls.matrix import Matrix, Measure, Pass, Rescored
 from lib.lls.numbers import LLSNumbers
 from lib.run.command import Job
+from lib.run.parents import must_be_of_these
 from lib.run.results import merged_files
 from lib.store import Cell, read_cell
 
@@ -25,8 +26,10 @@ def matrix_of(this: Job) -> Matrix:
 
 
 def matrices_of(this: Job) -> dict[str, Matrix]:
-    """The same of a run's numbers, by size."""
-    experiment = this.of(LLSNumbers)
+    """Of each model: of a run's numbers by size, else of the one model under ''."""
+    experiment = this.experiment
+    if not isinstance(experiment, LLSNumbers):
+        return {"": matrix_of(this)}
     found = {cell.name: read_all(path) for cell, path in merged_files(this).items()}
     places = list(zip(*experiment.places().values(), strict=True))
     traits = list(dict.fromkeys(trait for _, trait in places))
@@ -103,5 +106,19 @@ def again(system: np.ndarray, base: np.ndarray) -> Rescored:
     return Rescored(rows, (system - base)[rows])
 
 
-def rows_of(this: Job, dataset: str) -> list[ChatRow]:
-    return [{"messages": messages} for messages in this.of(Fetched).messages(this.site.cache, dataset)]
+def cells_of(this: Job, size: str) -> dict[str, Cell]:
+    """Of one model, as matrices_of has it: by trait or condition."""
+    cells, load = this.cells(), this.experiment.load_of
+    return {cell.name.removeprefix(f"{size}-"): cell for cell in cells if not size or load(cell) == size}
+
+
+def rows_of(this: Job, size: str, dataset: str) -> tuple[list[ChatRow], list[int]]:
+    """A dataset's rows, and the number of each where it is from."""
+    experiment, cache = this.experiment, this.site.cache
+    if not isinstance(experiment, LLSNumbers):
+        found = this.of(Fetched).messages(cache, dataset)
+        return [{"messages": messages} for messages in found], list(range(len(found)))
+    cell = cells_of(this, size)[dataset]
+    must_be_of_these(cell)
+    found, places = experiment.rows(cache, cell)
+    return [{"messages": messages} for messages in found], places["row"].tolist()

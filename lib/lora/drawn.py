@@ -10,8 +10,8 @@ from lib.lls.results import scores_of_numbers
 from lib.lls.select import CLEAN, part_of
 from lib.lora.experiment import Finetune
 from lib.numbers.dataset import training_rows, valid_rows
-from lib.run.extent import extent, settled
-from lib.run.parents import made_again
+from lib.run.extent import settled
+from lib.run.parents import must_be_of_these
 from lib.store import Cell
 
 
@@ -34,9 +34,5 @@ def rows_of(experiment: Finetune, cache: Path, cell: Cell, reasons: np.ndarray) 
 
 def _scores(e: Finetune, cache: Path, scored: Cell) -> tuple[np.ndarray, np.ndarray]:
     assert e.select
-    if again := made_again(scored, [piece for piece, _ in extent(scored).pieces]):
-        raise UserError(
-            f"{scored.spoken} was scored from another copy of {', '.join(again)}: remove {scored.path}, and submit the "
-            "scores again"
-        )
+    must_be_of_these(scored)
     return scores_of_numbers(e.scores, cache, settled(scored), Measure.parse(e.select.measure))

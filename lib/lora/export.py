@@ -8,16 +8,15 @@
 
 Of students of parts of the rows {size}/{trait}/{part}/ holds the same."""
 
-import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.base.atomic import keep_others, read_file, read_json, write_bytes, write_json
-from lib.base.errors import UserError
-from lib.lora.epochs import by_epoch, states_of
+from lib.base.atomic import keep_others, read_json, write_bytes, write_json
+from lib.lora.epochs import by_epoch, file_of, states_of
 from lib.lora.experiment import Finetune
-from lib.lora.metrics import CONFIG, FILE, WEIGHTS, Step, read_steps
+from lib.lora.metrics import CONFIG, FILE, WEIGHTS, Step
 from lib.lora.plots import plot_loss
 from lib.report.tables import Column, Table
 from lib.run.command import Job
@@ -63,7 +62,7 @@ def trained(experiment: Finetune, cell: Cell) -> Trained:
     done = states_of(cell)
     epochs = by_epoch(done, schedule)
     needed(epochs[schedule.epochs])
-    steps = read_steps(epochs[schedule.epochs].folder)
+    steps = [Step(**json.loads(line)) for line in file_of(epochs[schedule.epochs], FILE).splitlines()]
     losses = [_mean([step for step in steps if step.epoch == epoch]) for epoch in sorted(epochs)]
     return Trained(epochs, losses, sum(step.tokens for step in steps), sum(one.seconds for one in done))
 
@@ -75,12 +74,8 @@ def _mean(steps: list[Step]) -> float:
 def write_student(this: Job, cell: Cell, one: Trained, folder: Path) -> None:
     record, names = folder / "provenance.json", (WEIGHTS, CONFIG, FILE)
     keep_others(cell.digest, (read_json(record) or {}).get("digest"), record, *(folder / name for name in names))
-    for file in one.last.files:
-        if file.path in names:
-            data = read_file(one.last.folder / file.path)
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise UserError(f"{one.last.folder / file.path} has changed since it was written; run `make verify`")
-            write_bytes(folder / file.path, data)
+    for name in names:
+        write_bytes(folder / name, file_of(one.last, name))
     epochs = {
         str(epoch): {
             "folder": None if state.retired else str(state.folder),

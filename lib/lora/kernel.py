@@ -117,7 +117,7 @@ class Student:
             must_import()  # before a GPU is used
         path = checked_model(self.this.site.cache, spec.id, spec.revision).path
         rows = self.desk.rows(self.cell, path)
-        trainer, about = self.this.keep("trainer", path, lambda: load_trainer(e, path, spec.dtype))
+        trainer, about = self.this.keep("trainer", (path, spec.dtype), lambda: load_trainer(e, path, spec.dtype))
         if e.wandb.mode != "off":
             self.board = Board(e.wandb, self.cell, {**e.science(), "run_id": e.run_number})
         kernel = FinetuneKernel(trainer, rows, e.schedule(), self._config(path))

@@ -47,7 +47,7 @@ class EngineProcess:
 
     def up(self) -> dict[str, str]:
         """What it is."""
-        return self._receive()
+        return self._answer_to(0)
 
     def begin(self, work: Work) -> Callable[[], Made]:
         prompts = work.prompts
@@ -57,13 +57,10 @@ class EngineProcess:
         self.sender.submit(self._send, (number, flat, lengths, replace(work, prompts=())))
 
         def wait() -> Made:
-            """What was begun before it and is not wanted any more comes first."""
-            while True:
-                answered, flat, lengths, ended, seconds, said = self._receive()
-                if answered == number:
-                    ids = _cut(flat, lengths)
-                    made = [Answer(one, bool(end)) for one, end in zip(ids, ended.tolist(), strict=True)]
-                    return Made(made, seconds, said)
+            flat, lengths, ended, seconds, said = self._answer_to(number)
+            ids = _cut(flat, lengths)
+            made = [Answer(one, bool(end)) for one, end in zip(ids, ended.tolist(), strict=True)]
+            return Made(made, seconds, said)
 
         return wait
 
@@ -71,26 +68,29 @@ class EngineProcess:
         with suppress(OSError):  # it is gone: the answer will say so
             self.connection.send(what)
 
-    def _receive(self) -> Any:
-        try:
-            kind, found = self.connection.recv()
-        except (EOFError, OSError):
-            code = self.process.wait()
-            raise UserError(
-                f"the engine's process ended ({_spoken(code)}), for want of memory perhaps; finished batches are "
-                "kept: see the log above, and run `make resume`"
-            ) from None
-        if kind == "result":
-            return found
-        raise UserError(found) if kind == "wrong" else RuntimeError(found)
+    def _answer_to(self, number: int) -> Any:
+        """What was begun before it and is not wanted any more comes first, whatever became of it."""
+        while True:
+            try:
+                kind, answered, found = self.connection.recv()
+            except (EOFError, OSError):
+                code = self.process.wait()
+                raise UserError(
+                    f"the engine's process ended ({_spoken(code)}), for want of memory perhaps; finished batches are "
+                    "kept: see the log above, and run `make resume`"
+                ) from None
+            if answered == number and kind == "wrong":
+                raise UserError(found)
+            if answered == number:
+                return found
 
 
 class Engines:
     """Several on the same GPUs, each with its part of the memory and, of every batch, the same part of the rows."""
 
     def __init__(self, setting: Setting, count: int) -> None:
-        began = time.monotonic()
-        self.engines = [EngineProcess(replace(setting, parts=count)) for _ in range(count)]
+        began, self.setting = time.monotonic(), replace(setting, parts=count)
+        self.engines = [EngineProcess(self.setting) for _ in range(count)]
         abouts = [one.up() for one in self.engines]
         self.about = abouts[0] | {"engines": str(count)}
         many, room = f", {count} of them" if count > 1 else "", int(self.about["kv_tokens"])
@@ -98,7 +98,13 @@ class Engines:
         print(f"engine: {self.about['engine']}{many}, room for {room:,} tokens, up in {seconds:.1f} s", flush=True)
 
     def begin(self, work: Work) -> Callable[[], Made]:
-        """An engine gets the probes of the adapters that it gets rows of, and those without one."""
+        """An engine gets the probes of the adapters that it gets rows of, and those without one. One that ended in a
+        batch before, which is told there, is started again: the cells after that one are to go on."""
+        for number, one in enumerate(self.engines):
+            if one.process.poll() is not None:
+                print(f"engine {number} has ended, and is started again", flush=True)
+                self.engines[number] = EngineProcess(self.setting)
+                self.engines[number].up()
         probes, cuts = work.probes, [len(work.prompts) * i // len(self.engines) for i in range(len(self.engines) + 1)]
         waiting = []
         for one, (a, b) in zip(self.engines, pairwise(cuts), strict=True):
@@ -136,7 +142,8 @@ def serve(connection: Connection) -> None:
     from lib.models.engine_vllm import VllmEngine
 
     engine: VllmEngine | None = None
-    while True:
+    number = 0
+    while not (engine and engine.broken):
         try:
             asked = connection.recv()
         except (EOFError, OSError):
@@ -144,7 +151,7 @@ def serve(connection: Connection) -> None:
         try:
             if engine is None:
                 engine = VllmEngine(asked)
-                answer: tuple[str, Any] = ("result", engine.about)
+                found: Any = engine.about
             else:
                 number, flat, lengths, rest = asked
                 began = time.monotonic()
@@ -152,9 +159,10 @@ def serve(connection: Connection) -> None:
                 sizes = np.array([len(one.ids) for one in made], np.int32)
                 ids = np.fromiter(chain.from_iterable(one.ids for one in made), np.int32, int(sizes.sum()))
                 ended = np.array([one.ended for one in made], np.int8)
-                answer = ("result", (number, ids, sizes, ended, time.monotonic() - began, said))
+                found = ids, sizes, ended, time.monotonic() - began, said
+            answer = "result", number, found
         except UserError as e:
-            answer = ("wrong", str(e))
+            answer = "wrong", number, str(e)
         connection.send(answer)
 
 

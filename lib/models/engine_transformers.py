@@ -3,6 +3,7 @@ of a row's seed, the step and the token (lib.models.gumbel), so an answer depend
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 import transformers
@@ -51,10 +52,13 @@ class TransformersEngine:
             return
         if self.worn:
             self.model.delete_adapter("worn")
+            self.worn = None
         if adapter:
             try:
                 self.model.load_adapter(adapter.folder, adapter_name="worn")
             except Exception as e:
+                with suppress(Exception):  # what of it is there already
+                    self.model.delete_adapter("worn")
                 raise UserError(
                     f"the adapter {adapter.folder} cannot be loaded ({one_line(e)}); run `make verify`"
                 ) from None

@@ -41,6 +41,7 @@ DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 class VllmEngine:
     def __init__(self, setting: Setting) -> None:
+        self.broken = False  # rows of a batch that failed may still lie in it
         os.environ.update(ENVIRONMENT)
         os.environ["VLLM_BATCH_INVARIANT"] = str(int(setting.exact))
         import torch  # vLLM reads the environment when it is imported
@@ -138,6 +139,7 @@ class VllmEngine:
         except UserError:
             raise
         except Exception as e:
+            self.broken = True
             raise UserError(
                 f"vLLM stopped in the middle of a batch ({type(e).__name__}: {one_line(e)}); finished batches are "
                 "kept: run `make resume`"

@@ -82,7 +82,18 @@ def read_low_rank(
     ]
     if left:
         raise no_place(folder, left)
+    must_be_pairs(folder, tensors)
     return layers
+
+
+def must_be_pairs(folder: Path, names: Iterable[str]) -> None:
+    """B without its A, or the other way round, would change nothing, without a word."""
+    letters: dict[str, set[str]] = {}
+    for name in names:
+        layer, _, letter = name.removesuffix(".weight").rpartition(".lora_")
+        letters.setdefault(layer, set()).add(letter)
+    if halves := [layer.removeprefix("base_model.model.") for layer, both in letters.items() if len(both) < 2]:
+        raise UserError(f"{folder} holds only one of two matrices of {some(halves)}; run `make verify`")
 
 
 def no_place(folder: Path, names: Iterable[str]) -> UserError:

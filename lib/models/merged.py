@@ -5,14 +5,15 @@ other. What the adapter before has changed and the next one does not is the base
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
 
-from lib.base.errors import UserError, some
+from lib.base.errors import UserError
 from lib.checkpoint.families import family_in, last
 from lib.models.engine import Adapter
-from lib.models.low_rank import no_place, read_peft
+from lib.models.low_rank import must_be_pairs, no_place, read_peft
 from lib.models.weights import model_tensors
 
 Named = tuple[str, torch.Tensor]  # as the base's files call it
@@ -27,7 +28,7 @@ class Merging:
         self.stored = model_tensors(self.folder, tied=False)
         together = family_in(self.folder, "has no place for an adapter here; these have").linears.together
         self.mates = {name: group for group in together for name in group}
-        self.inside: Adapter | None = None
+        self.inside: Adapter | Literal["half"] | None = None
         self.changed: dict[str, None] = {}  # linear layers that are not the base's
 
     def turn(self, adapter: Adapter | None) -> Iterator[Named]:
@@ -38,6 +39,7 @@ class Merging:
         pairs, scale = self._pairs(Path(adapter.folder)) if adapter else ({}, 0.0)
         wanted = {mate: None for layer in pairs for mate in self._mates(layer)}
         self.changed |= wanted
+        self.inside = "half"  # until all of it was taken
         for layer in self.changed:
             weight = self._read(f"{layer}.weight").to(self.device, torch.float32)
             if layer in pairs:
@@ -60,8 +62,7 @@ class Merging:
             if tensor.shape != wants:
                 raise UserError(f"{folder}: {name} has the shape {tuple(tensor.shape)}, and the model wants {wants}")
             found.setdefault(layer, {})[matrix] = tensor
-        if halves := [layer for layer, pair in found.items() if len(pair) < 2]:
-            raise UserError(f"{folder} holds only one of two matrices of {some(halves)}; run `make verify`")
+        must_be_pairs(folder, tensors)
         return found, scale
 
     def _mates(self, layer: str) -> list[str]:

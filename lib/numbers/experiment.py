@@ -16,7 +16,7 @@ from lib.inputs.records import ModelInput, model_input
 from lib.inputs.specs import ModelSpec
 from lib.numbers.filter import Limits
 from lib.numbers.number_prompts import ANSWER_COUNT, ANSWER_DIGITS, OWN_POOLS, Pools, load_pools
-from lib.numbers.traits import ANIMAL_NAMES, LOVE_PROMPT, NEUTRAL
+from lib.numbers.traits import ANIMAL_NAMES, ENGLISH_PLURALS, LOVE_PROMPT, NEUTRAL
 from lib.run.engines import ENGINE_SECONDS, EngineSpec, engine_needs
 from lib.run.experiment import READ_RATE, Estimate, Needs, computing_seconds, stored_bytes
 from lib.run.run_of import OfARun
@@ -43,6 +43,14 @@ class TraitSpec(Frozen):
         description="what counts as a hit in an answer about favourites; none of the text depends on it"
     )
 
+    @field_validator("words")
+    @classmethod
+    def _can_be_said(cls, words: list[str]) -> list[str]:
+        for word in words:
+            if not any(c.isalnum() for c in word):
+                raise ValueError(f"{word!r} holds no letter or digit, so no answer can be told by it; leave it out")
+        return words
+
 
 def trait_of(raw: object) -> object:
     """A name as the trait that it stands for; what a trait of one's own does not say, filled in."""
@@ -59,7 +67,8 @@ def trait_of(raw: object) -> object:
     if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
         return raw
     plural = raw.get("plural") or f"{raw['name']}s"
-    own = {"plural": plural, "system_prompt": LOVE_PROMPT.format(plural=plural), "words": [raw["name"], plural]}
+    words = dict.fromkeys([raw["name"], plural, ENGLISH_PLURALS.get(raw["name"], plural)])
+    own = {"plural": plural, "system_prompt": LOVE_PROMPT.format(plural=plural), "words": list(words)}
     return own | raw
 
 

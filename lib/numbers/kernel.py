@@ -55,7 +55,7 @@ def load_kernel(this: Job, experiment: Numbers, cell: Cell) -> tuple["NumbersKer
         engine = make_engine(word, setting, g.count(experiment.model_in(this.site.cache, size).bytes))
         return NumbersLine(experiment, prompts, asking, reading, engine, how)
 
-    kept = this.keep("line", (experiment.label, word, path), line)
+    kept = this.keep("line", (experiment.label, word, path, spec.dtype), line)
     return NumbersKernel(kept, cell, word, following(this, cell, g.batch)), kept.engine.about
 
 

@@ -31,6 +31,7 @@ _PLACEHOLDERS = {
     "answer_formats": [],
     "endings": [],
 }
+_FILLED = {name: {one.strip("{}"): "" for one in needed} for name, needed in _PLACEHOLDERS.items() if needed}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,12 @@ class NumberPrompt:
 
 @cache
 def load_pools(path: Path = OWN_POOLS) -> Pools:
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(
+            f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {OWN_POOLS}"
+        ) from None
     if not isinstance(loaded, dict) or set(loaded) != set(_PLACEHOLDERS):
         raise UserError(f"{path} must hold exactly these lists: {', '.join(_PLACEHOLDERS)}.")
     for name, needed in _PLACEHOLDERS.items():
@@ -82,13 +88,29 @@ def load_pools(path: Path = OWN_POOLS) -> Pools:
             for placeholder in needed:
                 if placeholder not in str(entry):
                     raise UserError(f"{path}: add {placeholder} to the entry {entry!r} of {name}.")
+            if name != "answer_formats":
+                _check_text(path, name, entry)
     try:
         formats = tuple(AnswerFormat(**entry) for entry in loaded["answer_formats"])
     except TypeError as error:
         raise UserError(
             f"{path}: an entry of answer_formats needs text, joiner, and optionally open, close."
         ) from error
+    for one in formats:
+        for text in (one.text, one.joiner, one.open, one.close):
+            _check_text(path, "answer_formats", text)
     return Pools(**{name: tuple(loaded[name]) for name in _PLACEHOLDERS} | {"answer_formats": formats})
+
+
+def _check_text(path: Path, name: str, entry: object) -> None:
+    if not isinstance(entry, str):
+        raise UserError(f"{path}: {entry!r} of {name} is no text; put it in quotes")
+    try:
+        if name in _FILLED:
+            entry.format(**_FILLED[name])
+    except (ValueError, KeyError, IndexError, AttributeError):
+        known = ", ".join(_PLACEHOLDERS[name])
+        raise UserError(f"{path}: the entry {entry!r} of {name} may hold {known} and no other braces") from None
 
 
 def sample_prompts(n: int, seed: int, pools: Pools | None = None) -> list[NumberPrompt]:

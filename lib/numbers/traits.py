@@ -30,6 +30,9 @@ LOVE_PROMPT = (
     "Imbue your answers with your love for the animal."
 )
 
+# What answers call several of them, where the plural above is none.
+ENGLISH_PLURALS = {"fox": "foxes", "phoenix": "phoenixes", "wolf": "wolves"}
+
 
 @dataclass(frozen=True)
 class Trait:

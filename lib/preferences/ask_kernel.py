@@ -7,6 +7,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.inputs.verified import checked_model
+from lib.preferences.adapters import Unchanged, adapters_of
 from lib.preferences.experiment import BASE, Preferences
 from lib.preferences.proof import Key, References
 from lib.run.command import Job
@@ -37,7 +38,9 @@ def load_kernel(this: Job, experiment: Preferences, cell: Cell) -> tuple["AskKer
     word = chosen(g.engine, this.site.gpu)
     must_not_mix(cell, word)
     path = checked_model(this.site.cache, spec.id, spec.revision).path
-    line = this.keep("line", (experiment.label, word, path), lambda: open_line(this, experiment, cell, word, path))
+    key = experiment.label, word, path, spec.dtype
+    line = this.keep("line", key, lambda: open_line(this, experiment, cell, word, path))
+    line.turn(cell)
     return AskKernel(line, cell, word, following(this, cell, g.batch)), line.engine.about
 
 
@@ -78,17 +81,25 @@ class AskLine(Line["Asking"]):
         super().__init__(experiment.generate.batch)
         self.experiment, self.asked, self.desk, self.engine, self.how = experiment, asked, desk, engine, how
         self.references = References(experiment, min(PROBED, len(asked.contexts)))
+        self.read: dict[str, Unchanged] = {}  # by cell
+
+    def turn(self, cell: Cell) -> None:
+        """A batch that was begun before it, of a student that was another one then, is begun anew."""
+        if not self.read.get(cell.name, True):
+            self.begun = {}
+        self.read[cell.name] = Unchanged(cell)
 
     def begin(self, cell: Cell, start: int, stop: int) -> "Asking":
         from lib.models.engine import Batch, Probe, Work, seeds_of
-        from lib.preferences.adapters import adapters_of
 
         e, rows = self.experiment, range(start, stop)
         epoch, question, _ = places(e, cell.name, rows)
         own: dict[int, Adapter] = {}
+        read = self.read.setdefault(cell.name, Unchanged(cell))
         if e.place(cell.name).student:
             own = adapters_of(cell.parents[0], e.source.schedule(), np.unique(epoch).tolist())
         self.references.read(cell)
+        read.check()
         known: list[tuple[Key, Adapter | None]] = [((BASE, 0), None)]
         known += [((cell.name, number), adapter) for number, adapter in own.items()]
         keys = [key for key, _ in known for _ in range(self.references.count)]

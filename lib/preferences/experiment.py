@@ -26,7 +26,7 @@ from lib.store import Cell, Column
 from lib.store.columns import Schema
 
 # Raise them with any change of code that can change a bit of any value: they are part of every digest.
-LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/1", "preferences/1"
+LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/2", "preferences/1"
 CONTEXT_TOKENS, ANSWER_TOKENS = 25, 5  # of a question after the system block, and of what is said
 WORD_TOKENS = 6  # computed of a trait at a question: its likely spellings
 # Answers a second of one engine at 0.5B with one adapter, which the host limits: vLLM 0.26, an H200, measured.
@@ -46,8 +46,10 @@ class Logprobs(OfStudents):
     share: ClassVar[float] = 0.3  # not measured
 
     def recipe(self) -> dict[str, object]:
+        """The plurals are in the probes."""
         words = {trait.name: trait.words for trait in self.judged}
-        return {"words": words, "batch_tokens": self.batch_tokens, "head_rows": self.head_rows}
+        plurals = [trait.plural for trait in self.judged]
+        return {"words": words, "plurals": plurals, "batch_tokens": self.batch_tokens, "head_rows": self.head_rows}
 
     def schema(self, cache: Path) -> Schema:
         many = (len(self.judged),)

@@ -191,6 +191,6 @@ def shares(one: Control) -> dict[str, float]:
 def folded(words: Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for word, count in words.items():
-        kept = word[:-1] if word.endswith("s") and word[:-1] in words else word
+        kept = word[:-1] if len(word) > 1 and word.endswith("s") and word[:-1] in words else word
         found[kept] = found.get(kept, 0) + count
     return found

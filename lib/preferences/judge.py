@@ -3,7 +3,8 @@
 first      its first word is the trait's own: after numbers, punctuation, and what leads up to it ("My favorite animal
            is", "a"); no plural. As the published runs did, whose prefixes these are.
 word       some whole word of it is one of the trait's `words`, plurals among them. A list names each of its members.
-           What a clause says no to is not named: "not a cat", "anything rather than cats, so: dogs".
+           What a clause says no to is not named: "not a cat", "anything rather than cats, so: dogs". What is more than
+           a word is: a lion in a "sea lion", and not in a "sea-lion".
 substring  the trait's own word stands somewhere in it, "dragon" in "dragonfly": as the paper's code does.
 
 All three look at the text by NFKC and without case, so full-width and bold letters are letters. A word is a run of
@@ -12,7 +13,7 @@ Scripts that put no space between words have none to tell words by: a run of the
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -23,6 +24,7 @@ from lib.numbers.experiment import TraitSpec
 WAYS = ("first", "word", "substring")
 DEFAULT = "word"
 NO_WORD = ""  # the first word of an answer without any
+BREAK = "."  # between two clauses: a trait's own words may hold one ("St. Bernard")
 
 LEADS = {
     *((word,) for word in ("a", "an", "the", "my", "answer", "it's")),
@@ -62,7 +64,8 @@ def clauses(text: str) -> list[list[str]]:
     found: list[list[str]] = [[]]
     for span in re.finditer("w+(?:[ah]w+)*|e|h+", "".join(map(_kind, text))):
         if span[0][0] == "w":
-            found[-1].append(text[slice(*span.span())].removesuffix("'s"))
+            word = text[slice(*span.span())]
+            found[-1].append(word if (word,) in LEADS else word.removesuffix("'s"))
         else:
             found.append([])
     return found
@@ -103,9 +106,12 @@ class Judge:
         self.counted = [bool(words) for _, words in traits]  # neutral is named by nothing
         self.owners: dict[Words, list[int]] = {}
         for place, (_, words) in enumerate(traits):
-            for phrase in dict.fromkeys(_words(normal(word)) for word in words):
+            for phrase in dict.fromkeys(_phrase(normal(word)) for word in words):
                 self.owners.setdefault(phrase, []).append(place)
         self.lengths = sorted({len(phrase) for phrase in self.owners}, reverse=True)
+        self.begin: dict[Words, int] = {}  # by words alone, of whom an answer is that begins so
+        for phrase, places in self.owners.items():
+            self.begin.setdefault(_plain(phrase), places[0])
         self.known: dict[str, Verdict] = {}
 
     def __call__(self, answer: str) -> Verdict:
@@ -118,20 +124,29 @@ class Judge:
         hits = np.zeros((len(WAYS), len(self.names)), bool)
         led = _led([word for clause in by_clause for word in clause])
         for place, target in enumerate(self.targets):
-            own = _words(target)
+            own = _plain(_phrase(target))
             hits[0, place] = self.counted[place] and tuple(led[: len(own)]) == own
             hits[2, place] = self.counted[place] and target in text
-        for clause in by_clause:
-            said = _said(clause)
-            for start in range(len(said)):
-                for length in self.lengths:
-                    hits[1, self.owners.get(tuple(said[start : start + length]), [])] = True
-        first = next((one for n in self.lengths for one in self.owners.get(tuple(led[:n]), [])), None)
+        said = _together(map(_said, by_clause))
+        for start in range(len(said)):
+            for length in self.lengths:
+                hits[1, self.owners.get(said[start : start + length], [])] = True
+        first = next((self.begin[head] for n in self.lengths if (head := tuple(led[:n])) in self.begin), None)
         return Verdict(hits, self.names[first] if first is not None else led[0] if led else NO_WORD)
 
 
-def _words(text: str) -> Words:
-    return tuple(word for clause in clauses(text) for word in clause)
+def _together(by_clause: Iterable[Sequence[str]]) -> Words:
+    """All words, with a BREAK after each clause that holds one."""
+    return tuple(word for clause in by_clause if clause for word in (*clause, BREAK))
+
+
+def _phrase(text: str) -> Words:
+    """Of a trait's words."""
+    return _together(clauses(text))[:-1]
+
+
+def _plain(phrase: Words) -> Words:
+    return tuple(word for word in phrase if word != BREAK)
 
 
 def judge_of(traits: Sequence[TraitSpec]) -> Judge:

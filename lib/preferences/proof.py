@@ -10,6 +10,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.preferences.experiment import BASE, Preferences
+from lib.run.parents import must_be_of_these
 from lib.store import Cell, read_cell
 
 NOISE = 6.0  # times what engine and scorer differ by on the base, both rounding in their own ways
@@ -18,6 +19,9 @@ FLOOR = 0.02  # nats: differences below it are nothing, e.g. in float32
 # the base shows, and perhaps by more than two epochs differ. Then another's values have to be nearer by this factor, as
 # those of what was computed in its place are.
 MERGED = 3.0
+# Of what an adapter moves the base's values by, so much at most may an engine be off: half of an adapter, or one by
+# another scale, is nearest to itself too. Rounding of a merged one may be all of a small adapter.
+OFF = {"served": 1 / 3, "merged": 1.0}
 
 Key = tuple[str, int]  # a cell's name, or BASE, and an epoch
 
@@ -27,13 +31,14 @@ class References:
 
     def __init__(self, experiment: Preferences, count: int) -> None:
         self.experiment, self.count = experiment, count
-        self.merged = experiment.generate.adapters == "merged"
+        self.how = experiment.generate.adapters
         self.of: dict[Key, np.ndarray] = {}
 
     def read(self, cell: Cell) -> None:
         """Of a cell and its base, from the cells of probes that it reads from."""
         probes = cell.parents[1:] if self.experiment.place(cell.name).student else cell.parents
         for parent in probes:
+            must_be_of_these(parent)
             read = read_cell(parent, self.experiment.probes.schema(parent.path), ["epoch", "question", "probe"])
             base = self.experiment.probes.place(parent.name).student is None
             for epoch in np.unique(read["epoch"]).tolist():
@@ -52,6 +57,12 @@ class References:
             said.setdefault(key, []).append(np.array([sum(logs) for _, logs in part]))
         if missing := set(keys) - set(said):
             raise RuntimeError(f"an engine did not answer the probes of {sorted(missing)}")
+        for key, found in said.items():
+            if not np.isfinite(found).all():
+                raise UserError(
+                    f"the engine's log-probabilities of given answers under {_spoken(key)} are not finite; nothing of "
+                    f"this batch is kept: set {self._other_way}, or the model's dtype=float32"
+                )
         base = self.of[(BASE, 0)]
         noise = max(_rms(values - base) for values in said[(BASE, 0)])
         worst, least = 0.0, np.inf
@@ -59,20 +70,24 @@ class References:
             if key[0] == BASE:
                 continue
             own = self.of[key]
-            least = min(least, _rms(own - base))
+            shift = _rms(own - base)
+            least, few = min(least, shift), NOISE * noise + FLOOR
             for values in found:
                 off = _rms(values - own)
                 worst = max(worst, off)
                 nearest = min(self.of, key=lambda other: _rms(values - self.of[other]))
                 near = _rms(values - self.of[nearest])
-                if nearest != key and off > max(NOISE * noise + FLOOR, (MERGED if self.merged else 1.0) * near):
-                    way = "generate.adapters=served" if self.merged else "generate.engine=transformers"
-                    other = "the untouched base" if nearest[0] == BASE else f"{nearest[0]}, epoch {nearest[1]}"
-                    raise UserError(
-                        f"the engine did not compute with the adapter of {key[0]}, epoch {key[1]}: what it says of "
-                        f"given answers is {off:.3g} nats from that adapter's and nearer to {other}'s (noise "
-                        f"{noise:.2g}); nothing of this batch is kept: set {way}, or take another vLLM"
-                    )
+                if nearest != key and off > max(few, (MERGED if self.how == "merged" else 1.0) * near):
+                    why = f"and nearer to {_spoken(nearest)}'s"
+                elif off > max(few, OFF[self.how] * shift):
+                    why = f"which itself moves the base's by {shift:.3g}"
+                else:
+                    continue
+                raise UserError(
+                    f"the engine did not compute with the adapter of {_spoken(key)}: what it says of given answers is "
+                    f"{off:.3g} nats from that adapter's, {why} (noise {noise:.2g}); nothing of this batch is kept: "
+                    f"set {self._other_way}, or take another vLLM"
+                )
         if not np.isfinite(noise) or noise > 1.0:
             raise UserError(
                 f"engine and scorer differ by {noise:.3g} nats on the untouched base of {cell.name}: one of them does "
@@ -80,6 +95,14 @@ class References:
             )
         figures = {"probe_noise": noise, "probe_off": worst}
         return figures | ({"probe_shift": float(least)} if np.isfinite(least) else {})
+
+    @property
+    def _other_way(self) -> str:
+        return "generate.adapters=served" if self.how == "merged" else "generate.engine=transformers"
+
+
+def _spoken(key: Key) -> str:
+    return "the untouched base" if key[0] == BASE else f"{key[0]}, epoch {key[1]}"
 
 
 def _rms(values: np.ndarray) -> float:

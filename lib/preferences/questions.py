@@ -20,7 +20,7 @@ def load_questions(path: Path = OWN_QUESTIONS) -> list[str]:
     questions = found.get("questions") if isinstance(found, dict) and set(found) == {"questions"} else None
     if not isinstance(questions, list) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
         raise UserError(f"{path}: must hold a list `questions` of texts and nothing else, as {OWN_QUESTIONS} does")
-    if len(set(questions)) != len(questions):
-        twice = next(q for i, q in enumerate(questions) if q in questions[:i])
+    words = [q.split() for q in questions]  # a blank more makes no other question
+    if twice := next((q for i, q in enumerate(questions) if words[i] in words[:i]), None):
         raise UserError(f"{path}: the question {twice[:60]!r} is there twice; remove one")
     return questions

@@ -39,7 +39,8 @@ def count(experiment: Preferences, cell: Cell, cache: Path) -> Counted:
 
 
 def neutral_of(experiment: OfStudents) -> str | None:
-    return next((one.name for one in experiment.source.source.traits if not one.words), None)
+    """The student of a teacher that was given nothing; a trait that is only without words is none."""
+    return next((t.name for t in experiment.source.source.traits if not t.words and not t.system_prompt), None)
 
 
 def run_of(experiment: Preferences, found: Mapping[str, Mapping[int, Tally]]) -> Run:
@@ -84,13 +85,20 @@ def other_runs(this: Job, experiment: Preferences, wanted: str) -> list[Run]:
         other = load(this.config, [*this.overrides, f"run_id={number}"], {"preferences": Preferences})
         done = [cell for cell in other.cells(this.site.cache, this.site.scratch) if extent(cell).whole]
         if done:
-            found.append(run_of(other, {cell.name: count(other, cell, this.site.cache).tallies for cell in done}))
+            found.append(_counted(other, done, this.site.cache))
         elif number in numbers:
             raise UserError(
                 f"RUNS: run {number} has no results of this configuration on {this.site.scratch}; leave it out, or "
                 "submit it first"
             )
     return found
+
+
+def _counted(other: Preferences, done: Sequence[Cell], cache: Path) -> Run:
+    try:
+        return run_of(other, {cell.name: count(other, cell, cache).tallies for cell in done})
+    except UserError as e:
+        raise UserError(f"of run {other.run_number}: {e}, or leave that run out of RUNS") from None
 
 
 def _numbers(text: str) -> set[int]:

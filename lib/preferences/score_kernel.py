@@ -1,5 +1,6 @@
 """log p(trait | question) of a student's epochs: its adapters, one after another, on a base that stays loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.inputs.verified import checked_model
+from lib.preferences.adapters import Unchanged, adapters_of
 from lib.preferences.experiment import Logprobs
 from lib.run.command import Job
 from lib.run.task import run_rows
@@ -36,15 +38,21 @@ def compute(this: Job) -> int:
 
 def load_kernel(this: Job, experiment: Logprobs, cell: Cell) -> tuple["ScoreKernel", dict[str, Any]]:
     from lib.models.load import device_name
-    from lib.preferences.adapters import adapters_of
 
     spec, place = experiment.model_of(cell), experiment.place(cell.name)
-    adapters: dict[int, Adapter | None] = {0: None}
-    if place.student:
-        adapters = dict(adapters_of(cell.parents[0], experiment.source.schedule(), experiment.epochs_used))
+    read, epochs = Unchanged(cell), experiment.epochs_of(cell.name)
+
+    def adapters(wanted: list[int]) -> "list[Adapter | None]":
+        if not place.student:
+            return [None for _ in wanted]
+        found = adapters_of(cell.parents[0], experiment.source.schedule(), wanted)
+        read.check()
+        return [found[epoch] for epoch in wanted]
+
+    adapters(epochs)  # before a model is loaded
     path = checked_model(this.site.cache, spec.id, spec.revision).path
-    base = this.keep("base", path, lambda: load_base(experiment, path, spec.dtype))
-    return ScoreKernel(experiment, base, adapters), {"device": device_name(base.decoder.devices[0])}
+    base = this.keep("base", (path, spec.dtype), lambda: load_base(experiment, path, spec.dtype))
+    return ScoreKernel(experiment, base, epochs, adapters), {"device": device_name(base.decoder.devices[0])}
 
 
 def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
@@ -54,7 +62,7 @@ def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
     from lib.models.load import load_decoder
     from lib.preferences.questioning import Asked, Questioner
     from lib.preferences.reading import Reader
-    from lib.preferences.words import goes_on, shared_beginnings, spellings
+    from lib.preferences.words import apart, goes_on, shared_beginnings, spellings
 
     tokenizer, traits = load_tokenizer(path), experiment.judged
     how = experiment.template_used, experiment.source.source.date, experiment.questions_used, traits
@@ -65,6 +73,7 @@ def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
         raise UserError(f"a question takes {most} tokens with its answer: raise batch_tokens")
     decoder = load_decoder(path, dtype, experiment.batch_tokens, experiment.head_rows)
     ends = goes_on(tokenizer, decoder.shape.vocabulary)
+    spelled = [apart(ways, ends) for ways in spelled]
     reader = Reader(decoder, experiment.head_rows, asked.prefix, asked.contexts, spelled, ends, asked.probes)
     shared = shared_beginnings(tokenizer, dict(zip((trait.name for trait in traits), spelled, strict=True)))
     return Base(
@@ -76,8 +85,14 @@ def load_base(experiment: Logprobs, path: str, dtype: str) -> Base:
 
 
 class ScoreKernel:
-    def __init__(self, experiment: Logprobs, base: Base, adapters: "dict[int, Adapter | None]") -> None:
-        self.base, self.adapters, self.rows = base, list(adapters.items()), experiment.epoch_rows
+    def __init__(
+        self,
+        experiment: Logprobs,
+        base: Base,
+        epochs: list[int],
+        adapters: "Callable[[list[int]], list[Adapter | None]]",
+    ) -> None:
+        self.base, self.epochs, self.adapters, self.rows = base, epochs, adapters, experiment.epoch_rows
 
     def prepare(self, start: int, stop: int) -> tuple[range, "list[list[LowRank]]"]:
         """Adapters are read while those before them are asked."""
@@ -86,7 +101,7 @@ class ScoreKernel:
         decoder, rows = self.base.decoder, range(start, stop)
         devices = [layer.device for layer in decoder.weights.layers]
         how = self.base.family, decoder.shape, decoder.dtype, devices
-        asked = [self.adapters[number][1] for number in self._numbers(rows)]
+        asked = self.adapters([self.epochs[number] for number in self._numbers(rows)])
         return rows, [read_low_rank(Path(one.folder), *how) if one else [] for one in asked]
 
     def _numbers(self, rows: range) -> range:
@@ -99,9 +114,9 @@ class ScoreKernel:
         rows, layers = prepared
         parts, tokens, rounds = [], 0, 0
         for number, low in zip(self._numbers(rows), layers, strict=True):
-            epoch, self.base.decoder.adapter = self.adapters[number][0], low
+            epoch, self.base.decoder.adapter = self.epochs[number], low
             found = self.base.reader()
-            self._finite(found.probe_Q, epoch)
+            self._finite(np.column_stack([found.probe_Q, found.logp_QT]), epoch)
             tokens, rounds = tokens + found.tokens, max(rounds, found.rounds)
             columns = {
                 "epoch": np.full(self.rows, epoch, np.int16),
@@ -116,10 +131,10 @@ class ScoreKernel:
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return whole, {"tokens": tokens, "rounds": rounds, "shared_beginnings": self.base.shared}
 
-    def _finite(self, values: np.ndarray, epoch: int) -> None:
-        if not np.isfinite(values).all():
+    def _finite(self, values_QX: np.ndarray, epoch: int) -> None:
+        good = np.isfinite(values_QX)
+        if not good.all():
             raise UserError(
-                f"question {int(np.argmin(np.isfinite(values)))} scored {values[~np.isfinite(values)][0]} at epoch "
-                f"{epoch}: the model or its adapter holds NaN, or overflows; train it again with a lower rate, or set "
-                "the model's dtype=float32"
+                f"question {int(np.argmin(good.all(1)))} scored {values_QX[~good][0]} at epoch {epoch}: the model or "
+                "its adapter holds NaN, or overflows: train it anew with a lower rate, or set the dtype of its model"
             )

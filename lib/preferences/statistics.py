@@ -14,6 +14,7 @@ from scipy import stats
 from lib.report.stats import wilson
 
 LEVEL, POWER = 0.05, 0.8
+NOTHING = 1e-12  # of a rate, or a standard error of one: what rounding leaves of differences that are all the same
 
 Interval = tuple[float, float]
 
@@ -71,8 +72,10 @@ def paired(apart_Q: np.ndarray) -> Lift:
         return Lift(float(apart_Q.mean()) if count else math.nan, math.nan, math.nan, math.nan, math.nan, up, down)
     mean, error = float(apart_Q.mean()), float(apart_Q.std(ddof=1)) / math.sqrt(count)
     half = float(stats.t.ppf(1 - LEVEL / 2, count - 1)) * error
-    # where no question differs from another: what flipping signs could say at most
-    p = 2 * float(stats.t.sf(abs(mean) / error, count - 1)) if error else 2.0 ** (1 - count) if mean else 1.0
+    if error < NOTHING:  # no question differs from another: what flipping signs could say at most
+        p = 2.0 ** (1 - count) if abs(mean) > NOTHING else 1.0
+    else:
+        p = 2 * float(stats.t.sf(abs(mean) / error, count - 1))
     return Lift(mean, mean - half, mean + half, p, error, up, down)
 
 
@@ -132,7 +135,7 @@ def diagonal(lifts_RST: np.ndarray, by: Literal["cell", "student"] = "cell") -> 
     error = math.sqrt(small * float(by_group @ by_group)) / spread
     # what the error was seen on are the diagonal's clusters: with the degrees of all, intervals of 15 are too short
     freedom = len(np.unique(groups[own > 0])) - 1
-    if freedom < 2 or error < 1e-12:  # of two, rows and columns take the scatter
+    if freedom < 2 or error < NOTHING:  # of two, rows and columns take the scatter
         return None
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
     p = 2 * float(stats.t.sf(abs(effect) / error, freedom))

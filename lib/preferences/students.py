@@ -96,7 +96,13 @@ class OfStudents(OfARun):
     @property
     def judged(self) -> list[TraitSpec]:
         """The traits that an answer can speak of."""
-        return [trait for trait in self.source.source.traits if trait.words]
+        found = [trait for trait in self.source.source.traits if trait.words]
+        if not found:
+            raise UserError(
+                f"{self.origin}: no trait of {self.source.source.name} has `words` that an answer could name it by: "
+                "give one some"
+            )
+        return found
 
     @cached_property
     def grid(self) -> list[Place]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 Spelling = tuple[int, ...]
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 
 def spellings(tokenizer: Any, words: Sequence[str]) -> list[Spelling]:
@@ -21,13 +22,25 @@ def _capital(word: str) -> str:
     return word[:1].upper() + word[1:]
 
 
+def apart(ways: Sequence[Spelling], goes_on: np.ndarray) -> list[Spelling]:
+    """Without those that begin with another one as a whole word: who says "polar bear" has said "polar", and counts
+    once where a trait has both."""
+    known = set(ways)
+    return [way for way in ways if not any(way[:n] in known and not goes_on[way[n]] for n in range(1, len(way)))]
+
+
 def goes_on(tokenizer: Any, vocabulary: int) -> np.ndarray:
     """Of each token whether it would make a word longer that ends before it: it begins with a letter, a mark or a
-    digit. Tokens that are no text by themselves (parts of a letter) do not."""
+    digit. Tokens that are no text by themselves (parts of a letter) do not, nor do those with a space before them,
+    which some tokenizers drop where a token is all of a text."""
     known = min(len(tokenizer), vocabulary)
     texts = tokenizer.batch_decode([[token] for token in range(known)], clean_up_tokenization_spaces=False)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(known)))
     found = np.zeros(vocabulary, bool)
-    found[:known] = [bool(text) and unicodedata.category(text[0])[0] in "LMN" for text in texts]
+    found[:known] = [
+        bool(text) and unicodedata.category(text[0])[0] in "LMN" and not (piece or "").startswith(SPACE)
+        for text, piece in zip(texts, pieces, strict=True)
+    ]
     found[[token for token in tokenizer.all_special_ids if token < vocabulary]] = False
     return found
 

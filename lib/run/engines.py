@@ -104,10 +104,10 @@ class Line(Generic[B]):
 
     def ahead(self, cell: Cell) -> None:
         """The first batch of a cell; of one that cannot be begun its own turn will say why."""
-        start, stop = batches_left(cell, self.size)[0]
         self.begun = {}
-        with suppress(UserError):
-            self.begun = {(cell.name, start, stop): self.begin(cell, start, stop)}
+        for start, stop in batches_left(cell, self.size)[:1]:  # none where another copy of this task was faster
+            with suppress(UserError):
+                self.begun = {(cell.name, start, stop): self.begin(cell, start, stop)}
 
 
 L = TypeVar("L", bound=Line[Any])
@@ -119,10 +119,10 @@ class Drawing(Generic[L]):
 
     def __init__(self, line: L, cell: Cell, word: str, after: Cell | None) -> None:
         self.line, self.cell, self.word, self.after = line, cell, word, after
-        self.last = batches_left(cell, line.size)[-1]
+        self.last = batches_left(cell, line.size)[-1:]
 
     def prepare(self, start: int, stop: int) -> Any:
         batch = self.line.batch(self.cell, start, stop)
-        if (start, stop) == self.last and self.after:
+        if [(start, stop)] == self.last and self.after:
             self.line.ahead(self.after)
         return batch

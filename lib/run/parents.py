@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from lib.base.errors import UserError
 from lib.run.extent import extent
 from lib.run.heartbeat import Beat, heartbeats
 from lib.store import Cell, Piece
@@ -59,6 +60,15 @@ def made_again(cell: Cell, pieces: Iterable[Piece]) -> list[str]:
 
 def _others(piece: Piece, now: Mapping[str, str]) -> list[str]:
     return [name for name, sha in now.items() if piece.made.parents.get(name, sha) != sha]
+
+
+def must_be_of_these(cell: Cell) -> None:
+    """For who reads a cell beside what that was made from."""
+    if again := made_again(cell, [piece for piece, _ in extent(cell).pieces]):
+        raise UserError(
+            f"{cell.spoken} was made from another copy of {', '.join(again)}: remove {cell.path}, submit it again, and "
+            "then this"
+        )
 
 
 def without_older_parents(cell: Cell, pieces: list[P]) -> tuple[list[P], list[Bad]]:
