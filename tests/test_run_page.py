@@ -12,8 +12,11 @@ from tools import ROOT, forked
 
 from lib.base.errors import UserError
 from lib.cluster import grid
+from lib.cluster.pipeline import requests_of, statuses
 from lib.cluster.status import CellState, Status
 from lib.families import load
+from lib.run import extent
+from lib.run.site import Site
 from lib.store import read_cell
 
 
@@ -138,3 +141,20 @@ def test_the_hours_left_of_a_size_are_those_of_its_stages():
     lines = grid.table("CONFIG=x", [row, row]).splitlines()
     assert [line.split()[-1] for line in lines if "stage" in line and "0/1" in line] == ["1.00", "1.00"]
     assert "1m: 2.00 GPU-hours left" in [line.strip() for line in lines]
+
+
+def test_a_look_at_all_stages_looks_at_each_cell_once_and_the_next_one_again(world, monkeypatch):
+    pipeline, looked = load(world / "whole.yaml"), []
+    here = Site("local", world / "scratch", world / "cache", world / "output", 2, "cpu", {})
+    requests = requests_of(pipeline, here)
+    scanned = extent.scan
+    monkeypatch.setattr(extent, "scan", lambda path, *more: looked.append(path) or scanned(path, *more))
+    monkeypatch.setattr("lib.cluster.live.slurm.has_slurm", lambda: False)
+    monkeypatch.setattr("lib.cluster.status.slurm.has_slurm", lambda: False)
+    assert [row.now.counts["done"] for row in statuses(requests)] == [2, 2, 3, 2]
+    assert len(looked) == len(set(looked)) == 10
+    cell = requests[0].cells[0]
+    (marker, *_), aside = sorted(cell.path.glob("*.json")), world / "aside"
+    marker.rename(aside)
+    assert [row.now.counts["done"] for row in statuses(requests)] == [1, 2, 3, 2]
+    aside.rename(marker)

@@ -77,14 +77,14 @@ def live_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     return local_tasks(cells) | slurm_tasks(cells, ask)
 
 
-def local_tasks(cells: Sequence[Cell]) -> Live:
-    """Those of the workers of this box, and what runs without Slurm."""
+def local_tasks(cells: Sequence[Cell], beats: Mapping[str, list[Beat]] | None = None) -> Live:
+    """Those of the workers of this box, and what runs without Slurm. `beats`: heartbeats that were read already."""
     folder, found = cells[0].folder, {}
     for index, names, state, queue in local.tasks(folder):
         reason = "waiting for a worker" if state == "PENDING" else ""
         task = slurm.Queued(queue, index, state, reason, HOST, folder.name, names)
         found |= dict.fromkeys(names, task)
-    beats = heartbeats(folder)
+    beats = heartbeats(folder) if beats is None else beats
     for cell in cells:
         last = beats[cell.name][-1] if cell.name in beats else None
         if last and last.digest == cell.digest and not last.job and is_alive(last) and cell.name not in found:

@@ -17,6 +17,7 @@ from lib.cluster.plan import estimates
 from lib.cluster.send import Request, send_results
 from lib.cluster.show import WATCH_SECONDS
 from lib.cluster.status import status
+from lib.run.extent import looked_at_once
 from lib.run.pipeline import Pipeline
 from lib.run.site import Site
 from lib.store import Cell
@@ -101,14 +102,16 @@ def _meant(r: Request, asked: Mapping[str, Sequence[str]]) -> set[int]:
 def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.Row]:
     """The queue is asked once for all stages; a word that it could not be is each stage's."""
     answer = cache(slurm.queue) if ask is None else ask
-    found = []
-    for one in requests:
-        cells, unknown = one.cells_or_names()
-        seconds = estimates(one.experiment, [] if unknown else cells, one.site.cache, one.site.gpu)
-        now = status(one.experiment.label, cells, one.experiment.run.gpus, unknown, answer, seconds)
-        needs = {} if unknown else {cell.name: _gpus(one, cell) for cell in cells}
-        found.append(grid.Row(one, now, one.experiment.places(), seconds, needs))
-    return found
+    with looked_at_once():
+        return [_row(one, answer) for one in requests]
+
+
+def _row(r: Request, ask: Ask) -> grid.Row:
+    cells, unknown = r.cells_or_names()
+    seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
+    now = status(r.experiment.label, cells, r.experiment.run.gpus, unknown, ask, seconds)
+    needs = {} if unknown else {cell.name: _gpus(r, cell) for cell in cells}
+    return grid.Row(r, now, r.experiment.places(), seconds, needs)
 
 
 def _gpus(r: Request, cell: Cell) -> int:

@@ -5,6 +5,8 @@ YAML can say far more, and some reader stumbles over each of it or never ends: p
 
 import re
 from collections.abc import Hashable
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -22,6 +24,12 @@ class NotPlain(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
+    """A text that several ask for, such as a configuration that stages share, is read once."""
+    return deepcopy(_parsed(text))
+
+
+@lru_cache(64)
+def _parsed(text: str) -> Any:
     if len(text) > LONGEST:
         raise NotPlain(f"it has {len(text)} characters, {LONGEST} are read")
     try:
