@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ from finetune_world import environment
 from preferences_world import begin, finished, make_world
 from tools import ROOT, forked
 
+from lib.base.atomic import TEMPORARY
 from lib.base.errors import UserError
 from lib.cluster import grid
 from lib.cluster.pipeline import requests_of, statuses
@@ -52,21 +56,28 @@ def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_miss
     assert "http" not in page.replace("http-equiv", "")
 
 
+def bring(world, far, here, *arguments, code=0):
+    done = run(world, "jobs.bring", "--from", str(far), *arguments, SUITE_SCRATCH=str(here))
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def test_results_are_brought_with_every_byte_looked_at(world):
     far, here = world / "scratch", world / "here"
-    damaged = load(world / "words.yaml").cells(world / "cache", far)[2]
-    shard = next(damaged.path.glob("*.h5"))
+    damaged, gone = load(world / "words.yaml").cells(world / "cache", far)[1:]
+    shard, lost = next(damaged.path.glob("*.h5")), next(gone.path.glob("*.h5"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-40] + bytes(40))
-    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
+    lost.rename(world / "lost.h5")  # its marker came first, say, by a copy that is under way
+    said = bring(world, far, here, code=2)
     shard.write_bytes(whole)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "words_run5: 2 brought, 0 here already, 0 not there" in done.stdout and "1m-neutral: " in done.stdout
-    assert "asked_run5: 2 brought, 0 here already, 1 not there" in done.stdout
+    assert "words_run5: 1 brought, 0 here already, 0 not there" in said and "1m-cat: " in said
+    assert "1m-neutral: " in said and f"{lost.name}: No such file" in said
+    assert "2 cells are not whole" in said and "asked_run5: 2 brought, 0 here already, 1 not there" in said
     mine = load(world / "words.yaml").cells(world / "cache", here)
-    assert not mine[2].path.exists() and not list(mine[2].path.parent.glob(".*"))
-    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
-    assert done.returncode == 0 and "words_run5: 1 brought, 2 here already" in done.stdout, done.stderr
+    assert list(mine[0].path.parent.iterdir()) == [mine[0].path]
+    (world / "lost.h5").rename(lost)
+    assert "words_run5: 2 brought, 1 here already" in bring(world, far, here)
     for name in ("words", "asked"):
         experiment = load(world / f"{name}.yaml")
         schema = experiment.schema(world / "cache")
@@ -76,6 +87,52 @@ def test_results_are_brought_with_every_byte_looked_at(world):
                 assert all(list(map(str, one[key])) == list(map(str, other[key])) for key in schema)
 
 
+def test_results_without_what_they_were_made_from_are_no_others_children(world, tmp_path):
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs preferences")
+    assert "teachers_run5" not in said and "words_run5: 3 brought" in said
+    words = ("status", "--config", str(world / "words.yaml"))
+    done = forked("jobs.cluster", *words, env=environment(world, SUITE_SCRATCH=str(tmp_path)))
+    assert "3 done" in done.stdout and "older" not in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_kill_left_of_an_import_goes_and_what_was_begun_here_is_said(world, tmp_path):
+    cells = load(world / "words.yaml").cells(world / "cache", tmp_path)
+    left = cells[0].path.parent / f"{TEMPORARY}{signature_of_a_dead_process()}-{cells[0].path.name}"
+    left.mkdir(parents=True)
+    shutil.copytree(load(world / "words.yaml").cells(world / "cache", world / "scratch")[1].path, cells[1].path)
+    next(cells[1].path.glob("*.h5")).unlink()
+    begun = sorted(cells[1].path.iterdir())
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs", code=2)
+    assert "words_run5: 2 brought, 0 here already, 1 begun here and left as they are, 0 not there" in said
+    assert "1 cells were begun here: end them with `make resume" in said and not left.exists()
+    assert sorted(cells[1].path.iterdir()) == begun
+
+
+def test_two_imports_at_once_bring_each_cell_once(world, tmp_path, monkeypatch):
+    """The other one is quicker by the moment between a look and the rename."""
+    theirs = load(world / "words.yaml").cells(world / "cache", world / "scratch")[0]
+    cell = load(world / "words.yaml").cells(world / "cache", tmp_path)[0]
+    sync = import_module("lib.subliminal.bring").sync_folder
+
+    def other_first(folder):
+        if not cell.path.exists():
+            shutil.copytree(theirs.path, cell.path)
+        sync(folder)
+
+    monkeypatch.setattr("lib.subliminal.bring.sync_folder", other_first)
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs")
+    assert "words_run5: 3 brought" in said and extent.extent(cell).whole
+    assert not [path for path in cell.path.parent.iterdir() if path.name.startswith(".")]
+
+
+def signature_of_a_dead_process():
+    ended = subprocess.run(
+        [sys.executable, "-c", "from lib.base.process import signature; print(signature())"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+    )
+    return ended.stdout.strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -83,6 +140,8 @@ def test_results_are_brought_with_every_byte_looked_at(world):
         (("--from", "nowhere"), "FROM=nowhere is no folder"),
         (("--from", "{world}/cache", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
         (("--from", "{world}/scratch"), "is this scratch itself"),
+        (("--from", "{world}/scratch/words_run5"), "holds none of teachers_run5, students_run5"),
+        (("--from", "{world}/here", "run_id=6"), "holds none of teachers_run6, "),
     ],
 )
 def test_what_cannot_be_brought_is_one_sentence(world, arguments, why):

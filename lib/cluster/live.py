@@ -21,6 +21,23 @@ UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not sho
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
 
 
+def asked_once() -> Ask:
+    """The queue, for several who want it at the same moment; that it could not be asked is told to each of them."""
+    found: list[list[slurm.Queued] | UserError] = []
+
+    def ask() -> list[slurm.Queued]:
+        if not found:
+            try:
+                found.append(slurm.queue())
+            except UserError as e:
+                found.append(e)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    return ask
+
+
 @dataclass(frozen=True)
 class Submission:
     """What a record of a submission says, as far as anything relies on it."""

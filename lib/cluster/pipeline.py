@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from lib.base.errors import UserError
 from lib.cluster import grid, logs, slurm, submit
-from lib.cluster.live import Ask, live_tasks
+from lib.cluster.live import Ask, asked_once, live_tasks
 from lib.cluster.pick import must_be_known, words_of
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request, send_results
@@ -39,12 +38,13 @@ def run(
         for one in reversed(requests):  # children first: the end of a parent would start them
             print(f"== {one.experiment.label}")
             submit.cancel(one)
+        submit.cancel_results(r)
     elif command == "verify":
         return max(logs.verify(one.cells, one.experiment.schema(r.site.cache)) for one in requests)
     elif command == "logs":
         show_logs(requests)
     else:
-        return show_status(r, requests, as_json, watch)
+        return show_status(r, pipeline, as_json, watch)
     return 0
 
 
@@ -85,6 +85,9 @@ def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[tuple
     if not asked:
         return [(one, "") for one in requests]
     meant = {one.experiment.label: _meant(one, asked) for one in requests}
+    if not any(meant.values()):
+        said = " and ".join(f"{axis}={' '.join(words)}" for axis, words in asked.items())
+        raise UserError(f"no cell of any stage is of {said}; `make status` shows what there is")
     read = submit.read_by(one.cells[i] for one in requests for i in meant[one.experiment.label])
     found: list[tuple[Request, str | None]] = []
     for one in requests:
@@ -101,9 +104,9 @@ def _meant(r: Request, asked: Mapping[str, Sequence[str]]) -> set[int]:
 
 def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.Row]:
     """The queue is asked once for all stages; a word that it could not be is each stage's."""
-    answer = cache(slurm.queue) if ask is None else ask
+    ask = ask or asked_once()
     with looked_at_once():
-        return [_row(one, answer) for one in requests]
+        return [_row(one, ask) for one in requests]
 
 
 def _row(r: Request, ask: Ask) -> grid.Row:
@@ -121,11 +124,13 @@ def _gpus(r: Request, cell: Cell) -> int:
     return r.experiment.run.gpus
 
 
-def show_status(r: Request, requests: Sequence[Request], as_json: bool, watch: bool) -> int:
-    """As for one experiment: watching ends with 1 where something needs a look."""
+def show_status(r: Request, pipeline: Pipeline, as_json: bool, watch: bool) -> int:
+    """As for one experiment: watching ends with 1 where something needs a look, and not while the queue cannot be
+    asked."""
     while True:
-        rows = statuses(requests)
-        active = watch and any(row.now.counts["running"] + row.now.counts["pending"] for row in rows)
+        rows = statuses(requests_of(pipeline, r.site))  # anew: how many rows there are may be known by now
+        waits = any(row.now.queue_note and row.now.counts["done"] < len(row.now.cells) for row in rows)
+        active = watch and (waits or any(row.now.counts["running"] + row.now.counts["pending"] for row in rows))
         if as_json:
             print(json.dumps([row.now.json() for row in rows], indent=1), flush=True)
         else:

@@ -25,6 +25,7 @@ from lib.cluster.send import (
     by_hand,
     is_by_hand,
     longest_minutes,
+    results_jobs,
     sbatch,
     sbatch_command,
     script,
@@ -236,7 +237,7 @@ def cancel(r: Request) -> None:
         write_json(folder / "cancelled.json", asdict(Cancelled(time.time())))
     if slurm.has_slurm():
         queue = slurm.queue()
-        mine = sorted({t.array for t in queue} & jobs_of(folder, queue))
+        mine = sorted({t.array for t in queue} & jobs_of(folder, queue) | {*results_jobs(r, queue)})
         if mine:
             slurm.ask("scancel", *mine)
         ended += mine
@@ -248,3 +249,10 @@ def cancel(r: Request) -> None:
                 os.kill(last.pid, signal.SIGTERM)
                 ended.append(f"pid {last.pid}")
     print(f"cancelled {', '.join(ended)}: finished shards are kept" if ended else "nothing is queued or running")
+
+
+def cancel_results(r: Request) -> None:
+    """Of a pipeline, whose stages were cancelled."""
+    if slurm.has_slurm() and (waiting := results_jobs(r, slurm.queue())):
+        slurm.ask("scancel", *waiting)
+        print(f"cancelled {', '.join(waiting)}: make {r.experiment.results}")

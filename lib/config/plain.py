@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import yaml
-from yaml.nodes import MappingNode, Node
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from lib.base.errors import one_line
 from lib.base.typed import LARGEST
@@ -61,6 +61,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        """YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10: nobody who types them means that."""
+        number = super().construct_yaml_int(node)
+        if str(node.value).lstrip("+") != str(number):
+            raise NotPlain(f"{node.value} would be read as {number}; write that, or quote it as a text")
+        return number
+
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
@@ -73,6 +80,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _DAYS = "tag:yaml.org,2002:timestamp"  # a day is text here, as it is to who reads it
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag != _DAYS]
