@@ -56,6 +56,25 @@ def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_miss
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_the_page_lies_where_the_run_says_however_it_is_said_and_an_unreadable_log_is_said(world, tmp_path):
+    (tmp_path / "log").mkdir()
+    beat = {
+        "cell": "1m-neutral",
+        "digest": load(world / "asked.yaml").cells(world / "cache", world / "scratch")[2].digest,
+    }
+    beat |= {"state": "failed", "started": 1.0, "updated": 2.0, "error": "no", "log": str(tmp_path / "log")}
+    path = world / "scratch" / "asked_run5" / "tasks" / "1m-neutral-9_9.r0.json"
+    path.write_text(json.dumps(beat))
+    done = run(world, "jobs.report", "run_id=5", SUITE_OUTPUT=str(tmp_path / "out"))
+    path.unlink()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    page = (tmp_path / "out" / "whole_run5" / "report" / "index.html").read_text()
+    assert f"{tmp_path / 'log'} cannot be read: is not a file" in page
+    (tmp_path / "full").write_text("")
+    done = run(world, "jobs.report", SUITE_OUTPUT=str(tmp_path / "full"))
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write ") and done.stderr.count("\n") == 1
+
+
 def bring(world, far, here, *arguments, code=0):
     done = run(world, "jobs.bring", "--from", str(far), *arguments, SUITE_SCRATCH=str(here))
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr

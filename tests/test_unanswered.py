@@ -7,10 +7,11 @@ from tools import small_lls
 
 from lib.base.errors import UserError
 from lib.cluster import command as front
-from lib.cluster import slurm
+from lib.cluster import pipeline, slurm
 from lib.cluster.send import Request
 from lib.cluster.status import status
 from lib.families import load
+from lib.run.experiment import Stage
 from lib.run.heartbeat import Heartbeat
 
 
@@ -54,6 +55,29 @@ def test_a_task_that_nobody_can_be_asked_about_is_unknown(unanswered):
     assert (now.counts["unknown"], now.counts["stale"], now.queue_note) == (1, 0, "squeue: no")
     table = front.show.table(now, unanswered.spoken, ("submit-lls", "export-lls"))
     assert "unknown" in table and "stale" not in table and "resume" not in table
+
+
+def test_a_pipeline_asks_once_for_all_its_stages_and_watching_it_goes_on(unanswered, monkeypatch):
+    asked, slept = [], []
+
+    def ask(*command: str, timeout: float = 0) -> str:
+        asked.append(command[0])
+        raise UserError("squeue: no")
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    class Whole:
+        def stages(self) -> list[Stage]:
+            return [Stage(unanswered.config, (), unanswered.experiment)] * 3
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(pipeline.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.show_status(unanswered, Whole(), as_json=False, watch=True)
+    assert len(slept) == 2 and asked == ["squeue"] * 2
 
 
 def test_watching_goes_on_while_the_queue_cannot_be_asked(unanswered, monkeypatch):

@@ -29,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Entries:
-    entries: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
