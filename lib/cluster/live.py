@@ -49,6 +49,8 @@ class Submission:
     overrides: list[str] = field(default_factory=list)
     at_once: int = 0  # tasks, at most
     gpus: int = 0  # of a task
+    lane: str = ""  # of a pipeline, by lib.cluster.lanes
+    lane_gpus: int = 0
     time: float = 0.0
 
 
