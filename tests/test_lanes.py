@@ -86,6 +86,10 @@ def test_a_real_slurm_runs_no_more_over_all_stages_and_comes_to_an_end(fresh_slu
     said = chain.call("submit", "whole")
     jobs = re.findall(r"Slurm job (\d+): cells", said)
     assert len(jobs) == 6, said  # of each stage one a lane
+    (shows,) = re.findall(r"Slurm job (\d+): make report", said)
+    twice = chain.call("submit", "whole")  # nothing of it is sent again, and one job shows it
+    assert re.findall(r"Slurm job (\d+): cells", twice) == [] and f"make report, in place of {shows}" in twice
+    assert len(fresh_slurm.run("squeue", "-h", "-n", "report-whole", "-t", "PD").splitlines()) == 1
     (chain.hold / "write-1m-a").unlink()
 
     def states() -> set[str]:

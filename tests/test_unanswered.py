@@ -1,6 +1,7 @@
 """A queue that cannot be asked, or answers nonsense: nothing is taken for known."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from tools import small_lls
@@ -8,11 +9,13 @@ from tools import small_lls
 from lib.base.errors import UserError
 from lib.cluster import command as front
 from lib.cluster import pipeline, slurm
+from lib.cluster.live import OTHER, live_tasks
 from lib.cluster.send import Request
 from lib.cluster.status import status
 from lib.families import load
 from lib.run.experiment import Stage
 from lib.run.heartbeat import Heartbeat
+from lib.run.task import freeze
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +95,16 @@ def test_watching_goes_on_while_the_queue_cannot_be_asked(unanswered, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         front._status(unanswered, as_json=False, watch=True, brief=True)
     assert len(slept) == 2
+
+
+def test_what_waits_for_other_settings_is_said(inputs, tmp_path, monkeypatch):
+    """A configuration was edited after its cells were submitted."""
+    old = load(inputs).cells(inputs.parent / "cache", tmp_path)
+    new = [replace(cell, digest="0" * 64) if cell.index == 1 else cell for cell in old]
+    name = freeze(tmp_path / "small", [[cell] for cell in old])
+    queue = [slurm.Queued("7", cell.index, "PENDING", "Priority", "", "small", tasks=name) for cell in old]
+    monkeypatch.setattr(slurm, "has_slurm", lambda: True)
+    live = live_tasks(new, lambda: queue)
+    assert [live[cell.name].reason for cell in new] == ["Priority", OTHER, "Priority"]
+    now = status("small", new, ask=lambda: queue)
+    assert [cell.state for cell in now.cells] == ["pending"] * 3 and now.cells[1].note == OTHER

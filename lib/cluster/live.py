@@ -17,6 +17,7 @@ from lib.store import Cell
 
 Ask = Callable[[], list[slurm.Queued]]
 Live = dict[str, slurm.Queued]  # cell -> the task that it is in
+OTHER = "submitted for other settings or inputs than now, and will stop: make cancel, then submit"
 UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
 
@@ -118,11 +119,20 @@ def slurm_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     records = {record.job: record.tasks for record in submissions(folder)}
     names: dict[int | None, str] = {cell.index: cell.name for cell in cells}
     mine = jobs_of(folder, queue)
-    found = _unseen(folder, queue)
+    found, digests = _unseen(folder, queue), {cell.name: cell.digest for cell in cells}
     for task in sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING"):
-        held = names_in(folder, task.tasks or records.get(task.array, ""), task.index, names)
-        found |= dict.fromkeys(held, replace(task, cells=held))
+        named = task.tasks or records.get(task.array, "")
+        held = names_in(folder, named, task.index, names)
+        now = replace(task, cells=held)
+        if task.state == "PENDING" and not task.held and _are_others(tasks_of(folder, named), held, digests):
+            now = replace(now, reason=OTHER)
+        found |= dict.fromkeys(held, now)
     return found
+
+
+def _are_others(tasks: Tasks | None, names: Iterable[str], digests: Mapping[str, str]) -> bool:
+    """Whether a task stands for what these cells are no more; it looks, and stops, at its start."""
+    return tasks is not None and any(tasks.digests.get(name) != digests.get(name) for name in names)
 
 
 def names_in(folder: Path, named: str, index: int | None, names: Mapping[int | None, str]) -> tuple[str, ...]:

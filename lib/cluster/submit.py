@@ -17,7 +17,7 @@ from lib.base.process import HOST
 from lib.cluster import local, slurm
 from lib.cluster.arrays import Array, Parents, arrays_of, shares
 from lib.cluster.lanes import Lane, Lanes, size_of
-from lib.cluster.live import Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
+from lib.cluster.live import OTHER, Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
 from lib.cluster.lock import submitting
 from lib.cluster.plan import CellPlan, table
 from lib.cluster.plan import plan as plan_of
@@ -83,6 +83,8 @@ def submit(
         if busy:
             jobs = ", ".join(sorted({queued[cells[i].name].array for i in busy}))
             print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
+        if any(queued[cells[i].name].reason == OTHER for i in busy):
+            print(f"some of these were {OTHER}")
         finished = [i for i in wanted if extent(cells[i]).whole]
         if finished:
             print(f"cells {slurm.format_array(finished)} are done: left out")
