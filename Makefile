@@ -58,6 +58,8 @@ nearest = $(shell $(or $(wildcard $(python)),python3) -c 'import difflib, sys; \
 mean = $(if $1, (did you mean $1?))$(if $(valid),; what it knows: $(valid))
 $(foreach v,$(filter-out $(valid) $(environment) $(others),$(given)),\
   $(error $v=... means nothing to 'make $(goals)'$(call mean,$(call nearest,$v))))
+$(foreach v,$(filter RUN_ID ARRAY SIZES TRAITS PARTS STAGES,$(given)),$(if $(strip $(value $v)),,\
+  $(error $v= says nothing: leave it out, or say which; nothing was done)))
 
 # Values reach the programs as text: make expands nothing in them, and no recipe holds one. A recipe names a variable of
 # the environment that the shell puts in as one word, so `make -n` shows the name.

@@ -7,6 +7,7 @@ import pytest
 from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
+from lib.config.plain import NotPlain, parse_yaml
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.records import slug
@@ -213,3 +214,12 @@ def test_what_is_not_fetched_is_named(small):
         UserError, match=r"model Qwen/Qwen2.5-72B-Instruct at revision 495f.* is not fetched; run `make fetch`"
     ):
         load(SEED).cells(small / "cache", small / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("text", "means"), [("010", 8), ("01", 1), ("0x10", 16), ("1_0", 10), ("1:30", 90), ("0b1", 1)]
+)
+def test_a_number_that_reads_otherwise_than_it_is_typed_is_refused(text, means):
+    with pytest.raises(NotPlain, match=f"{text} would be read as {means}; write that, or quote it"):
+        parse_yaml(text)
+    assert parse_yaml(f"'{text}'") == text and parse_yaml("[0, 7, +7, -7]") == [0, 7, 7, -7]

@@ -133,6 +133,8 @@ def test_bad_quoting_inside_set_is_one_sentence(env, cross, text, says):
         (["submit-lls", "0-2"], "there is no target 0-2, see 'make help'; nothing was done"),
         (["submit-lls", "A RRAY=0-2"], "there is no target A,"),
         (["submit-lls", "DRY=maybe"], "DRY=maybe is neither on nor off; say DRY=1 or DRY=0"),
+        (["submit-subliminal", "RUN_ID=1", "SIZES="], "SIZES= says nothing: leave it out, or say which"),
+        (["submit-numbers", "RUN_ID= "], "RUN_ID= says nothing"),
         (["status", "WATCH=1 0"], "WATCH=1 0 is neither on nor off"),
     ],
 )

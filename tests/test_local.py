@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import local_logs, thaw, wait_until
@@ -13,6 +15,7 @@ from tools import ROOT, number_rows, tiny_model, write_rows
 
 from lib.base.errors import UserError
 from lib.base.process import own_name
+from lib.cluster import local
 from lib.cluster.doctor import worker_lines
 from lib.cluster.local import Plan, gpus, leased, read_plan, workers_for
 from lib.cluster.status import STATES
@@ -184,6 +187,7 @@ def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(t
     """Whoever comes second waits for the first one's lease, which its processes hold too."""
     smi = "0, GPU-a, 4\n1, GPU-b, 90000\n2, GPU-c, 10\n3, GPU-d, 0"
     fake_smi(tmp_path, smi, monkeypatch)
+    monkeypatch.setattr(local, "site", lambda: SimpleNamespace(throttle=3))
     plan, queue = Plan(["true"], "", "box", 2, 1), Queue(tmp_path / "x" / "queue" / "local-1", "worker-0")
     queue.folder.mkdir(parents=True)
     with leased(plan, queue) as (first, _):
@@ -194,6 +198,17 @@ def test_no_two_tasks_meet_on_a_gpu_and_nothing_that_can_start_is_said_at_once(t
             with leased(plan, queue) as (third, leases):
                 assert third == "" and leases == []
         assert workers_for(2, 16) == 2  # of four, one of which is in use: one submission queues behind another
+    monkeypatch.setattr(local, "site", lambda: SimpleNamespace(throttle=2))  # there are three that are free
+    with leased(plan, queue) as (first, _):
+        assert first == ""  # cancelled
+    (queue.folder / "cancelled").unlink()
+    other = Queue(tmp_path / "y" / "queue" / "local-2", "worker-0")
+    other.folder.mkdir(parents=True)
+    with leased(plan, queue) as (first, _):
+        assert first == "0,2"
+        threading.Timer(1.5, (other.folder / "cancelled").touch).start()  # another stage's, which has waited till then
+        with leased(Plan(["true"], "", "box", 1, 1), other) as (second, _):
+            assert second == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-d")
     assert [gpu.index for gpu in gpus()] == ["2", "3"]
     with pytest.raises(UserError, match="a task needs 4 GPUs and this box has 2"):

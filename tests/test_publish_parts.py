@@ -166,6 +166,28 @@ def test_a_ledger_that_cannot_be_read_stops_nothing(tmp_path):
     assert 49 < book.take("new", 1, 50.0, what="b") <= 50
 
 
+def test_a_clock_that_was_ahead_keeps_nobody_waiting_for_that_day(tmp_path, monkeypatch):
+    """What was noted a year ahead counts from the moment at which that is seen."""
+    now = [1e9 + 365 * 86400.0]
+    monkeypatch.setattr(ledger_module.time, "time", lambda: now[0])
+    book = Ledger(tmp_path / "me.json")
+    assert book.take("new", 2, 50.0) == book.take("new", 2, 50.0) == 0.0
+    now[0] = 1e9
+    assert 49 < book.take("new", 2, 50.0) <= 50
+    now[0] += 30
+    assert 19 < book.take("new", 2, 50.0) <= 20
+    now[0] += 21
+    assert book.take("new", 2, 50.0) == 0.0
+
+
+def test_what_of_a_ledger_can_be_read_counts(tmp_path):
+    book = Ledger(tmp_path / "me.json")
+    assert book.take("new", 1, 50.0) == 0.0
+    said = json.loads((tmp_path / "me.json").read_text())
+    (tmp_path / "me.json").write_text(json.dumps({"entries": [{"kind": 3}, None, *said["entries"]]}))
+    assert 49 < book.take("new", 1, 50.0) <= 50
+
+
 def test_sums_are_gits_and_sha256(tmp_path):
     for size in (0, 1, 511, (1 << 20) + 7):
         data = np.random.default_rng(size).bytes(size)

@@ -58,6 +58,20 @@ def test_what_was_asked_is_freed_but_for_the_last_epoch(world):
     world.publish()  # the last one is still to be published
 
 
+def test_what_a_kill_left_of_an_epoch_goes_with_the_next_call(world):
+    """Between the marker's word and the removal."""
+    cat = cells_of(world.places)[0]
+    world.ask("1m-cat")
+    states = {path.name: path for path in cat.path.glob("step-*/")}
+    retired(world)
+    gone = next(path for name, path in states.items() if name.startswith("step-00000004-"))
+    gone.mkdir()
+    (gone / "adapter_model.safetensors").write_bytes(b"x" * 9)
+    retired(world, "--dry")
+    assert gone.exists()
+    assert "nothing to free" in retired(world)[0] and not gone.exists() and len(files_of(cat)) == 1
+
+
 def test_what_is_to_be_published_waits_for_that(world):
     world.ask("1m-cat")
     world.ask("1m-neutral")

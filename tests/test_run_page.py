@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +13,14 @@ from finetune_world import environment
 from preferences_world import begin, finished, make_world
 from tools import ROOT, forked
 
+from lib.base.atomic import TEMPORARY
 from lib.base.errors import UserError
 from lib.cluster import grid
+from lib.cluster.pipeline import requests_of, statuses
 from lib.cluster.status import CellState, Status
 from lib.families import load
+from lib.run import extent
+from lib.run.site import Site
 from lib.store import read_cell
 
 
@@ -49,21 +56,47 @@ def test_the_page_says_how_far_it_is_what_came_out_what_it_cost_and_what_is_miss
     assert "http" not in page.replace("http-equiv", "")
 
 
+def test_the_page_lies_where_the_run_says_however_it_is_said_and_an_unreadable_log_is_said(world, tmp_path):
+    (tmp_path / "log").mkdir()
+    beat = {
+        "cell": "1m-neutral",
+        "digest": load(world / "asked.yaml").cells(world / "cache", world / "scratch")[2].digest,
+    }
+    beat |= {"state": "failed", "started": 1.0, "updated": 2.0, "error": "no", "log": str(tmp_path / "log")}
+    path = world / "scratch" / "asked_run5" / "tasks" / "1m-neutral-9_9.r0.json"
+    path.write_text(json.dumps(beat))
+    done = run(world, "jobs.report", "run_id=5", SUITE_OUTPUT=str(tmp_path / "out"))
+    path.unlink()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    page = (tmp_path / "out" / "whole_run5" / "report" / "index.html").read_text()
+    assert f"{tmp_path / 'log'} cannot be read: is not a file" in page
+    (tmp_path / "full").write_text("")
+    done = run(world, "jobs.report", SUITE_OUTPUT=str(tmp_path / "full"))
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write ") and done.stderr.count("\n") == 1
+
+
+def bring(world, far, here, *arguments, code=0):
+    done = run(world, "jobs.bring", "--from", str(far), *arguments, SUITE_SCRATCH=str(here))
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 def test_results_are_brought_with_every_byte_looked_at(world):
     far, here = world / "scratch", world / "here"
-    damaged = load(world / "words.yaml").cells(world / "cache", far)[2]
-    shard = next(damaged.path.glob("*.h5"))
+    damaged, gone = load(world / "words.yaml").cells(world / "cache", far)[1:]
+    shard, lost = next(damaged.path.glob("*.h5")), next(gone.path.glob("*.h5"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-40] + bytes(40))
-    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
+    lost.rename(world / "lost.h5")  # its marker came first, say, by a copy that is under way
+    said = bring(world, far, here, code=2)
     shard.write_bytes(whole)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "words_run5: 2 brought, 0 here already, 0 not there" in done.stdout and "1m-neutral: " in done.stdout
-    assert "asked_run5: 2 brought, 0 here already, 1 not there" in done.stdout
+    assert "words_run5: 1 brought, 0 here already, 0 not there" in said and "1m-cat: " in said
+    assert "1m-neutral: " in said and f"{lost.name}: No such file" in said
+    assert "2 cells are not whole" in said and "asked_run5: 2 brought, 0 here already, 1 not there" in said
     mine = load(world / "words.yaml").cells(world / "cache", here)
-    assert not mine[2].path.exists() and not list(mine[2].path.parent.glob(".*"))
-    done = run(world, "jobs.bring", "--from", str(far), SUITE_SCRATCH=str(here))
-    assert done.returncode == 0 and "words_run5: 1 brought, 2 here already" in done.stdout, done.stderr
+    assert list(mine[0].path.parent.iterdir()) == [mine[0].path]
+    (world / "lost.h5").rename(lost)
+    assert "words_run5: 2 brought, 1 here already" in bring(world, far, here)
     for name in ("words", "asked"):
         experiment = load(world / f"{name}.yaml")
         schema = experiment.schema(world / "cache")
@@ -73,6 +106,52 @@ def test_results_are_brought_with_every_byte_looked_at(world):
                 assert all(list(map(str, one[key])) == list(map(str, other[key])) for key in schema)
 
 
+def test_results_without_what_they_were_made_from_are_no_others_children(world, tmp_path):
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs preferences")
+    assert "teachers_run5" not in said and "words_run5: 3 brought" in said
+    words = ("status", "--config", str(world / "words.yaml"))
+    done = forked("jobs.cluster", *words, env=environment(world, SUITE_SCRATCH=str(tmp_path)))
+    assert "3 done" in done.stdout and "older" not in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_kill_left_of_an_import_goes_and_what_was_begun_here_is_said(world, tmp_path):
+    cells = load(world / "words.yaml").cells(world / "cache", tmp_path)
+    left = cells[0].path.parent / f"{TEMPORARY}{signature_of_a_dead_process()}-{cells[0].path.name}"
+    left.mkdir(parents=True)
+    shutil.copytree(load(world / "words.yaml").cells(world / "cache", world / "scratch")[1].path, cells[1].path)
+    next(cells[1].path.glob("*.h5")).unlink()
+    begun = sorted(cells[1].path.iterdir())
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs", code=2)
+    assert "words_run5: 2 brought, 0 here already, 1 begun here and left as they are, 0 not there" in said
+    assert "1 cells were begun here: end them with `make resume" in said and not left.exists()
+    assert sorted(cells[1].path.iterdir()) == begun
+
+
+def test_two_imports_at_once_bring_each_cell_once(world, tmp_path, monkeypatch):
+    """The other one is quicker by the moment between a look and the rename."""
+    theirs = load(world / "words.yaml").cells(world / "cache", world / "scratch")[0]
+    cell = load(world / "words.yaml").cells(world / "cache", tmp_path)[0]
+    sync = import_module("lib.subliminal.bring").sync_folder
+
+    def other_first(folder):
+        if not cell.path.exists():
+            shutil.copytree(theirs.path, cell.path)
+        sync(folder)
+
+    monkeypatch.setattr("lib.subliminal.bring.sync_folder", other_first)
+    said = bring(world, world / "scratch", tmp_path, "--stages", "preference_logprobs")
+    assert "words_run5: 3 brought" in said and extent.extent(cell).whole
+    assert not [path for path in cell.path.parent.iterdir() if path.name.startswith(".")]
+
+
+def signature_of_a_dead_process():
+    ended = subprocess.run(
+        [sys.executable, "-c", "from lib.base.process import signature; print(signature())"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+    )
+    return ended.stdout.strip()
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -80,6 +159,8 @@ def test_results_are_brought_with_every_byte_looked_at(world):
         (("--from", "nowhere"), "FROM=nowhere is no folder"),
         (("--from", "{world}/cache", "--stages", "preference"), "STAGES: preference is none of numbers, finetune"),
         (("--from", "{world}/scratch"), "is this scratch itself"),
+        (("--from", "{world}/scratch/words_run5"), "holds none of teachers_run5, students_run5"),
+        (("--from", "{world}/here", "run_id=6"), "holds none of teachers_run6, "),
     ],
 )
 def test_what_cannot_be_brought_is_one_sentence(world, arguments, why):
@@ -138,3 +219,20 @@ def test_the_hours_left_of_a_size_are_those_of_its_stages():
     lines = grid.table("CONFIG=x", [row, row]).splitlines()
     assert [line.split()[-1] for line in lines if "stage" in line and "0/1" in line] == ["1.00", "1.00"]
     assert "1m: 2.00 GPU-hours left" in [line.strip() for line in lines]
+
+
+def test_a_look_at_all_stages_looks_at_each_cell_once_and_the_next_one_again(world, monkeypatch):
+    pipeline, looked = load(world / "whole.yaml"), []
+    here = Site("local", world / "scratch", world / "cache", world / "output", 2, "cpu", {})
+    requests = requests_of(pipeline, here)
+    scanned = extent.scan
+    monkeypatch.setattr(extent, "scan", lambda path, *more: looked.append(path) or scanned(path, *more))
+    monkeypatch.setattr("lib.cluster.live.slurm.has_slurm", lambda: False)
+    monkeypatch.setattr("lib.cluster.status.slurm.has_slurm", lambda: False)
+    assert [row.now.counts["done"] for row in statuses(requests)] == [2, 2, 3, 2]
+    assert len(looked) == len(set(looked)) == 10
+    cell = requests[0].cells[0]
+    (marker, *_), aside = sorted(cell.path.glob("*.json")), world / "aside"
+    marker.rename(aside)
+    assert [row.now.counts["done"] for row in statuses(requests)] == [1, 2, 3, 2]
+    aside.rename(marker)

@@ -1,17 +1,21 @@
 """A queue that cannot be asked, or answers nonsense: nothing is taken for known."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from tools import small_lls
 
 from lib.base.errors import UserError
 from lib.cluster import command as front
-from lib.cluster import slurm
+from lib.cluster import pipeline, slurm
+from lib.cluster.live import OTHER, live_tasks
 from lib.cluster.send import Request
 from lib.cluster.status import status
 from lib.families import load
+from lib.run.experiment import Stage
 from lib.run.heartbeat import Heartbeat
+from lib.run.task import freeze
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,29 @@ def test_a_task_that_nobody_can_be_asked_about_is_unknown(unanswered):
     assert "unknown" in table and "stale" not in table and "resume" not in table
 
 
+def test_a_pipeline_asks_once_for_all_its_stages_and_watching_it_goes_on(unanswered, monkeypatch):
+    asked, slept = [], []
+
+    def ask(*command: str, timeout: float = 0) -> str:
+        asked.append(command[0])
+        raise UserError("squeue: no")
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            raise KeyboardInterrupt
+
+    class Whole:
+        def stages(self) -> list[Stage]:
+            return [Stage(unanswered.config, (), unanswered.experiment)] * 3
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    monkeypatch.setattr(pipeline.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.show_status(unanswered, Whole(), as_json=False, watch=True)
+    assert len(slept) == 2 and asked == ["squeue"] * 2
+
+
 def test_watching_goes_on_while_the_queue_cannot_be_asked(unanswered, monkeypatch):
     slept = []
 
@@ -68,3 +95,16 @@ def test_watching_goes_on_while_the_queue_cannot_be_asked(unanswered, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         front._status(unanswered, as_json=False, watch=True, brief=True)
     assert len(slept) == 2
+
+
+def test_what_waits_for_other_settings_is_said(inputs, tmp_path, monkeypatch):
+    """A configuration was edited after its cells were submitted."""
+    old = load(inputs).cells(inputs.parent / "cache", tmp_path)
+    new = [replace(cell, digest="0" * 64) if cell.index == 1 else cell for cell in old]
+    name = freeze(tmp_path / "small", [[cell] for cell in old])
+    queue = [slurm.Queued("7", cell.index, "PENDING", "Priority", "", "small", tasks=name) for cell in old]
+    monkeypatch.setattr(slurm, "has_slurm", lambda: True)
+    live = live_tasks(new, lambda: queue)
+    assert [live[cell.name].reason for cell in new] == ["Priority", OTHER, "Priority"]
+    now = status("small", new, ask=lambda: queue)
+    assert [cell.state for cell in now.cells] == ["pending"] * 3 and now.cells[1].note == OTHER

@@ -3,6 +3,7 @@
 A field is a str, a number that is finite and not negative, or a list or a dictionary of these. JSON as Python reads it
 holds more: true is a number there, 1e999 is infinite, and numbers have any length."""
 
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
@@ -37,17 +38,26 @@ def parse(kind: type[T], raw: object, exact: bool = False) -> T:
 
 
 def fits(value: object, wanted: object) -> bool:
+    return _fitting(wanted)(value)
+
+
+@cache
+def _fitting(wanted: object) -> Callable[[object], bool]:
+    """What says whether a value is of a type."""
+    if wanted is str:
+        return is_text
     if wanted in (Any, object):
-        return True
+        return lambda value: True
     if wanted in (int, float):
-        return isinstance(value, int | float) and type(value) in (int, wanted) and 0 <= value <= LARGEST
+        types = (int, wanted)
+        return lambda value: type(value) in types and 0 <= value <= LARGEST  # type: ignore[operator]
     origin = get_origin(wanted)
-    if origin is list:
-        return isinstance(value, list) and all(fits(one, get_args(wanted)[0]) for one in value)
-    if origin is dict:
-        good = isinstance(value, dict) and all(map(is_text, value))
-        return good and all(fits(one, get_args(wanted)[1]) for one in value.values())
-    return is_text(value) if wanted is str else type(value) is wanted
+    if origin in (list, dict):
+        inner = _fitting(get_args(wanted)[-1])
+        if origin is list:
+            return lambda value: isinstance(value, list) and all(map(inner, value))
+        return lambda value: isinstance(value, dict) and all(map(is_text, value)) and all(map(inner, value.values()))
+    return lambda value: type(value) is wanted
 
 
 def is_text(value: object) -> TypeGuard[str]:

@@ -24,6 +24,7 @@ class Array:
     needs: Needs
     after: frozenset[str] = frozenset()  # arrays, tasks of them, or queues of this box: what its cells read from
     minutes: int | None = None  # of the longest task, with a margin; None: not known
+    lane: str = ""  # by the caller's word
 
     @property
     def indices(self) -> list[int]:
@@ -71,24 +72,26 @@ def arrays_of(
     after: Mapping[str, frozenset[str]],
     limit: float,
     shortened: Callable[[frozenset[str]], frozenset[str]] = lambda waits: waits,
+    lane_of: Callable[[Cell], str] = lambda cell: "",
 ) -> list[Array]:
     """`after`: what each cell waits for. Of an experiment whose cells have places, such as a size, those of a load wait
     together, so that a hundred of them are not as many arrays, and for nothing that other loads wait for. `limit`:
-    minutes that a task may take at most."""
+    minutes that a task may take at most. `lane_of`: cells for which it differs share no array."""
     start = experiment.start_seconds(cache)
-    groups: dict[tuple[Needs, str, frozenset[str]], list[CellPlan]] = {}
+    groups: dict[tuple[Needs, str, str, frozenset[str]], list[CellPlan]] = {}
     together = bool(experiment.places())
     for one in plans:
         waits = after.get(one.cell.name, frozenset())
         alike = frozenset({TOGETHER}) if together and waits else frozenset(map(_array, waits))
-        groups.setdefault((experiment.needs(cache, one.cell), experiment.load_of(one.cell), alike), []).append(one)
-    found: dict[tuple[Needs, frozenset[str]], list[list[CellPlan]]] = {}
-    for (needs, _, _), group in groups.items():
+        needs, load, lane = experiment.needs(cache, one.cell), experiment.load_of(one.cell), lane_of(one.cell)
+        groups.setdefault((needs, lane, load, alike), []).append(one)
+    found: dict[tuple[Needs, str, frozenset[str]], list[list[CellPlan]]] = {}
+    for (needs, lane, _, _), group in groups.items():
         waits = shortened(frozenset[str]().union(*(after.get(one.cell.name, ()) for one in group)))
-        found.setdefault((needs, waits), []).extend(_cut(group, experiment.run.cells, start))
+        found.setdefault((needs, lane, waits), []).extend(_cut(group, experiment.run.cells, start))
     return [
-        Array(sorted(tasks, key=lambda t: t[0].cell.index), needs, waits, _minutes(tasks, start, limit))
-        for (needs, waits), tasks in found.items()
+        Array(sorted(tasks, key=lambda t: t[0].cell.index), needs, waits, _minutes(tasks, start, limit), lane)
+        for (needs, lane, waits), tasks in found.items()
     ]
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lib.base.advice import about, advised
@@ -101,6 +102,7 @@ def _status(r: Request, as_json: bool, watch: bool, brief: bool) -> int:
     """Watching ends with 1 when a cell failed, went stale, is held or blocked, and not while the queue cannot be
     asked; a look is 0."""
     while True:
+        r = replace(r)  # anew: how many rows there are may be known by now
         cells, unknown = r.cells_or_names()
         seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
         now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown), seconds=seconds)

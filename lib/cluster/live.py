@@ -17,8 +17,26 @@ from lib.store import Cell
 
 Ask = Callable[[], list[slurm.Queued]]
 Live = dict[str, slurm.Queued]  # cell -> the task that it is in
+OTHER = "submitted for other settings or inputs than now, and will stop: make cancel, then submit"
 UNSEEN_SECONDS = 60  # so long a queue that is asked through a cache may not show a job that was just submitted
 FAR_HOST_SECONDS = 900  # without Slurm, a task on another machine counts as alive this long after its last word
+
+
+def asked_once() -> Ask:
+    """The queue, for several who want it at the same moment; that it could not be asked is told to each of them."""
+    found: list[list[slurm.Queued] | UserError] = []
+
+    def ask() -> list[slurm.Queued]:
+        if not found:
+            try:
+                found.append(slurm.queue())
+            except UserError as e:
+                found.append(e)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
+
+    return ask
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,8 @@ class Submission:
     overrides: list[str] = field(default_factory=list)
     at_once: int = 0  # tasks, at most
     gpus: int = 0  # of a task
+    lane: str = ""  # of a pipeline, by lib.cluster.lanes
+    lane_gpus: int = 0
     time: float = 0.0
 
 
@@ -77,14 +97,14 @@ def live_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     return local_tasks(cells) | slurm_tasks(cells, ask)
 
 
-def local_tasks(cells: Sequence[Cell]) -> Live:
-    """Those of the workers of this box, and what runs without Slurm."""
+def local_tasks(cells: Sequence[Cell], beats: Mapping[str, list[Beat]] | None = None) -> Live:
+    """Those of the workers of this box, and what runs without Slurm. `beats`: heartbeats that were read already."""
     folder, found = cells[0].folder, {}
     for index, names, state, queue in local.tasks(folder):
         reason = "waiting for a worker" if state == "PENDING" else ""
         task = slurm.Queued(queue, index, state, reason, HOST, folder.name, names)
         found |= dict.fromkeys(names, task)
-    beats = heartbeats(folder)
+    beats = heartbeats(folder) if beats is None else beats
     for cell in cells:
         last = beats[cell.name][-1] if cell.name in beats else None
         if last and last.digest == cell.digest and not last.job and is_alive(last) and cell.name not in found:
@@ -99,11 +119,20 @@ def slurm_tasks(cells: Sequence[Cell], ask: Ask | None = None) -> Live:
     records = {record.job: record.tasks for record in submissions(folder)}
     names: dict[int | None, str] = {cell.index: cell.name for cell in cells}
     mine = jobs_of(folder, queue)
-    found = _unseen(folder, queue)
+    found, digests = _unseen(folder, queue), {cell.name: cell.digest for cell in cells}
     for task in sorted((t for t in queue if t.array in mine), key=lambda t: t.state == "RUNNING"):
-        held = names_in(folder, task.tasks or records.get(task.array, ""), task.index, names)
-        found |= dict.fromkeys(held, replace(task, cells=held))
+        named = task.tasks or records.get(task.array, "")
+        held = names_in(folder, named, task.index, names)
+        now = replace(task, cells=held)
+        if task.state == "PENDING" and not task.held and _are_others(tasks_of(folder, named), held, digests):
+            now = replace(now, reason=OTHER)
+        found |= dict.fromkeys(held, now)
     return found
+
+
+def _are_others(tasks: Tasks | None, names: Iterable[str], digests: Mapping[str, str]) -> bool:
+    """Whether a task stands for what these cells are no more; it looks, and stops, at its start."""
+    return tasks is not None and any(tasks.digests.get(name) != digests.get(name) for name in names)
 
 
 def names_in(folder: Path, named: str, index: int | None, names: Mapping[int | None, str]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from lib.base.errors import DONE, REQUEUE, UserError, exit_with
 from lib.base.process import HOST, own_name, pid_started
 from lib.base.typed import Mistyped, parse
 from lib.run.queue import Queue, log_of
-from lib.run.site import ROOT
+from lib.run.site import ROOT, site
 from lib.run.task import frozen
 
 FOREVER_MIN = 60 * 24 * 365  # submitit wants a limit; a shard is committed every minute, so none is needed
@@ -126,33 +126,49 @@ def _run(plan: Plan, queue: Queue, index: int, gpus: str, leases: list[int]) -> 
 
 @contextmanager
 def leased(plan: Plan, queue: Queue) -> Iterator[tuple[str, list[int]]]:
-    """CUDA_VISIBLE_DEVICES for one task, and what holds these GPUs; waits for GPUs that are free."""
-    taken: list[socket.socket] = []
-    names: list[str] = []
-    wanted = plan.gpus or 1
-    while len(names) < wanted and not queue.cancelled:
-        for name, lease in _free(plan, queue).items():
-            if len(names) < wanted and (held := own_name(lease)):
-                names.append(name)
-                taken.append(held)
-        if len(names) < wanted:
-            for held in taken:
-                held.close()
-            taken, names = [], []
-            time.sleep(LOOK_SECONDS)
+    """CUDA_VISIBLE_DEVICES for one task, and what holds these GPUs, and as many of the site's slots; waits until there
+    are so many."""
+    slots, held, on = _slots(plan, queue), dict[str, socket.socket](), dict[str, socket.socket]()
+    while not queue.cancelled:
+        held = _take(slots, min(max(plan.gpus, 1), len(slots)))
+        on = _take(_free(), plan.gpus) if held and plan.gpus else {}
+        if held and len(on) == plan.gpus:
+            break
+        for one in held.values():
+            one.close()
+        held = {}
+        time.sleep(LOOK_SECONDS)
+    taken = [*held.values(), *on.values()]
     try:
-        yield ",".join(names) if plan.gpus else "", [held.fileno() for held in taken]
+        yield ",".join(on), [one.fileno() for one in taken]
     finally:
-        for held in taken:
+        for one in taken:
+            one.close()
+
+
+def _take(leases: dict[str, str], count: int) -> dict[str, socket.socket]:
+    """So many of these names, or none."""
+    found: dict[str, socket.socket] = {}
+    for name, lease in leases.items():
+        if len(found) < count and (held := own_name(lease)):
+            found[name] = held
+    if len(found) < count:
+        for held in found.values():
             held.close()
+        return {}
+    return found
 
 
-def _free(plan: Plan, queue: Queue) -> dict[str, str]:
-    """Name -> lease of what a task could run on: GPUs that nobody uses, or, where it needs none, the site's slots."""
-    if plan.gpus:
-        return {gpu.index: f"gpu-{gpu.uuid}" for gpu in gpus() if gpu.used_mib < BUSY_MIB}
+def _free() -> dict[str, str]:
+    """Name -> lease of the GPUs that nobody uses."""
+    return {gpu.index: f"gpu-{gpu.uuid}" for gpu in gpus() if gpu.used_mib < BUSY_MIB}
+
+
+def _slots(plan: Plan, queue: Queue) -> dict[str, str]:
+    """Of all queues of this scratch together: as many as may be used at once."""
     scratch = hashlib.sha256(str(queue.folder.parent.parent.parent).encode()).hexdigest()[:16]
-    return {str(number): f"slot-{os.getuid()}-{scratch}-{number}" for number in range(plan.workers)}
+    most = max(site().throttle, plan.workers * max(plan.gpus, 1))
+    return {str(number): f"slot-{os.getuid()}-{scratch}-{number}" for number in range(most)}
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from lib.base.advice import spoken
 from lib.base.errors import UserError, one_line
-from lib.cluster import slurm
-from lib.cluster.live import Submission, submissions
+from lib.cluster.live import Submission, asked_once, submissions
 from lib.cluster.send import Request
 from lib.cluster.status import Status, status
 from lib.run.command import Load
@@ -90,18 +89,7 @@ def _line(one: Found, now: Status | None) -> str:
 
 def _statuses(found: list[Found]) -> list[tuple[Found, Status | None]]:
     """The queue is asked once for all of them."""
-    answer: list[slurm.Queued] | UserError | None = None
-
-    def ask() -> list[slurm.Queued]:
-        nonlocal answer
-        if answer is None:
-            try:
-                answer = slurm.queue()
-            except UserError as e:
-                answer = e
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
+    ask = asked_once()
 
     def of(r: Request) -> Status:
         cells, unknown = r.cells_or_names()

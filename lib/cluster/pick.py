@@ -9,7 +9,10 @@ from lib.run.experiment import Experiment
 
 def words_of(wanted: Mapping[str, str]) -> dict[str, list[str]]:
     """What was said of each kind of place; nothing of those of which nothing was."""
-    return {name: values for name, text in wanted.items() if (values := text.replace(",", " ").split())}
+    found = {name: text.replace(",", " ").split() for name, text in wanted.items() if text}
+    if empty := [name for name, values in found.items() if not values]:
+        raise UserError(f"{empty[0]}= names nothing; leave it out to mean all")
+    return found
 
 
 def must_be_known(name: str, values: Iterable[str], known: list[str]) -> None:

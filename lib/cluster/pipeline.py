@@ -5,21 +5,25 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import cache
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from lib.base.errors import UserError
 from lib.cluster import grid, logs, slurm, submit
-from lib.cluster.live import Ask, live_tasks
+from lib.cluster.lanes import Lanes, lanes_of
+from lib.cluster.live import Ask, asked_once, live_tasks
+from lib.cluster.lock import submitting
 from lib.cluster.pick import must_be_known, words_of
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request, send_results
 from lib.cluster.show import WATCH_SECONDS
 from lib.cluster.status import status
+from lib.run.extent import looked_at_once
 from lib.run.pipeline import Pipeline
 from lib.run.site import Site
 from lib.store import Cell
+
+Meant = tuple[Request, str | None]  # a stage, and its cells as ARRAY says them; None: none of them
 
 
 def requests_of(pipeline: Pipeline, site: Site) -> list[Request]:
@@ -30,43 +34,54 @@ def run(
     r: Request, pipeline: Pipeline, command: str, places: Mapping[str, str], dry: bool, as_json: bool, watch: bool
 ) -> int:
     requests = requests_of(pipeline, r.site)
-    if command == "submit":
-        send(r, requests, places, dry)
-    elif command == "resume":
-        resume(r, requests, places, dry)
+    if command in ("submit", "resume"):
+        meant = chosen(requests, places)
+        with nullcontext() if dry else submitting(r.folder):  # two at once would part the same GPUs
+            (send if command == "submit" else resume)(r, meant, dry)
     elif command == "cancel":
         for one in reversed(requests):  # children first: the end of a parent would start them
             print(f"== {one.experiment.label}")
             submit.cancel(one)
+        submit.cancel_results(r)
     elif command == "verify":
         return max(logs.verify(one.cells, one.experiment.schema(r.site.cache)) for one in requests)
     elif command == "logs":
         show_logs(requests)
     else:
-        return show_status(r, requests, as_json, watch)
+        return show_status(r, pipeline, as_json, watch)
     return 0
 
 
-def send(r: Request, requests: Sequence[Request], places: Mapping[str, str], dry: bool) -> None:
+def send(r: Request, meant: Sequence[Meant], dry: bool) -> None:
     before: frozenset[Path] = frozenset()
-    for number, (one, array) in enumerate(chosen(requests, places), 1):
-        print(f"== stage {number} of {len(requests)}: {one.experiment.label}", flush=True)
+    lanes = _lanes(meant)
+    for number, (one, array) in enumerate(meant, 1):
+        print(f"== stage {number} of {len(meant)}: {one.experiment.label}", flush=True)
         if array is None:
             print("none of its cells is meant")
             continue
-        submit.submit(one, array, dry, before)
+        submit.submit(one, array, dry, before, lanes)
         before |= {one.folder}
-    _results(r, requests, dry)
+    _results(r, [one for one, _ in meant], dry)
 
 
-def resume(r: Request, requests: Sequence[Request], places: Mapping[str, str], dry: bool) -> None:
+def resume(r: Request, meant: Sequence[Meant], dry: bool) -> None:
     """What nobody has finished, works on or waits for, with all that reads from it."""
     before: frozenset[Path] = frozenset()
-    for one, array in chosen(requests, places):
+    lanes = _lanes(meant)
+    for one, array in meant:
         if array is not None:
             print(f"== {one.experiment.label}", flush=True)
-            before |= {one.folder} if submit.resume(one, array, dry, before) and dry else set()
-    _results(r, requests, dry)
+            before |= {one.folder} if submit.resume(one, array, dry, before, lanes) and dry else set()
+    _results(r, [one for one, _ in meant], dry)
+
+
+def _lanes(meant: Sequence[Meant]) -> Lanes:
+    """On a box without Slurm its workers share slots instead; and what is not fetched can be shown, not sent."""
+    if not slurm.has_slurm() or any(one.cells_or_names()[1] for one, _ in meant):
+        return {}
+    wanted = {one.experiment.label: submit.chosen(one, array)[0] for one, array in meant if array is not None}
+    return lanes_of([one for one, _ in meant], wanted)
 
 
 def _results(r: Request, requests: Sequence[Request], dry: bool) -> None:
@@ -75,7 +90,7 @@ def _results(r: Request, requests: Sequence[Request], dry: bool) -> None:
     send_results(r, running | ({f"<{one.experiment.label}>" for one in requests} if dry else set()), dry)
 
 
-def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[tuple[Request, str | None]]:
+def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[Meant]:
     """Each stage's cells that are meant, all without SIZES and TRAITS, and what they read from. None: none of its."""
     asked = words_of(places)
     for axis, words in asked.items():
@@ -84,8 +99,11 @@ def chosen(requests: Sequence[Request], places: Mapping[str, str]) -> list[tuple
     if not asked:
         return [(one, "") for one in requests]
     meant = {one.experiment.label: _meant(one, asked) for one in requests}
+    if not any(meant.values()):
+        said = " and ".join(f"{axis}={' '.join(words)}" for axis, words in asked.items())
+        raise UserError(f"no cell of any stage is of {said}; `make status` shows what there is")
     read = submit.read_by(one.cells[i] for one in requests for i in meant[one.experiment.label])
-    found: list[tuple[Request, str | None]] = []
+    found: list[Meant] = []
     for one in requests:
         indices = meant[one.experiment.label] | {cell.index for cell in one.cells if cell.path in read}
         found.append((one, slurm.format_array(sorted(indices)) if indices else None))
@@ -100,15 +118,17 @@ def _meant(r: Request, asked: Mapping[str, Sequence[str]]) -> set[int]:
 
 def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.Row]:
     """The queue is asked once for all stages; a word that it could not be is each stage's."""
-    answer = cache(slurm.queue) if ask is None else ask
-    found = []
-    for one in requests:
-        cells, unknown = one.cells_or_names()
-        seconds = estimates(one.experiment, [] if unknown else cells, one.site.cache, one.site.gpu)
-        now = status(one.experiment.label, cells, one.experiment.run.gpus, unknown, answer, seconds)
-        needs = {} if unknown else {cell.name: _gpus(one, cell) for cell in cells}
-        found.append(grid.Row(one, now, one.experiment.places(), seconds, needs))
-    return found
+    ask = ask or asked_once()
+    with looked_at_once():
+        return [_row(one, ask) for one in requests]
+
+
+def _row(r: Request, ask: Ask) -> grid.Row:
+    cells, unknown = r.cells_or_names()
+    seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
+    now = status(r.experiment.label, cells, r.experiment.run.gpus, unknown, ask, seconds)
+    needs = {} if unknown else {cell.name: _gpus(r, cell) for cell in cells}
+    return grid.Row(r, now, r.experiment.places(), seconds, needs)
 
 
 def _gpus(r: Request, cell: Cell) -> int:
@@ -118,11 +138,13 @@ def _gpus(r: Request, cell: Cell) -> int:
     return r.experiment.run.gpus
 
 
-def show_status(r: Request, requests: Sequence[Request], as_json: bool, watch: bool) -> int:
-    """As for one experiment: watching ends with 1 where something needs a look."""
+def show_status(r: Request, pipeline: Pipeline, as_json: bool, watch: bool) -> int:
+    """As for one experiment: watching ends with 1 where something needs a look, and not while the queue cannot be
+    asked."""
     while True:
-        rows = statuses(requests)
-        active = watch and any(row.now.counts["running"] + row.now.counts["pending"] for row in rows)
+        rows = statuses(requests_of(pipeline, r.site))  # anew: how many rows there are may be known by now
+        waits = any(row.now.queue_note and row.now.counts["done"] < len(row.now.cells) for row in rows)
+        active = watch and (waits or any(row.now.counts["running"] + row.now.counts["pending"] for row in rows))
         if as_json:
             print(json.dumps([row.now.json() for row in rows], indent=1), flush=True)
         else:

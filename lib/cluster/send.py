@@ -122,7 +122,7 @@ def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
     if not slurm.has_slurm() or not partition or not (ROOT / file).exists():
         print(f"next: make {target} {r.spoken}" + (", when they have ended" if after else ""))
         return
-    flags = ["--parsable", f"--partition={partition}", f"--job-name={target}"]
+    flags = ["--parsable", f"--partition={partition}", f"--job-name={results_name(r)}"]
     if after:
         flags.append(f"--dependency=afterany:{':'.join(sorted(after))}")
     if mail := r.site.env.get("SUITE_MAIL"):  # one, when everything has ended
@@ -131,7 +131,20 @@ def send_results(r: Request, after: frozenset[str], dry: bool) -> None:
     if dry:
         print(f"# would run: {shlex.join(command)}")
         return
-    print(f"Slurm job {_sbatch(r, command, without_gpu(r.site.env))}: make {target}")
+    earlier = results_jobs(r, slurm.queue())
+    job = _sbatch(r, command, without_gpu(r.site.env))
+    if earlier:
+        slurm.ask("scancel", *earlier)
+    print(f"Slurm job {job}: make {target}" + (f", in place of {', '.join(earlier)}" if earlier else ""))
+
+
+def results_name(r: Request) -> str:
+    return f"{r.experiment.results}-{r.experiment.label}"
+
+
+def results_jobs(r: Request, queue: Sequence[slurm.Queued]) -> list[str]:
+    """Those that wait to show an experiment's results: one is enough."""
+    return sorted({task.array for task in queue if task.name == results_name(r) and task.state == "PENDING"})
 
 
 def without_gpu(env: dict[str, str]) -> dict[str, str]:

@@ -79,7 +79,8 @@ def status(
     """Everything about one experiment, in one pass over its markers. `ask`: a queue that several share; nothing is then
     asked of sacct. `seconds`: what cells take by their estimates."""
     folder = cells[0].folder
-    queue_note, live, beats = "", local_tasks(cells), heartbeats(folder)
+    beats = heartbeats(folder)
+    queue_note, live = "", local_tasks(cells, beats)
     try:
         live |= slurm_tasks(cells, ask)
     except UserError as e:

@@ -16,7 +16,8 @@ from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.cluster import local, slurm
 from lib.cluster.arrays import Array, Parents, arrays_of, shares
-from lib.cluster.live import Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
+from lib.cluster.lanes import Lane, Lanes, size_of
+from lib.cluster.live import OTHER, Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
 from lib.cluster.lock import submitting
 from lib.cluster.plan import CellPlan, table
 from lib.cluster.plan import plan as plan_of
@@ -25,6 +26,7 @@ from lib.cluster.send import (
     by_hand,
     is_by_hand,
     longest_minutes,
+    results_jobs,
     sbatch,
     sbatch_command,
     script,
@@ -66,12 +68,14 @@ def read_by(cells: Iterable[Cell]) -> set[Path]:
     return {parent.path for parent in parents} | (read_by(parents) if parents else set())
 
 
-def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozenset()) -> None:
+def submit(
+    r: Request, array: str, dry: bool, before: frozenset[Path] = frozenset(), lanes: Lanes | None = None
+) -> None:
     """Submit the cells of `array` that are neither done nor already queued. `before`: folders of what a dry run would
-    have submitted."""
+    have submitted. `lanes`: of a pipeline."""
     wanted, throttle = chosen(r, array)
     if dry:
-        return show(r, wanted, throttle, before)
+        return show(r, wanted, throttle, before, lanes)
     cells = r.cells
     with submitting(r.folder) as held:
         queued = live_tasks(cells)
@@ -79,15 +83,19 @@ def submit(r: Request, array: str, dry: bool, before: frozenset[Path] = frozense
         if busy:
             jobs = ", ".join(sorted({queued[cells[i].name].array for i in busy}))
             print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
+        if any(queued[cells[i].name].reason == OTHER for i in busy):
+            print(f"some of these were {OTHER}")
         finished = [i for i in wanted if extent(cells[i]).whole]
         if finished:
             print(f"cells {slurm.format_array(finished)} are done: left out")
-        if not _send(r, [i for i in wanted if i not in {*busy, *finished}], throttle, queued, held):
+        if not _send(r, [i for i in wanted if i not in {*busy, *finished}], throttle, queued, held, lanes):
             print("nothing to submit")
     return None
 
 
-def resume(r: Request, array: str, dry: bool, before: frozenset[Path] | None = None) -> bool:
+def resume(
+    r: Request, array: str, dry: bool, before: frozenset[Path] | None = None, lanes: Lanes | None = None
+) -> bool:
     """Submit what nobody has finished, works on or waits for; whether there was any. `before`: of a pipeline, whose
     earlier stages were resumed: what is blocked by them goes with them; and the folders that a dry run would have
     resumed."""
@@ -102,8 +110,8 @@ def resume(r: Request, array: str, dry: bool, before: frozenset[Path] | None = N
             if state.index not in blocked:
                 print(f"cell {state.index} ({state.name}) is {state.state}: {state.note}")
         if dry and indices:
-            show(r, indices, throttle, before or frozenset())
-        elif not indices or not _send(r, indices, throttle, live_tasks(cells, queue), held):
+            show(r, indices, throttle, before or frozenset(), lanes)
+        elif not indices or not _send(r, indices, throttle, live_tasks(cells, queue), held, lanes):
             which = f" of {array}" if array else ""
             print(f"nothing to resume: every cell{which} is done, running, waiting or named above")
             return False
@@ -116,13 +124,24 @@ def chosen(r: Request, array: str) -> tuple[list[int], int | None]:
     return slurm.parse_array(array or f"0-{count - 1}", count), slurm.throttle_of(array)
 
 
-def batches(r: Request, indices: list[int], after: Mapping[str, frozenset[str]], parents: Parents) -> list[Array]:
+def batches(
+    r: Request, indices: list[int], after: Mapping[str, frozenset[str]], parents: Parents, lanes: Lanes
+) -> list[Array]:
+    def lane_of(cell: Cell) -> str:
+        lane = lanes.get(size_of(r, cell.index))
+        return lane.name if lane else ""
+
     plans = plan_of(r.experiment, [r.cells[i] for i in indices], r.site.cache, r.site.gpu)
-    return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r), parents.shortened)
+    return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r), parents.shortened, lane_of)
 
 
-def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live) -> list[int]:
-    """Tasks of each array that may run at the same time, beside what of this experiment runs already."""
+def at_once(
+    r: Request, arrays: list[Array], throttle: int | None, queued: Live, lanes: Mapping[str, Lane]
+) -> list[int]:
+    """Tasks of each array that may run at the same time, beside what of this experiment runs already. `lanes`: by
+    name."""
+    if lanes:
+        return [lanes[array.lane].tasks(array) if array.lane in lanes else 1 for array in arrays]
     if throttle:
         return shares([replace(array, needs=Needs(0)) for array in arrays], throttle)
     tasks = {(task.array, task.index) for task in queued.values()}
@@ -135,20 +154,24 @@ def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live)
     return shares(arrays, max(1, r.site.throttle - busy))
 
 
-def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, held: int) -> bool:
+def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, held: int, lanes: Lanes | None) -> bool:
     """False where nothing is left to submit."""
-    parents = Parents()
+    parents, lanes = Parents(), lanes if lanes and r.experiment.on_gpu else {}
     indices, after = _waits(r, indices, parents)
     if not indices:
         return False
     if is_by_hand(r):
         print("\n".join([why_by_hand(r), *(f"next: {command}" for command in by_hand(r, indices))]))
         return True
-    arrays, first = batches(r, indices, after, parents), True
-    for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued), strict=True):
+    arrays, first, by_name = batches(r, indices, after, parents, lanes), True, {one.name: one for one in lanes.values()}
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued, by_name), strict=True):
+        lane = by_name.get(array.lane)
+        array = replace(array, after=lane.after(array)) if lane else array
         name = freeze(r.folder, array.cells)
         start = sbatch if slurm.has_slurm() else start_local
         job = start(r, array, tasks, name, held)
+        if lane:
+            lane.arrays.add(job)
         record = Submission(
             job=job,
             array=slurm.format_array(array.indices),
@@ -157,6 +180,8 @@ def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, he
             overrides=list(r.overrides),
             at_once=tasks,
             gpus=array.needs.gpus,
+            lane=array.lane,
+            lane_gpus=lane.gpus if lane else 0,
             time=time.time(),
         )
         write_json(r.folder / "submissions" / f"{job}.json", {**asdict(record), "site": r.site.name})
@@ -194,20 +219,31 @@ def _waits(r: Request, indices: list[int], parents: Parents) -> tuple[list[int],
     return [i for i in indices if i not in left_out], after
 
 
-def show(r: Request, indices: list[int], throttle: int | None, before: frozenset[Path] = frozenset()) -> None:
+def show(
+    r: Request,
+    indices: list[int],
+    throttle: int | None,
+    before: frozenset[Path] = frozenset(),
+    lanes: Lanes | None = None,
+) -> None:
     """DRY=1: the script, the variables and flags that win over it, and the plan."""
     print((ROOT / "slurm" / f"{r.experiment.job}.sbatch").read_text().rstrip())
     settings = sorted(f"{k}={v}" for k, v in r.site.env.items() if k.startswith("SBATCH_"))
     print(f"\n# site {r.site.name}: " + (" ".join(settings) or "no SBATCH_* variables"))
     cells, unknown = r.cells_or_names()
+    lanes = lanes if lanes and r.experiment.on_gpu else {}
     if unknown:
         plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
         arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
     else:
         parents = Parents(before)
         after = _waits(r, indices, parents)[1]
-        arrays = batches(r, [i for i in indices if cells[i].name in after], after, parents)
-    for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}), strict=True):
+        arrays = batches(r, [i for i in indices if cells[i].name in after], after, parents, lanes)
+    by_name = {one.name: one for one in lanes.values()}
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}, by_name), strict=True):
+        if lane := by_name.get(array.lane):
+            array = replace(array, after=lane.after(array))
+            lane.arrays.add(f"<{r.experiment.label}>")
         print(f"# would {_would(r, array, tasks)}")
     print()
     if unknown:
@@ -236,7 +272,7 @@ def cancel(r: Request) -> None:
         write_json(folder / "cancelled.json", asdict(Cancelled(time.time())))
     if slurm.has_slurm():
         queue = slurm.queue()
-        mine = sorted({t.array for t in queue} & jobs_of(folder, queue))
+        mine = sorted({t.array for t in queue} & jobs_of(folder, queue) | {*results_jobs(r, queue)})
         if mine:
             slurm.ask("scancel", *mine)
         ended += mine
@@ -248,3 +284,10 @@ def cancel(r: Request) -> None:
                 os.kill(last.pid, signal.SIGTERM)
                 ended.append(f"pid {last.pid}")
     print(f"cancelled {', '.join(ended)}: finished shards are kept" if ended else "nothing is queued or running")
+
+
+def cancel_results(r: Request) -> None:
+    """Of a pipeline, whose stages were cancelled."""
+    if slurm.has_slurm() and (waiting := results_jobs(r, slurm.queue())):
+        slurm.ask("scancel", *waiting)
+        print(f"cancelled {', '.join(waiting)}: make {r.experiment.results}")

@@ -12,7 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 class Frozen(BaseModel):
     """Immutable, and a key that is not declared is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,  # most commands read a configuration or two of all the kinds that there are
+    )
 
 
 def digest_of(parts: Mapping[str, object]) -> str:

@@ -5,10 +5,12 @@ YAML can say far more, and some reader stumbles over each of it or never ends: p
 
 import re
 from collections.abc import Hashable
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
-from yaml.nodes import MappingNode, Node
+from yaml.nodes import MappingNode, Node, ScalarNode
 
 from lib.base.errors import one_line
 from lib.base.typed import LARGEST
@@ -22,6 +24,12 @@ class NotPlain(ValueError):
 
 
 def parse_yaml(text: str) -> Any:
+    """A text that several ask for, such as a configuration that stages share, is read once."""
+    return deepcopy(_parsed(text))
+
+
+@lru_cache(64)
+def _parsed(text: str) -> Any:
     if len(text) > LONGEST:
         raise NotPlain(f"it has {len(text)} characters, {LONGEST} are read")
     try:
@@ -53,6 +61,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        """YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10: nobody who types them means that."""
+        number = super().construct_yaml_int(node)
+        if str(node.value).lstrip("+") != str(number):
+            raise NotPlain(f"{node.value} would be read as {number}; write that, or quote it as a text")
+        return number
+
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
@@ -65,6 +80,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _DAYS = "tag:yaml.org,2002:timestamp"  # a day is text here, as it is to who reads it
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag != _DAYS]

@@ -5,7 +5,8 @@ within what it allows in a day, an hour, five minutes.
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Entries:
-    entries: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,23 @@ class Ledger:
         lock = self.path.with_suffix(".lock")
         with one_at_a_time(lock, f"what was asked of the Hub ({self.path.name})"):
             now, all_of_them = time.time(), self._read()
-            recent = [one for one in all_of_them if one.time > now - DAY]
+            recent = [replace(one, time=min(one.time, now)) for one in all_of_them if one.time > now - DAY]
+            if any(one.time > now for one in all_of_them):  # a clock was ahead: those would count until it is then
+                self._write(recent)
             mine = [one for one in recent if one.kind == kind and one.time > now - window]
             if what and any(one.what == what for one in mine):
                 return 0.0
             if wait := _until(mine, count - most, now, window):
                 return wait
-            entries = [*recent, Entry(kind, now, count, what)]
-            write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
+            self._write([*recent, Entry(kind, now, count, what)])
         return 0.0
 
     def spent(self, kind: str, window: float) -> int:
         since = time.time() - window
         return sum(one.count for one in self._read() if one.kind == kind and one.time > since)
+
+    def _write(self, entries: list[Entry]) -> None:
+        write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
 
     def _read(self) -> list[Entry]:
         return list(_entries(read_json(self.path)))
@@ -61,11 +66,10 @@ class Ledger:
 
 def _entries(raw: object) -> Iterator[Entry]:
     """Those that can be read: what is lost of it lets the Hub itself say no."""
-    try:
+    with suppress(Mistyped):
         for one in parse(Entries, raw).entries:
-            yield parse(Entry, one)
-    except Mistyped:
-        return
+            with suppress(Mistyped):
+                yield parse(Entry, one)
 
 
 def _until(entries: list[Entry], excess: int, now: float, window: float) -> float:

@@ -11,6 +11,7 @@ from lib.publish.experiment import Publish
 from lib.run.extent import extent
 from lib.run.parents import made_again
 from lib.store import Cell, retire
+from lib.store.markers import drop_retired
 
 
 @dataclass
@@ -55,6 +56,8 @@ def _retire(preferences: Preferences, student: Cell, needed_by: list[Cell], dry:
     if found.left:
         return found
     there = by_epoch(states_of(student), schedule)
+    if not dry:
+        drop_retired(list(there.values()))  # what a kill has left of those that are gone already
     earlier = {epoch: one for epoch, one in there.items() if epoch < schedule.epochs and not one.retired}
     if never := sorted(set(earlier) - set(preferences.epochs_used)):
         found.left = f"{_epochs(never)} left: {preferences.label} does not ask {'it' if len(never) == 1 else 'them'}"

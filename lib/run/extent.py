@@ -1,13 +1,18 @@
 """How far a cell is, in rows or in steps: its pieces, what does not hold, and what is left."""
 
 import re
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 from lib.store import Cell, Folder, Marker, Piece, gaps, scan, scan_folders
 from lib.store.columns import Schema
 from lib.store.markers import Bad
 from lib.store.shards import MOST_ROWS
 
+T = TypeVar("T")
 STATE = re.compile(r"step-(\d{8})")
 
 
@@ -39,12 +44,41 @@ class Found:
         return replace(self, shards=[shard for shard in self.shards if shard.stop <= rows])
 
 
+_looks: ContextVar[dict[Hashable, object] | None] = ContextVar("looks", default=None)
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """In here a cell's folder is looked at once, whoever asks again: for what only shows many cells, since several of
+    them read from the same one."""
+    token = _looks.set({})
+    try:
+        yield
+    finally:
+        _looks.reset(token)
+
+
+def _once(key: Hashable, look: Callable[[], T]) -> T:
+    looks = _looks.get()
+    if looks is None:
+        return look()
+    if key not in looks:
+        looks[key] = look()
+    return cast(T, looks[key])
+
+
 def settled(cell: Cell) -> Cell:
     """A cell that is whole by the rows that its own markers speak of stays so, whatever its parents became."""
     return _settled(cell, _scan(replace(cell, rows=None))) if cell.parents else cell
 
 
 def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Extent:
+    if deep:
+        return _extent_of(cell, deep, schema)
+    return _once((cell.path, cell.digest, cell.rows), lambda: _extent_of(cell, deep, schema))
+
+
+def _extent_of(cell: Cell, deep: bool, schema: Schema | None) -> Extent:
     if not cell.parents:
         return _extent(cell, _scan(cell, deep, schema))
     found = _scan(replace(cell, rows=None))
@@ -55,9 +89,12 @@ def extent(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Exte
 
 
 def _scan(cell: Cell, deep: bool = False, schema: Schema | None = None) -> Found:
-    shards, bad = scan(cell.path, cell.digest, deep, schema, MOST_ROWS if cell.rows is None else cell.rows)
-    folders, worse = scan_folders(cell.path, cell.digest, deep)
-    return Found(shards, folders, [*bad, *worse])
+    def scanned() -> Found:
+        shards, bad = scan(cell.path, cell.digest, deep, schema, MOST_ROWS if cell.rows is None else cell.rows)
+        folders, worse = scan_folders(cell.path, cell.digest, deep)
+        return Found(shards, folders, [*bad, *worse])
+
+    return scanned() if deep else _once(("scan", cell.path, cell.digest, cell.rows), scanned)
 
 
 def _settled(cell: Cell, found: Found) -> Cell:
@@ -76,7 +113,8 @@ def _extent(cell: Cell, found: Found) -> Extent:
             left = [(done, cell.rows)] if done < cell.rows else []
         before = [0, *map(step_of, steps)]
         pieces += [(state, step_of(state) - start) for state, start in zip(steps, before, strict=False)]
-    others = [folder for folder in folders if folder not in steps]
+    of_steps = {state.path for state in steps}
+    others = [folder for folder in folders if folder.path not in of_steps]
     pieces += [(folder, 0) for folder in others]
     missed: list[Piece] = [p for p in [*shards, *others, *steps[-1:]] if p.retired]
     return Extent(pieces, found.bad, left, missed)

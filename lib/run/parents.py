@@ -53,8 +53,9 @@ def read_from(cell: Cell) -> dict[str, str]:
 
 
 def made_again(cell: Cell, pieces: Iterable[Piece]) -> list[str]:
-    """The parents with other contents than some piece of the cell was made from."""
-    now = read_from(cell)
+    """The parents with other contents than some piece of the cell was made from; one of which nothing is here (results
+    may come from another machine, without what they were made from) is no other copy."""
+    now = {parent.spoken: contents(parent) for parent in cell.parents if extent(parent).pieces}
     return sorted({name for piece in pieces for name in _others(piece, now)})
 
 

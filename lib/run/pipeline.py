@@ -14,7 +14,7 @@ from lib.store import Cell
 
 
 class Pipeline(Experiment):
-    """It has no cells, and so no label: its stages have."""
+    """It has no cells: its stages have. Its label names its page, and the job that makes it."""
 
     kind: Literal["pipeline"]
     run_id: int | None = Field(None, ge=0, description="which run of the experiment; none: as for its stages")
@@ -50,6 +50,14 @@ class Pipeline(Experiment):
     def pinned(self) -> dict[str, object]:
         found = [pins for stage in self.stages() if "run_id" in (pins := stage.experiment.pinned())]
         return {"run_id": found[-1]["run_id"]} if found else {}
+
+    @property
+    def label(self) -> str:
+        run = self.pinned().get("run_id")
+        return super().label if run is None else f"{super().label}_run{run}"
+
+    def science(self) -> dict[str, object]:
+        return {key: value for key, value in super().science().items() if key != "run_id"}
 
     def models(self) -> list[ModelSpec]:
         return [spec for stage in self.stages() for spec in stage.experiment.models()]

@@ -95,23 +95,25 @@ def sweep_folders(cell_path: Path) -> None:
 
 
 def manifest_sha256(files: list[File]) -> str:
-    return hashlib.sha256(json.dumps([asdict(f) for f in files], sort_keys=True).encode()).hexdigest()
+    plain = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in files]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _walk(folder: Path) -> dict[str, int]:
     """Sizes of all files below; a ValueError for what is neither a file nor a folder (a link could point anywhere)."""
     found: dict[str, int] = {}
-    waiting = [folder]
+    waiting = [""]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        below = waiting.pop()
+        with os.scandir(folder / below) as entries:
             for entry in entries:
-                path = Path(entry.path)
+                name = below + entry.name
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(path)
+                    waiting.append(f"{name}/")
                 elif not entry.is_file(follow_symlinks=False):
-                    raise ValueError(f"{path.relative_to(folder)} is neither a file nor a folder")
+                    raise ValueError(f"{name} is neither a file nor a folder")
                 else:
-                    found[path.relative_to(folder).as_posix()] = entry.stat(follow_symlinks=False).st_size
+                    found[name] = entry.stat(follow_symlinks=False).st_size
     return found
 
 

@@ -176,7 +176,7 @@ def look_at(
 ) -> tuple[list[P], list[Bad]]:
     """The pieces of the markers with such names, and the markers that do not hold."""
     try:
-        paths = sorted(p for p in folder.iterdir() if name.fullmatch(p.name))
+        paths = [folder / one for one in sorted(filter(name.fullmatch, os.listdir(folder)))]  # noqa: PTH208
     except FileNotFoundError:
         return [], []
     except OSError as e:

@@ -2,13 +2,11 @@
 
 <output root>/<pipeline>_run<id>/report/index.html, report.txt, and the pictures beside them"""
 
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from lib.base.atomic import write_bytes
+from lib.base.atomic import disk_errors, open_file, read_file, write_bytes
 from lib.base.errors import UserError, one_line
 from lib.cluster import slurm
 from lib.cluster.grid import LETTERS, Row, axes
@@ -23,7 +21,7 @@ from lib.report.tables import Column, Table, Value
 from lib.run.command import Job
 from lib.run.pipeline import Pipeline
 
-LOG_LINES = 12
+LOG_LINES, LOG_BYTES = 12, 1 << 16  # of a log, from its end
 NEEDS_A_LOOK = ("failed", "stale", "held", "cancelled")
 
 
@@ -32,8 +30,9 @@ def report(this: Job) -> int:
     requests = requests_of(pipeline, this.site)
     said = [why for one in requests if (why := _exported(this, one))]
     rows = statuses(requests)
-    folder = this.site.output / f"{pipeline.label}_run{pipeline.pinned().get('run_id', '')}" / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = this.site.output / pipeline.label / "report"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     sections = [progress(rows), results(requests, folder, said), efficiency(rows), failures(rows)]
     done, every = sum(row.now.counts["done"] for row in rows), sum(len(row.now.cells) for row in rows)
     used, left = sum(row.now.gpu_hours_used for row in rows), sum(map(_hours_left, rows))
@@ -88,7 +87,7 @@ def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> S
         made = one.site.output / one.experiment.label
         for path in sorted(made.glob("plots/**/*.png")) + sorted(made.glob("*.png")):
             name = "-".join([one.experiment.label, *path.relative_to(made).parts])
-            shutil.copyfile(path, folder / name)
+            write_bytes(folder / name, read_file(path))
             pictures.append(
                 Picture(name, f"{one.experiment.label}: {' '.join(path.relative_to(made).with_suffix('').parts)}")
             )
@@ -96,7 +95,8 @@ def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> S
     for one in requests:
         made = one.site.output / one.experiment.label
         for path in sorted(made.glob("preferences.txt")) + sorted(made.glob("students.txt")):
-            texts.append((f"{one.experiment.label}: {path.name}", f"<pre>{escape(path.read_text())}</pre>"))
+            text = read_file(path).decode(errors="replace")
+            texts.append((f"{one.experiment.label}: {path.name}", f"<pre>{escape(text)}</pre>"))
     lead = (
         " ".join(said)
         if said
@@ -144,11 +144,15 @@ def failures(rows: Sequence[Row]) -> Section:
 
 
 def _tail(log: str) -> str:
+    """Its last lines; why they cannot be shown."""
     if not log:
         return ""
-    with suppress(OSError):
-        return "\n".join(Path(log).read_text(errors="replace").splitlines()[-LOG_LINES:])
-    return ""
+    try:
+        with open_file(Path(log)) as f:
+            f.seek(-min(LOG_BYTES, f.seek(0, 2)), 2)
+            return "\n".join(f.read().decode(errors="replace").splitlines()[-LOG_LINES:])
+    except (OSError, ValueError) as e:
+        return f"{log} cannot be read: {getattr(e, 'strerror', None) or e}"
 
 
 def _hours_left(row: Row) -> float:

@@ -21,6 +21,13 @@ class Stage(Experiment):
     def names(self) -> list[str]:
         return self.traits
 
+    def places(self) -> dict[str, list[str]]:
+        """Where traits are called size-trait."""
+        sized = [trait.partition("-") for trait in self.traits if "-" in trait]
+        if len(sized) < len(self.traits):
+            return {}
+        return {"SIZES": [size for size, _, _ in sized], "TRAITS": [trait for _, _, trait in sized]}
+
     def parents(self, cache: Path, scratch: Path) -> list[Cell]:
         return []
 
