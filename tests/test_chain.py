@@ -80,7 +80,7 @@ def test_a_task_of_five_cells_preempted_in_its_third_and_one_added_meanwhile(fre
     chain = Chain(fresh_slurm, repository, tmp_path, "a", "b", "c", "d", "e")
     (chain.hold / "write-c").touch()
     job = chain.submit("write", "run.cells=5")
-    wait_until(lambda: chain.states("write")["c"] == "running", 60, lambda: chain.call("status", "write"))
+    wait_until(lambda: chain.states("write")["c"] == "running", 60, lambda: chain.call("status", "write"), every=1)
     assert chain.states("write") == {"a": "done", "b": "done", "c": "running", "d": "pending", "e": "pending"}
     assert chain.notes("write")["e"] == "in turn, in the task of a"
     assert list(chain.slurm.states(job)) == [f"{job}_0"]

@@ -207,7 +207,7 @@ def test_a_checkout_under_any_name_works_with_local_workers(env, odd):
     assert "FAIL" not in doctor.replace("0 FAIL", ""), doctor
     assert "local workers" in make(env, "submit-lls", "CONFIG=small.yaml", cwd=odd).stdout
     counts = lambda: json.loads(make(env, "status", "CONFIG=small.yaml", "JSON=1", cwd=odd).stdout)["counts"]  # noqa: E731
-    wait_until(lambda: counts()["done"] == 2, 120, lambda: str(list(odd.glob("slurm/logs/*"))))
+    wait_until(lambda: counts()["done"] == 2, 120, lambda: str(list(odd.glob("slurm/logs/*"))), every=1)
     assert "2 pieces hold, 0 do not" in make(env, "verify", "CONFIG=small.yaml", cwd=odd).stdout
     assert "dog" in make(env, "export-lls", "CONFIG=small.yaml", cwd=odd).stdout
     shutil.rmtree(odd / ".scratch")

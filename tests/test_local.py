@@ -84,7 +84,7 @@ def box(inputs, tmp_path):
         yield one
         one.make("cancel")
         thaw(*one.frozen)
-        wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel")
+        wait_until(lambda: one.counts()["running"] == 0, 30, "tasks go on after cancel", every=1)
 
 
 def test_three_cells_on_two_workers(box):
@@ -94,7 +94,7 @@ def test_three_cells_on_two_workers(box):
     assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 2, "pending": 1}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
     thaw(*box.frozen)
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
+    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()), every=1)
     assert max(overlaps(box)) <= 2
     queue = next((box.scratch / "box" / "queue").glob("local-*"))
     assert list(queue.rglob("*.pkl")) and queue.stat().st_mode & 0o777 == 0o700  # these are executed
@@ -112,7 +112,7 @@ def test_one_worker_keeps_its_process_and_who_submits_next_queues_behind(box):
     assert "cells 0 of box" in box.make("submit-lls", "ARRAY=0")
     assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 1, "pending": 2}
     thaw(*box.frozen)
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()))
+    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()), every=1)
     assert max(overlaps(box)) == 1
     processes = {beat["cell"]: beat["pid"] for beat in box.beats()}
     assert processes["b"] == processes["c"] != processes["a"]  # one load for a queue
@@ -156,7 +156,7 @@ def test_the_warning_signal_runs_the_cell_again_by_itself(box):
     os.kill(box.frozen[0], signal.SIGUSR1)
     thaw(*box.frozen)
     wait_until(lambda: sorted(b["state"] for b in box.beats()) == ["done", "requeue"], 60, lambda: str(box.beats()))
-    wait_until(lambda: box.counts()["done"] == 1, 30, lambda: box.make("status"))
+    wait_until(lambda: box.counts()["done"] == 1, 30, lambda: box.make("status"), every=1)
 
 
 def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
@@ -166,10 +166,10 @@ def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
     whole = box.shards()
     assert "finished shards are kept" in box.make("cancel")
     thaw(*box.frozen)
-    wait_until(lambda: box.counts()["running"] + box.counts()["pending"] == 0, 30, lambda: str(box.counts()))
+    wait_until(lambda: box.counts()["running"] + box.counts()["pending"] == 0, 30, lambda: str(box.counts()), every=1)
     assert box.counts()["done"] == 0 and box.shards() >= whole
     assert "local workers" in box.make("resume")
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: box.make("status"))
+    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: box.make("status"), every=1)
     experiment = load(box.config)
     for cell in box.cells:
         merge(cell, experiment.schema(Path()), experiment.science_json())

@@ -33,7 +33,7 @@ def alone(inputs, tmp_path):
     with local_logs(tmp_path):
         yield one
         one.call("cancel")
-        wait_until(lambda: "nothing is queued" in one.call("cancel")[1], 60, "workers go on")
+        wait_until(lambda: "nothing is queued" in one.call("cancel")[1], 60, "workers go on", every=1)
 
 
 def queues(one: Held) -> list[Path]:

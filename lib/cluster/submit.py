@@ -79,13 +79,13 @@ def submit(
     cells = r.cells
     with submitting(r.folder) as held:
         queued = live_tasks(cells)
-        busy = [i for i in wanted if cells[i].name in queued]
+        finished = [i for i in wanted if extent(cells[i]).whole]
+        busy = [i for i in wanted if i not in finished and cells[i].name in queued]
         if busy:
             jobs = ", ".join(sorted({queued[cells[i].name].array for i in busy}))
             print(f"cells {slurm.format_array(busy)} are already queued or running ({jobs}): left out")
         if any(queued[cells[i].name].reason == OTHER for i in busy):
             print(f"some of these were {OTHER}")
-        finished = [i for i in wanted if extent(cells[i]).whole]
         if finished:
             print(f"cells {slurm.format_array(finished)} are done: left out")
         if not _send(r, [i for i in wanted if i not in {*busy, *finished}], throttle, queued, held, lanes):
