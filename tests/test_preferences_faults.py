@@ -15,6 +15,7 @@ from finetune_world import cells_of as students_of
 from finetune_world import environment
 from preferences_world import begin, cells_of, columns, finished, make_world
 from safetensors.torch import load_file, save_file
+from tools import in_fork
 
 from lib.base.errors import UserError
 from lib.families import load
@@ -29,6 +30,7 @@ from lib.preferences.proof import References
 from lib.preferences.score_kernel import ScoreKernel
 from lib.run.command import job
 from lib.run.parents import read_from
+from lib.run.site import site
 from lib.store import Cell, commit_folder, scan
 
 
@@ -227,7 +229,7 @@ def test_an_adapter_that_went_in_by_half_is_none_that_is_inside(world):
     assert again.keys() == first.keys() and all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_sizes_of_one_model_in_two_types_share_no_decoder(world, tmp_path, monkeypatch):
+def test_sizes_of_one_model_in_two_types_share_no_decoder(world, tmp_path):
     """On a box one process takes one task after another."""
     from lib.preferences.score_kernel import load_kernel
 
@@ -236,14 +238,19 @@ def test_sizes_of_one_model_in_two_types_share_no_decoder(world, tmp_path, monke
     for name in ("finetune", "words"):
         (tmp_path / f"{name}.yaml").write_text((world / f"{name}.yaml").read_text())
     (tmp_path / "numbers.yaml").write_text(json.dumps(numbers))
-    for name, value in environment(world).items():
-        monkeypatch.setenv(name, value)
-    this = job("score_preferences", "", load, ["--config", str(tmp_path / "words.yaml"), "--index", "0"])
-    bases = {cell.name: cell for cell in this.cells() if cell.name.endswith("base")}
-    types = [
-        load_kernel(this, this.experiment, bases[f"{size}-base"])[0].base.decoder.dtype for size in numbers["sizes"]
-    ]
-    assert types == [torch.float32, torch.bfloat16]
+
+    def work() -> None:
+        os.environ.update(environment(world))
+        site.cache_clear()
+        this = job("score_preferences", "", load, ["--config", str(tmp_path / "words.yaml"), "--index", "0"])
+        for cell in this.cells():
+            if cell.name.endswith("base"):
+                print(cell.name, load_kernel(this, this.experiment, cell)[0].base.decoder.dtype)
+
+    done = in_fork(work)
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if "-base " in line)
+    assert said == ["1m-base torch.float32", "1m_half-base torch.bfloat16"]
 
 
 def test_two_copies_at_once_and_one_killed_between_adapters_leave_what_one_leaves(copy):
