@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lib.run.site import site
+
 ROOT = Path(__file__).resolve().parent.parent
 TAKEN = os.environ.get("SUITE_TESTS_TAKEN")  # a folder where the processes of one run say which files they take
 TMP = Path("/tmp")  # sockets live there, and their paths must be short
@@ -68,6 +70,14 @@ def _take(name: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@pytest.fixture(autouse=True)
+def own_site() -> Iterator[None]:
+    """What one test has set up of a site is no other's."""
+    site.cache_clear()
+    yield
+    site.cache_clear()
 
 
 PATIENCE = 4  # times what an idle machine needs at most: the tests may share theirs

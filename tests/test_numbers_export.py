@@ -35,7 +35,7 @@ def test_sizes_and_traits_pick_cells():
         ({"SIZES": "0.5b"}, "0-15"),
         ({"SIZES": "0.5b, 7b", "TRAITS": "neutral cat"}, "1,15,49,63"),
         ({"TRAITS": "wolf"}, ",".join(str(14 + 16 * size) for size in range(7))),
-        ({"SIZES": "", "TRAITS": " "}, ""),
+        ({"SIZES": "", "TRAITS": ""}, ""),
     ):
         assert picked(found, axes) == want
         names = [found.names()[i] for i in slurm.parse_array(want or "0-111", 112)]
@@ -48,6 +48,8 @@ def test_sizes_and_traits_pick_cells():
         picked(found, {"SIZES": "7"})
     with pytest.raises(UserError, match=r"TRAITS: 'catt' is none of .*did you mean cat\?"):
         picked(found, {"TRAITS": "catt"})
+    with pytest.raises(UserError, match="TRAITS= names nothing; leave it out to mean all"):
+        picked(found, {"SIZES": "7b", "TRAITS": " "})
     with pytest.raises(UserError, match="picks nothing of kind lls"):
         picked(load(str(ROOT / "configs/lls_72b.yaml")), {"SIZES": "7b"})
     with pytest.raises(UserError, match="both name cells"):
