@@ -4,11 +4,12 @@ The arrays of a lane follow one another, stage after stage, and each keeps to th
 never use more than SUITE_THROTTLE says, and no size waits for another one. (Slurm itself holds a number of tasks over
 one array alone, or by what an administrator sets up.)"""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lib.cluster.arrays import Array
-from lib.cluster.live import live_tasks, submissions
+from lib.cluster.live import asked_once, live_tasks, submissions
 from lib.cluster.plan import estimates
 from lib.cluster.send import Request
 from lib.run.extent import extent
@@ -40,6 +41,16 @@ class Lane:
 Lanes = Mapping[str, Lane]  # by size
 
 
+def lane_named(lanes: Lanes, name: str) -> Lane | None:
+    return next((lane for lane in lanes.values() if lane.name == name), None)
+
+
+def placed(array: Array, lanes: Lanes) -> tuple[Array, Lane | None]:
+    """An array behind what is in its lane, where it has one."""
+    lane = lane_named(lanes, array.lane)
+    return (replace(array, after=lane.after(array)), lane) if lane else (array, None)
+
+
 def size_of(r: Request, index: int) -> str:
     """'' for all cells of a stage that knows no sizes."""
     return r.experiment.places().get("SIZES", {index: ""})[index]
@@ -66,12 +77,13 @@ def demands(requests: Sequence[Request], wanted: Mapping[str, Sequence[int]]) ->
 def live_lanes(requests: Sequence[Request]) -> list[Lane]:
     """Of what is queued or running. An array that was submitted by itself is a lane of its own."""
     found: dict[tuple[str, int], Lane] = {}
+    ask = asked_once()
     for one in requests:
         records, cells = {record.job: record for record in submissions(one.folder)}, {c.name: c for c in one.cells}
-        live = live_tasks(one.cells)
-        tasks = {(task.array, task.index) for task in live.values()}
+        live = live_tasks(one.cells, ask)
+        counts = Counter(array for array, _ in {(task.array, task.index) for task in live.values()})
         for name, task in live.items():
-            record, count = records.get(task.array), sum(array == task.array for array, _ in tasks)
+            record, count = records.get(task.array), counts[task.array]
             gpus = min(count, record.at_once) * max(record.gpus, 1) if record else count
             key = (record.lane, record.lane_gpus) if record and record.lane_gpus else (task.array, gpus)
             lane = found.setdefault(key, Lane(*key, set()))

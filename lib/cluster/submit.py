@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 
 from lib.base.advice import advised
@@ -16,8 +15,18 @@ from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.cluster import local, slurm
 from lib.cluster.arrays import Array, Parents, arrays_of, shares
-from lib.cluster.lanes import Lane, Lanes, size_of
-from lib.cluster.live import OTHER, Cancelled, Live, Submission, is_alive, jobs_of, live_tasks, submissions
+from lib.cluster.lanes import Lanes, lane_named, placed, size_of
+from lib.cluster.live import (
+    OTHER,
+    Cancelled,
+    Live,
+    Submission,
+    asked_once,
+    is_alive,
+    jobs_of,
+    live_tasks,
+    submissions,
+)
 from lib.cluster.lock import submitting
 from lib.cluster.plan import CellPlan, table
 from lib.cluster.plan import plan as plan_of
@@ -102,7 +111,7 @@ def resume(
     wanted, throttle = chosen(r, array)
     cells = r.cells
     with nullcontext(-1) if dry else submitting(r.folder) as held:
-        queue = cache(slurm.queue)  # asked once for both
+        queue = asked_once()  # for both
         now = status(r.experiment.label, cells, r.experiment.run.gpus, ask=queue)
         blocked = {c.index for c in now.cells if c.state == "blocked" and before is not None}
         indices = sorted(i for i in {*missing_cells(now), *blocked} if i in wanted)
@@ -135,13 +144,11 @@ def batches(
     return arrays_of(r.experiment, r.site.cache, plans, after, longest_minutes(r), parents.shortened, lane_of)
 
 
-def at_once(
-    r: Request, arrays: list[Array], throttle: int | None, queued: Live, lanes: Mapping[str, Lane]
-) -> list[int]:
-    """Tasks of each array that may run at the same time, beside what of this experiment runs already. `lanes`: by
-    name."""
+def at_once(r: Request, arrays: list[Array], throttle: int | None, queued: Live, lanes: Lanes) -> list[int]:
+    """Tasks of each array that may run at the same time, beside what of this experiment runs already."""
     if lanes:
-        return [lanes[array.lane].tasks(array) if array.lane in lanes else 1 for array in arrays]
+        found = [(lane_named(lanes, array.lane), array) for array in arrays]
+        return [lane.tasks(array) if lane else 1 for lane, array in found]
     if throttle:
         return shares([replace(array, needs=Needs(0)) for array in arrays], throttle)
     tasks = {(task.array, task.index) for task in queued.values()}
@@ -163,10 +170,9 @@ def _send(r: Request, indices: list[int], throttle: int | None, queued: Live, he
     if is_by_hand(r):
         print("\n".join([why_by_hand(r), *(f"next: {command}" for command in by_hand(r, indices))]))
         return True
-    arrays, first, by_name = batches(r, indices, after, parents, lanes), True, {one.name: one for one in lanes.values()}
-    for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued, by_name), strict=True):
-        lane = by_name.get(array.lane)
-        array = replace(array, after=lane.after(array)) if lane else array
+    arrays, first = batches(r, indices, after, parents, lanes), True
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, queued, lanes), strict=True):
+        array, lane = placed(array, lanes)
         name = freeze(r.folder, array.cells)
         start = sbatch if slurm.has_slurm() else start_local
         job = start(r, array, tasks, name, held)
@@ -239,10 +245,9 @@ def show(
         parents = Parents(before)
         after = _waits(r, indices, parents)[1]
         arrays = batches(r, [i for i in indices if cells[i].name in after], after, parents, lanes)
-    by_name = {one.name: one for one in lanes.values()}
-    for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}, by_name), strict=True):
-        if lane := by_name.get(array.lane):
-            array = replace(array, after=lane.after(array))
+    for array, tasks in zip(arrays, at_once(r, arrays, throttle, {}, lanes), strict=True):
+        array, lane = placed(array, lanes)
+        if lane:
             lane.arrays.add(f"<{r.experiment.label}>")
         print(f"# would {_would(r, array, tasks)}")
     print()
