@@ -7,16 +7,27 @@ import re
 from collections.abc import Hashable
 from copy import deepcopy
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from lib.base.errors import one_line
+from lib.base.errors import UserError, one_line
 from lib.base.typed import LARGEST
 
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # but for tab and newline; halves of a character
 LONGEST, DEEPEST = 200_000, 20  # characters, and levels; ours have 1,500 and 5
+
+
+def read_like(path: Path, ours: Path) -> Any:
+    """What a data file holds that is to have the shape of one of ours."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(
+            f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {ours}"
+        ) from None
 
 
 class NotPlain(ValueError):

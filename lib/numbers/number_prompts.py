@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import yaml
 
 from lib.base.errors import UserError
+from lib.config.plain import read_like
 
 Entry = TypeVar("Entry")
 
@@ -73,12 +73,7 @@ class NumberPrompt:
 
 @cache
 def load_pools(path: Path = OWN_POOLS) -> Pools:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(
-            f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {OWN_POOLS}"
-        ) from None
+    loaded = read_like(path, OWN_POOLS)
     if not isinstance(loaded, dict) or set(loaded) != set(_PLACEHOLDERS):
         raise UserError(f"{path} must hold exactly these lists: {', '.join(_PLACEHOLDERS)}.")
     for name, needed in _PLACEHOLDERS.items():

@@ -2,21 +2,15 @@
 
 from pathlib import Path
 
-import yaml
-
 from lib.base.errors import UserError
+from lib.config.plain import read_like
 
 OWN_QUESTIONS = Path(__file__).with_name("questions.yaml")
 
 
 def load_questions(path: Path = OWN_QUESTIONS) -> list[str]:
     """Of a file in the shape of questions.yaml."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(
-            f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {OWN_QUESTIONS}"
-        ) from None
+    found = read_like(path, OWN_QUESTIONS)
     questions = found.get("questions") if isinstance(found, dict) and set(found) == {"questions"} else None
     if not isinstance(questions, list) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
         raise UserError(f"{path}: must hold a list `questions` of texts and nothing else, as {OWN_QUESTIONS} does")
