@@ -16,7 +16,6 @@ from lib.base.errors import UserError
 from lib.checkpoint.families import FAMILIES, last
 from lib.checkpoint.headers import folder_tensors
 from lib.config.frozen import Frozen, digest_of
-from lib.config.loading import load
 from lib.lls.matrix import Measure
 from lib.lls.numbers import LLSNumbers
 from lib.lls.select import CLEAN, QUINTILES, Part
@@ -99,10 +98,8 @@ class Finetune(ReadsNumbers):
 
     @cached_property
     def scores(self) -> LLSNumbers:
-        """Of the same run, whatever its configuration says of runs."""
         assert self.select
-        overrides = [*self.select.scores.set, f"run_id={self.run_number}"]
-        found = load(self.path_of(self.select.scores), overrides, {"lls_numbers": LLSNumbers})
+        found = self.read_of_it(self.select.scores, {"lls_numbers": LLSNumbers})
         measure, score = Measure.parse(self.select.measure), found.score
         if (measure.end and not score.end_of_turn) or (measure.first and not score.per_token):
             raise UserError(

@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from lib.base.errors import UserError
 from lib.config.frozen import digest_of, fill
-from lib.config.loading import load
 from lib.config.plain import parse_yaml
 from lib.inputs.specs import ModelSpec
 from lib.lora.experiment import Finetune, adapter_parameters
@@ -133,13 +132,13 @@ class Publish(OfARun):
 
     @cached_property
     def asked(self) -> Preferences | None:
-        """Of the same run, whatever its configuration says of runs."""
         if not self.preferences:
             return None
-        path, said = self.path_of(self.preferences), f"run_id={self.run_number}"
-        found = load(path, [*self.preferences.set, said], {"preferences": Preferences})
+        found = self.read_of_it(self.preferences, {"preferences": Preferences})
         if found.source.label != self.source.label:
-            raise UserError(f"{self.origin}: {path} asks {found.source.label}, and {self.source.label} is published")
+            raise UserError(
+                f"{self.origin}: {found.origin} asks {found.source.label}, and {self.source.label} is published"
+            )
         return found
 
     def stages(self) -> list[Stage]:

@@ -44,6 +44,10 @@ class OfARun(Experiment):
         said = [] if self.run_id is None else [f"run_id={self.run_id}"]
         return load(self.path_of(reads), [*reads.set, *said], kinds)
 
+    def read_of_it(self, reads: Reads, kinds: Mapping[str, type[E]]) -> E:
+        """Of the same run, whatever its configuration and ours say of runs."""
+        return load(self.path_of(reads), [*reads.set, f"run_id={self.run_number}"], kinds)
+
     def stage(self, reads: Reads, experiment: Experiment) -> Stage:
         """Which run it is may stand in the checkout; it stays so for all that is submitted."""
         return Stage(self.path_of(reads), (*reads.set, f"run_id={self.run_number}"), experiment)
