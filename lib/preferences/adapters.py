@@ -6,10 +6,11 @@ from lib.lora.metrics import CONFIG, WEIGHTS
 from lib.lora.schedule import Schedule
 from lib.models.engine import Adapter
 from lib.run.parents import read_from
-from lib.store import Cell
+from lib.store import Cell, Folder
 
 
-def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[int, Adapter]:
+def states_at(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[int, Folder]:
+    """A student's states after these epochs, all of which are there."""
     there, found = by_epoch(states_of(student), schedule), {}
     for epoch in epochs:
         state = there.get(epoch)
@@ -19,6 +20,13 @@ def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[in
                 f"the adapter of epoch {epoch} of {student.spoken} {why}: ask without it, e.g. epochs=last, or train "
                 "this student again"
             )
+        found[epoch] = state
+    return found
+
+
+def adapters_of(student: Cell, schedule: Schedule, epochs: list[int]) -> dict[int, Adapter]:
+    found = {}
+    for epoch, state in states_at(student, schedule, epochs).items():
         for name in (WEIGHTS, CONFIG):
             file_of(state, name)
         sha256 = next(file.sha256 for file in state.files if file.path == WEIGHTS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.inputs.verified import checked_model
-from lib.preferences.adapters import Unchanged, adapters_of
+from lib.preferences.adapters import Unchanged, adapters_of, states_at
 from lib.preferences.experiment import Logprobs
 from lib.run.command import Job
 from lib.run.task import run_rows
@@ -49,7 +49,8 @@ def load_kernel(this: Job, experiment: Logprobs, cell: Cell) -> tuple["ScoreKern
         read.check()
         return [found[epoch] for epoch in wanted]
 
-    adapters(epochs)  # before a model is loaded
+    if place.student:
+        states_at(cell.parents[0], experiment.source.schedule(), epochs)  # all there, before a model is loaded
     path = checked_model(this.site.cache, spec.id, spec.revision).path
     base = this.keep("base", (path, spec.dtype), lambda: load_base(experiment, path, spec.dtype))
     return ScoreKernel(experiment, base, epochs, adapters), {"device": device_name(base.decoder.devices[0])}
