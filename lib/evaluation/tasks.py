@@ -55,18 +55,18 @@ def bring(names: Sequence[str], folder: Path | None = None, update: bool = False
     sweep are asked the same."""
     manager = _manager(names, folder)
     for name in names:
-        try:
-            if update:
-                raise Missing
-            _set_up(manager, name)
-            print(f"task {name}: its documents are there", flush=True)
-        except Missing:
+        there = not update and _is_there(manager, name)
+        if not there:
             _set_up(manager, name, offline=False)
-            print(f"task {name}: its documents are fetched", flush=True)
+        print(f"task {name}: its documents are {'there' if there else 'fetched'}", flush=True)
 
 
-class Missing(UserError):
-    """A task that cannot be set up without a network."""
+def _is_there(manager: Any, name: str) -> bool:
+    try:
+        _set_up(manager, name)
+    except UserError:
+        return False
+    return True
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:
@@ -95,7 +95,7 @@ def _set_up(manager: Any, name: str, offline: bool = True) -> list[Any]:
         what = f"task {name} cannot be set up ({type(e).__name__}: {one_line(e)}); "
         if offline:
             fix = "where its dataset is missing, run `make fetch` with this CONFIG where there is a network; otherwise "
-            raise Missing(f"{what}{fix}mend its YAML file") from None
+            raise UserError(f"{what}{fix}mend its YAML file") from None
         raise UserError(f"{what}mend its YAML file, or try again where there is a network") from None
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
