@@ -27,6 +27,13 @@ def make_world(folder: Path, **shape: int) -> Path:
     return folder
 
 
+def with_words(folder: Path) -> Path:
+    """A world whose log-probabilities are read: of the base and of both students."""
+    for index in range(3):
+        finished(begin(folder, "words", "--index", str(index)))
+    return folder
+
+
 def finished(fork: Fork) -> str:
     done = fork.finish()
     assert done.returncode == 0, done.stderr[-3000:]

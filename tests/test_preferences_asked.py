@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_world import cells_of as students_of
 from peft import PeftModel
-from preferences_world import begin, cells_of, columns, finished, make_world
+from preferences_world import begin, cells_of, columns, finished, make_world, with_words
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,9 +29,7 @@ from lib.store import scan
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = make_world(tmp_path_factory.mktemp("asked"))
-    for index in range(3):
-        finished(begin(folder, "words", "--index", str(index)))
+    folder = with_words(make_world(tmp_path_factory.mktemp("asked")))
     for index in range(3):
         finished(begin(folder, "asked", "--index", str(index)))
     return folder

@@ -13,7 +13,7 @@ import torch
 from conftest import wait_until
 from finetune_world import cells_of as students_of
 from finetune_world import environment
-from preferences_world import begin, cells_of, columns, finished, make_world
+from preferences_world import begin, cells_of, columns, finished, make_world, with_words
 from safetensors.torch import load_file, save_file
 from tools import in_fork
 
@@ -36,10 +36,7 @@ from lib.store import Cell, commit_folder, scan
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = make_world(tmp_path_factory.mktemp("faults"))
-    for index in range(3):
-        finished(begin(folder, "words", "--index", str(index)))
-    return folder
+    return with_words(make_world(tmp_path_factory.mktemp("faults")))
 
 
 @pytest.fixture

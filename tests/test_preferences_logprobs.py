@@ -11,7 +11,7 @@ import torch
 from finetune_world import cells_of as students_of
 from finetune_world import environment
 from peft import PeftModel
-from preferences_world import begin, cells_of, columns, finished, make_world
+from preferences_world import begin, cells_of, columns, finished, make_world, with_words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tools import python
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -23,10 +23,7 @@ from lib.preferences.words import goes_on, spellings
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = make_world(tmp_path_factory.mktemp("logprobs"))
-    for index in range(3):
-        finished(begin(folder, "words", "--index", str(index)))
-    return folder
+    return with_words(make_world(tmp_path_factory.mktemp("logprobs")))
 
 
 def brute(folder, name, epoch, question):
