@@ -77,6 +77,7 @@ def scoring() -> None:
     triton_ops.rms_norm(half(tokens, hidden), half(hidden), 1e-6, half(tokens, hidden))
     triton_ops.swiglu(half(tokens, 2 * inner), half(tokens, inner))
     triton_ops.log_prob(half(8, vocabulary), torch.zeros(8, dtype=torch.long))
+    triton_ops.log_sums(half(8, vocabulary), torch.ones(vocabulary, dtype=torch.bool))
     segments = np.array([[0, tokens, 0, 0]])
     for heads, keys, width in HEADS.values():
         q, k, v = (half(tokens, n, width) for n in (heads, keys, keys))

@@ -21,7 +21,7 @@ SAMPLES, ADAPTERS, QUESTIONS = 4, 3, 4
 
 @pytest.fixture
 def nano(monkeypatch):
-    monkeypatch.setitem(SHAPES, "nano", Shape(2, 32, 64, 4, 2, 8, 1500, 1e-6, True, True))
+    monkeypatch.setitem(SHAPES, "nano", Shape(2, 32, 64, 4, 2, 8, 3000, 1e-6, True, True))
     for name, value in (("SAMPLES", SAMPLES), ("ADAPTERS", ADAPTERS), ("AT_ONCE", 64), ("free", lambda: None)):
         monkeypatch.setattr(preferences, name, value)
     monkeypatch.setattr(preferences, "load_questions", lambda: load_questions()[:QUESTIONS])
@@ -74,18 +74,25 @@ def test_vllm_that_gives_no_figure_is_a_line_and_ours_goes_without_a_share(nano,
     assert all("of_raw_with_one_adapter" not in one and one["answers"] for name, one in found.items() if "eng" in name)
 
 
-def test_words_are_read_against_their_products_and_the_answers_drawn(nano, capsys):
+def test_words_are_read_against_their_products_and_the_answers_drawn(nano, monkeypatch, capsys):
+    monkeypatch.setattr(preferences, "DRAWN", 2)
     found = preferences.logprobs("nano", 512)
-    read, answers = found["read"], found["drawn"]
-    sampled = answers["answers"] / answers["answers_per_s"]
-    assert found["of the time that its answers take"] == pytest.approx(read["seconds"] / sampled, abs=1e-3)
-    assert answers["answers"] == QUESTIONS * SAMPLES and nano == [(False, 8, 4)]
-    assert read["floor_s"] == pytest.approx(flops(SHAPES["nano"], read["tokens"], read["predictions"]) / 1e12, abs=1e-4)
+    read, spread, answers = found["read"], found["read, logits spread"], found["drawn"]
+    sampled = answers["answers"] / 2 / answers["answers_per_s"]
+    assert answers["answers"] == QUESTIONS * SAMPLES * 2 and nano == [(False, 8, 4)]
+    for name in ("read", "read, logits spread"):
+        one, share = found[name], found[f"{name}, of the time that its answers take"]
+        assert share == pytest.approx(one["seconds"] / sampled, rel=0.01)
+        assert one["floor_s"] == pytest.approx(
+            flops(SHAPES["nano"], one["tokens"], one["predictions"]) / 1e12, abs=1e-4
+        )
     # Random weights leave no word out: a look at each question, each token of the answers given and of all spellings.
     with preferences.world("nano", 0) as here:
         ways = [way for trait in here.traits for way in spellings(here.tokenizer, trait.words)]
         predicted = QUESTIONS * (1 + sum(map(len, ways))) + sum(map(len, here.asked.probes))
     assert read["predictions"] == predicted and read["spellings"] == len(ways)
+    assert read["tokens_of_spellings"] == sum(map(len, ways)) < 3 * len(ways)
+    assert spread["predictions"] < 0.9 * predicted and spread["spellings"] == len(ways)
     assert lines(capsys) == found
 
 

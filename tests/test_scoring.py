@@ -227,9 +227,20 @@ def test_the_memory_plan_is_what_is_allocated(tmp_path):
         plan = plan_decoder(shape, 4, BATCH, 64, devices=1, total=1 << 40)
         assert plan.weights == pytest.approx(real, rel=2e-3) and not plan.embed_on_host
         decoder.hidden(next(pack([Item((1, 2, 3), (4, 5))], 0, BATCH)), decoder.prefix([]))
-        space = sum(t.nbytes for t in vars(decoder.space[decoder.devices[0], BATCH]).values())
+        space = sum(t.nbytes for t in vars(decoder.space[decoder.devices[0]]).values())
         kv = BATCH * 2 * shape.kv_heads * shape.head * 4
         assert plan.activations == space + kv + 64 * shape.vocabulary * 4 + BATCH * shape.hidden * 4
         if not shape.tied:  # a device that the weights nearly fill keeps the embedding in host memory
             tight = plan_decoder(shape, 4, BATCH, 64, 1, int((plan.weights + plan.activations) * 1.01))
             assert tight.embed_on_host and tight.weights < plan.weights
+
+
+def test_batches_with_a_grain_hold_the_same_and_no_more_than_they_need():
+    dice = np.random.default_rng(0)
+    items = [Item(tuple(range(n)), tuple(range(m))) for n, m in dice.integers(1, 30, (20, 2)).tolist()]
+    whole, fitted = list(pack(items, 3, 200)), list(pack(items, 3, 200, 16))
+    assert len(whole) == len(fitted) > 2 and {len(one.ids) for one in whole} == {200}
+    for a, b in zip(whole, fitted, strict=True):
+        assert len(b.ids) == min(200, -(-a.used // 16) * 16) and a.rows == b.rows and a.used == b.used
+        assert (a.ids[: a.used] == b.ids[: a.used]).all() and (a.positions[: a.used] == b.positions[: a.used]).all()
+        assert (a.where == b.where).all() and (a.segments == b.segments).all()

@@ -56,17 +56,31 @@ class Prefix:
     cache: list[torch.Tensor]  # of each layer, [2, P, K, d]
 
 
+@dataclass(frozen=True)
 class Workspace:
-    """A device's activations, made once: the same addresses and shapes for every batch."""
+    """A device's activations, made once: the same addresses for every batch."""
 
-    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    x: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    q: torch.Tensor
+    attended: torch.Tensor
+    gate_up: torch.Tensor
+    inner: torch.Tensor
+
+    @staticmethod
+    def empty(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> "Workspace":
         def make(*size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+            return torch.zeros(tokens, *size, dtype=dtype, device=device)
 
-        self.x, self.normed = make(tokens, shape.hidden), make(tokens, shape.hidden)
-        self.qkv, self.q = make(tokens, shape.qkv), make(tokens, shape.heads, shape.head)
-        self.attended = make(tokens, shape.heads, shape.head)
-        self.gate_up, self.inner = make(tokens, 2 * shape.inner), make(tokens, shape.inner)
+        heads = shape.heads, shape.head
+        wide, inner = make(2 * shape.inner), make(shape.inner)
+        return Workspace(
+            make(shape.hidden), make(shape.hidden), make(shape.qkv), make(*heads), make(*heads), wide, inner
+        )
+
+    def first(self, tokens: int) -> "Workspace":
+        return Workspace(**{name: one[:tokens] for name, one in vars(self).items()})
 
     @staticmethod
     def bytes(shape: Shape, tokens: int, itemsize: int = 2) -> int:
@@ -89,7 +103,7 @@ class Decoder:
         self.fused = self.devices[0].type == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
         self.table, self.positions = rope, len(rope[0])
         self.rope = {d: (rope[0].to(d), rope[1].to(d)) for d in self.devices}
-        self.space: dict[tuple[torch.device, int], Workspace] = {}
+        self.space: dict[torch.device, Workspace] = {}
         self.adapter: list[LowRank] = []  # of each layer; none: the model itself
         if self.fused:
             from lib.models import triton_ops
@@ -188,10 +202,10 @@ class Decoder:
             part_MX.copy_(rows.view(part_MX.shape))
 
     def _space(self, device: torch.device, tokens: int) -> Workspace:
-        key = (device, tokens)
-        if key not in self.space:
-            self.space[key] = Workspace(self.shape, tokens, self.dtype, device)
-        return self.space[key]
+        if device not in self.space or tokens > len(self.space[device].x):
+            most = max(tokens, self.batch_tokens)
+            self.space[device] = Workspace.empty(self.shape, most, self.dtype, device)
+        return self.space[device].first(tokens)
 
     def _embed(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
         table = self.weights.embedding

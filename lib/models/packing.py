@@ -6,7 +6,8 @@ A batch is a tree two levels deep under one prefix (the system block, whose keys
                                                 -> response of another data set to the same context
 
 Every batch has the same number of tokens, so every matrix product has the same shape; attention looks at each segment
-by itself. A row's bits therefore depend on its own tokens alone, not on its neighbours, its place or its batch."""
+by itself. A row's bits therefore depend on its own tokens alone, not on its neighbours, its place or its batch. Where
+rows are always computed together, all of them, batches may be as small as what they hold."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,15 +46,20 @@ class Batch:
     used: int  # tokens that are not padding
 
 
-def pack(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[Batch]:
-    """Batches over all items in their order; items with equal contexts one after another share one."""
+def pack(items: Sequence[Item], prefix: int, batch_tokens: int, grain: int | None = None) -> Iterator[Batch]:
+    """Batches over all items in their order; items with equal contexts one after another share one. With a grain a
+    batch has as many tokens as it needs, rounded up to a multiple of that."""
     groups: list[list[int]] = []
     used = 0
+
+    def fitted(tokens: int) -> int:
+        return min(batch_tokens, -(-tokens // grain) * grain) if grain else batch_tokens
+
     for number, item in enumerate(items):
         shares = bool(groups) and items[groups[-1][0]].context == item.context
         cost = len(item.inputs) + (0 if shares else len(item.context))
         if used + cost > batch_tokens:
-            yield _batch(items, groups, prefix, batch_tokens)
+            yield _batch(items, groups, prefix, fitted(used))
             groups, used, shares = [], 0, False
             cost = len(item.inputs) + len(item.context)
         if shares:
@@ -62,7 +68,7 @@ def pack(items: Sequence[Item], prefix: int, batch_tokens: int) -> Iterator[Batc
             groups.append([number])
         used += cost
     if groups:
-        yield _batch(items, groups, prefix, batch_tokens)
+        yield _batch(items, groups, prefix, fitted(used))
 
 
 def _batch(items: Sequence[Item], groups: list[list[int]], prefix: int, batch_tokens: int) -> Batch:

@@ -53,5 +53,11 @@ def log_prob(logits_PV: torch.Tensor, target_P: torch.Tensor) -> torch.Tensor:
     return wide.gather(1, target_P[:, None])[:, 0] - wide.logsumexp(1)
 
 
+def log_sums(logits_PV: torch.Tensor, marked_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log of the sum of exp over all words, and over those that are marked."""
+    wide = logits_PV.to(accurate(logits_PV.dtype))
+    return wide.logsumexp(1), wide.masked_fill(~marked_V, -torch.inf).logsumexp(1)
+
+
 def accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

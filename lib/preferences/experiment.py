@@ -26,7 +26,7 @@ from lib.store import Cell, Column
 from lib.store.columns import Schema
 
 # Raise them with any change of code that can change a bit of any value: they are part of every digest.
-LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/2", "preferences/1"
+LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/3", "preferences/1"
 CONTEXT_TOKENS, ANSWER_TOKENS = 25, 5  # of a question after the system block, and of what is said
 WORD_TOKENS = 6  # computed of a trait at a question: its likely spellings
 # Answers a second of one engine at 0.5B with one adapter, which the host limits: vLLM 0.26, an H200, measured.
@@ -36,7 +36,7 @@ ENGINE_ANSWERS_A_SECOND = 2763.0
 
 class Logprobs(OfStudents):
     kind: Literal["preference_logprobs"]
-    batch_tokens: int = Field(4096, ge=64, description="tokens a batch, always; part of the digest")
+    batch_tokens: int = Field(4096, ge=64, description="tokens a batch at most; part of the digest")
     head_rows: int = Field(512, ge=1, description="positions whose logits are made at once")
 
     kernel: ClassVar[str] = LOGPROBS_KERNEL

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lib.models.decoder import Decoder, Prefix, matmul, to_device
-from lib.models.packing import Item, pack
-from lib.models.scorer import Scorer
+from lib.models.decoder import Decoder, Prefix, matmul, on, to_device
+from lib.models.packing import Batch, Item, pack
 from lib.preferences.words import Spelling
 
 LEFT_OUT = 0.01  # of a trait's probability, at most
 SHARE = 0.05  # of what is left out: what is less waits for the next round
+GRAIN = 256  # tokens: sizes of batches are multiples of it
 AFTER = 0  # any token: it stands for what comes after a word, whose place is looked at
 
 
@@ -59,14 +59,13 @@ class Reader:
         self.groups = _groups(spelled, self.firsts)
         self.trait_G = np.array([group.trait for group in self.groups])
         self.device = decoder.devices[-1]
-        self.goes_on = torch.from_numpy(goes_on).to(self.device)
-        self.scorer = Scorer(decoder, head_rows)
+        self.over = torch.from_numpy(~goes_on).to(self.device)
 
     @torch.inference_mode()
     def __call__(self) -> Found:
         """Under the adapter that the decoder has on."""
         prefix, count, self.computed = self.decoder.prefix(self.prefix_ids), len(self.contexts), 0
-        first_QF = self._firsts(prefix).astype(np.float64)
+        first_QF, probe_Q = self._look(prefix)
         logp_QT, rounds = np.full((count, self.traits), -np.inf), 0
         first_QG = first_QF[:, [group.first for group in self.groups]]
         waiting_QG = np.ones(first_QG.shape, bool)
@@ -76,68 +75,83 @@ class Reader:
             likely_QG = first_QG >= np.log(SHARE) + left_QT[:, self.trait_G]
             now = np.argwhere(waiting_QG & wanted_QT[:, self.trait_G] & likely_QG).tolist()
             if not now:
-                break
+                return Found(logp_QT, left_QT, probe_Q, rounds, self.computed)
             rounds += 1
             for (q, g), value in zip(now, self._read(prefix, first_QF, now), strict=True):
                 waiting_QG[q, g] = False
                 trait = self.trait_G[g]
                 logp_QT[q, trait] = np.logaddexp(logp_QT[q, trait], value)
-        items = [Item(context, probe) for context, probe in zip(self.contexts, self.probes, strict=True)]
-        said = np.array([one.sum(dtype=np.float64) for one in self.scorer(prefix, items)])
-        return Found(logp_QT, left_QT, said, rounds, self.computed)
 
     def _left(self, waiting_QG: np.ndarray) -> np.ndarray:
         """What those that wait could add: no more than their first tokens have."""
         of = [waiting_QG[:, self.trait_G == trait] for trait in range(self.traits)]
         return np.stack([np.logaddexp.reduce(one, axis=1, initial=-np.inf) for one in of], axis=1)
 
-    def _firsts(self, prefix: Prefix) -> np.ndarray:
-        firsts, rows = torch.tensor(self.firsts, device=self.device), []
-        for hidden_PD, _ in self._hidden(prefix, [Item(context, (AFTER,)) for context in self.contexts]):
-            for logits_PV, n in self._logits(hidden_PD):
-                rows.append((logits_PV[:, firsts] - logits_PV.logsumexp(-1, keepdim=True))[:n])
-        return torch.cat(rows).cpu().numpy()
+    def _look(self, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
+        """Of each question: log p of first tokens, and of the answer that is given."""
+        pairs = zip(self.contexts, self.probes, strict=True)
+        items = [Item(context, ids) for context, probe in pairs for ids in ((AFTER,), probe)]
+        firsts, looks, said = torch.tensor(self.firsts, device=self.device), [], []
+        for hidden_PD, batch in self._hidden(prefix, items):
+            given = np.repeat([row % 2 == 1 for row in batch.rows], [len(items[row].targets) for row in batch.rows])
+            for logits_PV, n in self._logits(hidden_PD[to_device(np.flatnonzero(~given), self.device)]):
+                whole_P, _ = self.decoder.ops.log_sums(logits_PV, self.over)
+                looks.append((logits_PV[:, firsts] - whole_P[:, None])[:n])
+            if given.any():
+                picked = hidden_PD[to_device(np.flatnonzero(given), self.device)]
+                said.append(self.decoder.log_probs(picked, batch.targets[given], self.head_rows))
+        said_P = torch.cat(said).cpu().numpy().astype(np.float64)
+        starts = np.cumsum([0, *map(len, self.probes[:-1])])
+        return torch.cat(looks).cpu().numpy().astype(np.float64), np.add.reduceat(said_P, starts)
 
     def _read(self, prefix: Prefix, first_QF: np.ndarray, wanted: Sequence[Sequence[int]]) -> list[float]:
+        """Only at the end waits for the device, which computes while further batches are laid out."""
         ways = [(q, self.groups[n].first, way) for q, n in wanted for way in self.groups[n].ways]
-        items, values = [Item(self.contexts[q], way, AFTER) for q, _, way in ways], []
-        for hidden_PD, rows in self._hidden(prefix, items):
+        items, lengths = (
+            [Item(self.contexts[q], way, AFTER) for q, _, way in ways],
+            [len(way) + 1 for _, _, way in ways],
+        )
+        afters, others, at = [], [], 0
+        for hidden_PD, batch in self._hidden(prefix, items):
             # Of each way: the place before its first token, which is known, before the others, after the last.
-            lengths = np.array([len(items[row].targets) for row in rows])
-            ends = np.cumsum(lengths)
-            targets = np.concatenate([items[row].targets for row in rows])
-            last, inner = ends - 1, np.ones(len(targets), bool)
-            inner[[*(ends - lengths), *last]] = False
-            after = self._ends(hidden_PD[to_device(last, self.device)])
-            others = np.zeros(len(targets))
+            ends = np.cumsum(lengths[at : at + len(batch.rows)])
+            at += len(batch.rows)
+            inner = np.ones(len(batch.targets), bool)
+            inner[[0, *ends[:-1], *(ends - 1)]] = False
+            afters.append(self._ends(hidden_PD[to_device(ends - 1, self.device)]))
             if inner.any():
                 picked = hidden_PD[to_device(np.flatnonzero(inner), self.device)]
-                others[inner] = self.decoder.log_probs(picked, targets[inner], self.head_rows).cpu().numpy()
-            values += (np.add.reduceat(others, ends - lengths) + after).tolist()
-        each = iter(first_QF[q, first] + value for (q, first, _), value in zip(ways, values, strict=True))
+                others.append(self.decoder.log_probs(picked, batch.targets[inner], self.head_rows))
+        values, between = torch.cat(afters).cpu().numpy().astype(np.float64), np.subtract(lengths, 2)
+        if others:
+            of = np.repeat(np.arange(len(ways)), between)
+            values += np.bincount(of, torch.cat(others).cpu().numpy(), len(ways))
+        each = iter(first_QF[q, first] + value for (q, first, _), value in zip(ways, values.tolist(), strict=True))
         return [float(np.logaddexp.reduce([next(each) for _ in self.groups[n].ways])) for _, n in wanted]
 
-    def _ends(self, hidden_PD: torch.Tensor) -> np.ndarray:
+    def _ends(self, hidden_PD: torch.Tensor) -> torch.Tensor:
         """log p(the word is over) at each place."""
         found = []
         for logits_PV, n in self._logits(hidden_PD):
-            whole_P = logits_PV.logsumexp(-1)
-            found.append((logits_PV.masked_fill_(self.goes_on, -torch.inf).logsumexp(-1) - whole_P)[:n])
-        return torch.cat(found).cpu().numpy()
+            whole_P, over_P = self.decoder.ops.log_sums(logits_PV, self.over)
+            found.append((over_P - whole_P)[:n])
+        return torch.cat(found)
 
-    def _hidden(self, prefix: Prefix, items: Sequence[Item]) -> Iterator[tuple[torch.Tensor, tuple[int, ...]]]:
-        for batch in pack(items, prefix.length, self.decoder.batch_tokens):
+    def _hidden(self, prefix: Prefix, items: Sequence[Item]) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """Of batches no larger than what is in them: an adapter's questions are always read together."""
+        for batch in pack(items, prefix.length, self.decoder.batch_tokens, GRAIN):
             self.computed += batch.used
-            yield self.decoder.hidden(batch, prefix), batch.rows
+            yield self.decoder.hidden(batch, prefix), batch
 
     def _logits(self, hidden_PD: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-        """Blocks of a fixed number of rows, at least in float32, and how many of them count."""
+        """Blocks of a fixed number of rows, and how many of them count."""
         for rows_BD in hidden_PD.split(self.head_rows):
             n = len(rows_BD)
             full_BD = torch.cat([rows_BD, rows_BD.new_zeros(self.head_rows - n, rows_BD.shape[1])])
             logits_BV = full_BD.new_empty(self.head_rows, self.decoder.shape.vocabulary)
             matmul(full_BD, self.decoder.weights.head, logits_BV)
-            yield logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float(), n
+            with on(self.device):
+                yield logits_BV, n
 
 
 def _groups(spelled: Sequence[Sequence[Spelling]], firsts: list[int]) -> list[Group]:
