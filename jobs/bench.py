@@ -12,21 +12,15 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import attribution, lora, lora_whole, numbers, preferences, pruning, scoring, store, sweep, sweep_whole
-from lib.bench.llamas import LLAMAS
-from lib.bench.shapes import SHAPES, free, machine
-
-OF_QWENS = scoring.RUNGS | lora.RUNGS | lora_whole.RUNGS | numbers.RUNGS | preferences.RUNGS
-OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS | sweep_whole.RUNGS
-SUITES = {**dict.fromkeys(SHAPES, OF_QWENS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
+from lib.bench.shapes import free, machine
+from lib.bench.suites import RUNGS, SUITES
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(SUITES), default=["0.5b", "7b"])
-    rungs = list(dict.fromkeys([*OF_QWENS, *OF_LLAMAS, *store.RUNGS]))
     parser.add_argument(
-        "--rungs", nargs="+", choices=rungs, default=["floor", "naive", "plain", "seed", "ours", "bits"]
+        "--rungs", nargs="+", choices=RUNGS, default=["floor", "naive", "plain", "seed", "ours", "bits"]
     )
     parser.add_argument("--batch-tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--out", type=Path)

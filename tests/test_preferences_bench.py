@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from jobs.bench import SUITES
 from lib.bench import preferences
 from lib.bench.shapes import SHAPES, Shape, flops
+from lib.bench.suites import SUITES
 from lib.models.engine_transformers import TransformersEngine
 from lib.numbers.traits import ANIMAL_NAMES
 from lib.preferences.questions import load_questions

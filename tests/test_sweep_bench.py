@@ -11,8 +11,8 @@ import torch
 from tools import forked
 from transformers import LlamaForCausalLM
 
-from jobs import bench
 from lib.bench import llamas, sweep_whole
+from lib.bench.suites import SUITES
 from lib.checkpoint.headers import folder_tensors
 from lib.inputs.samples import read_samples
 from lib.inputs.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def seen(tmp_path_factory):
             patch.setattr(sweep_whole, name, value)
         for name, value in {"TMPDIR": str(outer), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
             patch.setenv(name, value)
-        seen.found = bench.OF_LLAMAS["sweep-job"]("nano", 256)
+        seen.found = SUITES["llama3-8b"]["sweep-job"]("nano", 256)
     seen.left = list(outer.iterdir())
     return seen
 
