@@ -1,8 +1,10 @@
 """vLLM itself, its build for CPUs: the same tokens as transformers, draws from the whole distribution, closed batches
 that come out the same again, and a job that was killed and goes on. One engine, in a process of its own, serves all."""
 
+import json
 import os
 import signal
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,6 +15,7 @@ from numbers_world import CONFIG, cell_of, generate, generating, rows
 from tools import number_rows, tiny_model
 
 from lib.base.errors import UserError
+from lib.bench.shapes import SHAPES, qwen_config
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.tokenizer import load_tokenizer, rendered
@@ -20,6 +23,7 @@ from lib.models import engines
 from lib.models.engine import Sampling, Setting, Work, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess, Engines
 from lib.models.engine_transformers import TransformersEngine
+from lib.models.engine_vllm import PASSING, cache_bytes
 from lib.numbers import sample_prompts, trait
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
@@ -182,3 +186,19 @@ def test_a_process_that_was_killed_is_said_in_one_sentence_and_the_next_batch_ha
     with pytest.raises(UserError, match=r"the engine's process ended \(by SIGKILL\).*make resume"):
         wait()
     assert drawn(engine, *batch) == before and engine.engines[0].process.pid != pid
+
+
+def test_several_engines_share_what_a_gpu_has_beside_their_weights(tmp_path):
+    folder, shape = tmp_path, SHAPES["7b"]
+    qwen_config(shape).save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as file:  # a header alone: of a file as large as it says
+        weights = 2 * shape.layers * shape.layer_parameters
+        header = json.dumps({"w": {"dtype": "BF16", "shape": [weights // 2], "data_offsets": [0, weights]}}).encode()
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + weights)
+    setting, gib = Setting(str(folder), "bfloat16", 1024, 512, parts=2), 2**30
+    token = 2 * shape.layers * shape.kv_heads * shape.head * 2
+    assert cache_bytes(setting, 1, 140 * gib) == 1024 * 512 * token
+    assert cache_bytes(setting, 1, 79 * gib) == int(79 * gib * 0.9) // 2 - weights - PASSING > 1024 * 200 * token
+    with pytest.raises(RuntimeError, match=r"2 engines on a GPU leave -?\d"):
+        cache_bytes(setting, 1, 40 * gib)

@@ -47,6 +47,7 @@ SPREAD = 3.0  # nats, standard deviation of logits
 AT_ONCE, MAX_LENGTH = 1024, 512
 HEAD_ROWS = 512
 SECONDS = 570.0  # of a rung
+NEEDS = 150.0  # of a measurement at 7B, an engine's start among them
 DATE = "2024-07-26"
 
 
@@ -105,23 +106,21 @@ def preferences(model: str, batch_tokens: int) -> Result:
     clock = Clock(SECONDS)
     with world(model, ADAPTERS) as here:
         one = json.dumps({"enable_lora": True, "max_lora_rank": RANK})
-        for name, more, how in (
-            ("raw, no adapter", "{}", "text"),
-            ("raw, one adapter", one, f"text,adapter:{here.adapters[0].folder}"),
-        ):
-            clock.measure(name, lambda n=name, m=more, h=how: as_it_comes(here, n, m, h))
+        how = f"text,adapter:{here.adapters[0].folder}"
+        clock.measure("raw, one adapter", lambda: as_it_comes(here, "raw, one adapter", one, how), NEEDS)
         beside = clock.found["raw, one adapter"]
         rate = beside["answers_per_s"] if isinstance(beside, dict) else None
         for merged in (False, True):
-            for count in counts(here.model):
+            for count in counts(here.model, merged):
                 name = f"{'merged' if merged else 'served'}, engines: {count}"
-                clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate))
+                clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate), NEEDS)
+        clock.measure("raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", "{}", "text"), NEEDS)
     return clock.found
 
 
-def counts(model: Path) -> list[int]:
+def counts(model: Path, merged: bool) -> list[int]:
     weights = sum(tensor.bytes for tensor in folder_tensors(model).values())
-    return sorted({1, engines_of(weights)})
+    return sorted({1, engines_of(weights, serving=not merged)})
 
 
 def as_it_comes(here: World, name: str, more: str, how: str) -> Result:
@@ -159,7 +158,7 @@ def logprobs(model: str, batch_tokens: int) -> Result:
     with world(model, DRAWN) as here:
         read(here, batch_tokens, clock)
         free()
-        clock.measure("drawn", lambda: drawn(here, here.adapters, False, counts(here.model)[-1], None))
+        clock.measure("drawn", lambda: drawn(here, here.adapters, False, counts(here.model, False)[-1], None))
     answers = clock.found["drawn"]
     for name, words in list(clock.found.items()):
         if isinstance(words, dict) and isinstance(answers, dict) and "floor_s" in words:

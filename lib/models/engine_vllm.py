@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lib.models.merged import Merging
 
 MEMORY = 0.9  # of a GPU's
+PASSING = 6 << 30  # bytes of an engine among several: what a step computes, its logits, graphs, CUDA itself
 STEP_TOKENS = 8192  # that a step computes at most, prompts and answers
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that it knows
 AT_ONCE = 2  # adapters in a step: the last rows of one, and the first of the next; each slot more costs all kernels
@@ -102,7 +103,7 @@ class VllmEngine:
         if self.on_gpu:
             found["gpu_memory_utilization"] = MEMORY / setting.parts
         if self.on_gpu and setting.parts > 1:  # they start at once, and none can see what the others will take
-            found["kv_cache_memory_bytes"] = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
+            found["kv_cache_memory_bytes"] = cache_bytes(setting, gpus, total_bytes())
         return found | setting.more
 
     def generate(self, work: Work) -> tuple[list[Answer], list[tuple[int, list[float]]]]:
@@ -192,6 +193,25 @@ def merging_of(setting: Setting, device: str) -> "Merging | None":
     from lib.models.merged import Merging
 
     return Merging(setting.folder, getattr(torch, setting.dtype), torch.device(device))
+
+
+def cache_bytes(setting: Setting, gpus: int, total: int) -> int:
+    """Of a GPU with so many bytes, for one engine among several: all that its rows could want, or what there is. Rows
+    that find no room wait, in the same order each time."""
+    weights = sum(tensor.bytes for tensor in folder_tensors(Path(setting.folder)).values()) // gpus
+    wanted = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
+    room = int(total * MEMORY) // setting.parts - weights - PASSING
+    if room < wanted // 8:
+        raise RuntimeError(
+            f"{setting.parts} engines on a GPU leave {room / 2**30:.1f} GiB each for keys and values; set generate.engines=1"
+        )
+    return min(wanted, room)
+
+
+def total_bytes() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def kv_bytes(setting: Setting) -> int:
