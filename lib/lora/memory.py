@@ -1,17 +1,19 @@
 """How large a micro-batch may be, and what a training takes of its GPU, before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib.base.errors import UserError
 from lib.checkpoint.families import Shape
-from lib.lora.base import Ranks
+from lib.lora.base import Ranks, cut
 from lib.lora.batches import round_up
+from lib.lora.relay import slots
 from lib.lora.space import Size
 
 GIB = 2**30
 # Tokens: below the first line's last, a layer's results are better computed twice than products made so thin.
 WHOLE = (16384, 12288, 10240, 8192, 6144, 5120, 4096, 3072, 2048, 1536, 1024, 768)
 TWICE = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
+THIN = 1024  # of several GPUs, where a step has no longer rows
 PASSING = 512 << 20  # sums of kernels, pieces of Adam's step, what the allocator rounds up
 SHARE = 0.99  # of the free memory
 
@@ -24,29 +26,31 @@ class TrainingMemory:
     activations: int
     embed_on_host: bool
     total: int  # that was free
+    gpus: int = 1  # of several, this is the fullest
 
     @property
     def need(self) -> int:
         return self.weights + self.adapter + self.activations + PASSING
 
     def __str__(self) -> str:
+        a_gpu = f" a GPU, the fullest of {self.gpus}" if self.gpus > 1 else ""
         again = ", layers computed again on the way back" if self.size.recompute else ""
         where = "embedding in host memory" if self.embed_on_host else "embedding on the GPU"
         return (
-            f"memory: {self.need / GIB:.2f} of {self.total / GIB:.1f} GiB (weights {self.weights / GIB:.2f}, adapter "
-            f"{self.adapter / GIB:.2f}, activations of {self.size.tokens:,} tokens {self.activations / GIB:.2f}{again};"
-            f" {where})"
+            f"memory{a_gpu}: {self.need / GIB:.2f} of {self.total / GIB:.1f} GiB (weights {self.weights / GIB:.2f}, "
+            f"adapter {self.adapter / GIB:.2f}, activations of {self.size.tokens:,} tokens "
+            f"{self.activations / GIB:.2f}{again}; {where})"
         )
 
 
-def weight_bytes(shape: Shape, rank: int, itemsize: int, on_host: bool) -> int:
-    """With the adapter's copies beside them."""
+def weight_bytes(shape: Shape, rank: int, itemsize: int, on_host: bool, first: bool = True, last: bool = True) -> int:
+    """With the adapter's copies beside them. Of the first layers, with the embedding, or the last, with the head."""
     s, ranks = shape, Ranks(rank)
     beside = s.hidden * (ranks.qkv + ranks.gate_up + 2 * ranks.one) + ranks.qkv * s.qkv + ranks.gate_up * 2 * s.inner
     beside += ranks.one * (s.heads * s.head + s.inner)
     layer = s.layer_parameters + beside + 2 * s.hidden + (s.qkv if s.bias else 0)
-    tables = 1 if s.tied or on_host else 2
-    return (s.layers * layer + tables * s.vocabulary * s.hidden + s.hidden) * itemsize
+    tables = 1 if first and last and s.tied else (first and not on_host) + last
+    return (s.layers * layer + tables * s.vocabulary * s.hidden + last * s.hidden) * itemsize
 
 
 def adapter_bytes(shape: Shape, rank: int, itemsize: int) -> int:
@@ -60,24 +64,43 @@ def adapter_bytes(shape: Shape, rank: int, itemsize: int) -> int:
 
 
 def plan_training(
-    shape: Shape, rank: int, itemsize: int, step_tokens: int, longest: int, free: int, grad_itemsize: int = 4
+    shape: Shape,
+    rank: int,
+    itemsize: int,
+    step_tokens: int,
+    longest: int,
+    free: int,
+    grad_itemsize: int = 4,
+    gpus: int = 1,
+    thin: int = THIN,
 ) -> TrainingMemory:
-    """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice."""
-    adapter, step = adapter_bytes(shape, rank, grad_itemsize), round_up(step_tokens)
+    """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
+    several GPUs the fullest; what they compute at once is a few micro-batches, so a step is cut into thin ones."""
+    step, room, parts = round_up(step_tokens), slots(gpus), cut(shape, gpus)
+    most = min((choice for choice in WHOLE if choice >= max(thin, longest)), default=0) if gpus > 1 else WHOLE[0]
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:
-        size = Size(tokens, tokens, recompute)
-        weights = weight_bytes(shape, rank, itemsize, on_host)
-        return TrainingMemory(weights, adapter, size, size.bytes(shape, rank, itemsize), on_host, free)
+        found = []
+        for i, layers in enumerate(parts):
+            own, first, last = replace(shape, layers=layers), i == 0, i == gpus - 1
+            size = Size(tokens, tokens if last else 0, recompute)
+            activations = size.bytes(own, rank, itemsize) + (room[i] - 1) * size.kept(own, rank, itemsize)
+            parcels = (not last) * (1 + room[i]) + (not first) * (1 + room[i - 1])  # sent and received
+            activations += parcels * tokens * shape.hidden * itemsize
+            weights = weight_bytes(own, rank, itemsize, on_host, first, last)
+            adapter = adapter_bytes(own, rank, grad_itemsize)
+            found.append(TrainingMemory(weights, adapter, size, activations, on_host, free, gpus))
+        fullest = max(found, key=lambda one: one.need)
+        return replace(fullest, size=Size(tokens, tokens, recompute))
 
     for recompute, choices in ((False, WHOLE), (True, TWICE)):
         for on_host in (False, True):
-            for most in choices:
-                found = planned(min(most, step), recompute, on_host)
+            for tokens in (min(choice, step) for choice in choices if choice <= most):
+                found = planned(tokens, recompute, on_host)
                 if found.need <= SHARE * free and found.size.tokens >= longest:
                     return found
     least = planned(round_up(longest), True, True).need
     raise UserError(
         f"training on rows of {longest} tokens needs {least / GIB:.1f} GiB of a GPU, and {free / GIB:.1f} GiB are "
-        "free; ask for a larger GPU, or lower max_length or lora.rank"
+        "free; ask for a larger GPU, or for more of them (run.gpus), or lower max_length or lora.rank"
     )

@@ -1,0 +1,40 @@
+"""How micro-batches follow each other through the stages of a model: one forward, one backward, in turn."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Way = Literal["forward", "backward", "both"]  # the last stage goes back at once
+
+
+@dataclass(frozen=True)
+class Turn:
+    stage: int
+    way: Way
+    micro: int
+
+
+def slots(stages: int) -> list[int]:
+    """Micro-batches that each stage keeps at once. One more than those under way behind it: with no more than these, a
+    stage would wait for what the next one sends while it is sent."""
+    return [stages - stage + 1 for stage in range(stages - 1)] + [1]
+
+
+def turns(stages: int, micros: int) -> Iterator[Turn]:
+    """In an order in which one thread can launch them all: each after those whose results it takes. A stage goes
+    forward as long as it has room, and backward in the micro-batches' order, whatever takes how long."""
+    room, forward, backward, last = slots(stages), [0] * stages, [0] * stages, stages - 1
+    while backward[0] < micros:
+        for stage in range(stages):
+            there = micros if stage == 0 else forward[stage - 1]
+            onwards = forward[stage] < micros and forward[stage] - backward[stage] < room[stage]
+            if stage == last:
+                if backward[stage] < there:
+                    yield Turn(stage, "both", backward[stage])
+                    forward[stage] = backward[stage] = backward[stage] + 1
+            elif onwards and forward[stage] < there:
+                yield Turn(stage, "forward", forward[stage])
+                forward[stage] += 1
+            elif not onwards and backward[stage] < backward[stage + 1]:
+                yield Turn(stage, "backward", backward[stage])
+                backward[stage] += 1
