@@ -12,23 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lib.bench import (
-    attribution,
-    lora,
-    lora_spread,
-    lora_whole,
-    numbers,
-    preferences,
-    pruning,
-    scoring,
-    store,
-    sweep,
-    sweep_whole,
-)
+from lib.bench import attribution, lora, lora_whole, numbers, preferences, pruning, scoring, store, sweep, sweep_whole
 from lib.bench.llamas import LLAMAS
 from lib.bench.shapes import SHAPES, free, machine
 
-OF_QWENS = scoring.RUNGS | lora.RUNGS | lora_spread.RUNGS | lora_whole.RUNGS | numbers.RUNGS | preferences.RUNGS
+OF_QWENS = scoring.RUNGS | lora.RUNGS | lora_whole.RUNGS | numbers.RUNGS | preferences.RUNGS
 OF_LLAMAS = attribution.RUNGS | pruning.RUNGS | sweep.RUNGS | sweep_whole.RUNGS
 SUITES = {**dict.fromkeys(SHAPES, OF_QWENS), **dict.fromkeys(LLAMAS, OF_LLAMAS), "disk": store.RUNGS}
 

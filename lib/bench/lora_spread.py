@@ -1,7 +1,6 @@
 """Students over several GPUs beside one, all in one run."""
 
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -102,6 +101,3 @@ def stage_times(trainer: SpreadTrainer, step: list[Row]) -> Result:
             stage.put(micro, 1.0)
             found.append(round(timed(through, 10) * 1e3, 2))
     return {"stage_ms": found, "layers": [stage.base.shape.layers for stage in trainer.stages.steps]}
-
-
-RUNGS: dict[str, Callable[[str, int], Result]] = {"train-spread": spread}
