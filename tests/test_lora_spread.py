@@ -1,20 +1,24 @@
 """A model over several devices: the gradient, adapter and state that it has on one. Here all devices are the CPU, and
 what goes from one stage to the next is copied."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib.base.errors import UserError
 from lib.bench.shapes import SHAPES
 from lib.lora.base import cut, load_base, load_stages
 from lib.lora.batches import FINE, micro_batches
+from lib.lora.memory import TrainingMemory, plan_training, stages_memory
 from lib.lora.recipe import Lora
-from lib.lora.relay import slots, turns
+from lib.lora.relay import slots, times, turns
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.trainer import FastTrainer, Resident, SpreadTrainer
-from tests.test_lora_step import loss_of, peft_model, ragged_rows, with_random_b
+from tests.test_lora_step import loss_of, peft_model, ragged_rows, storages, with_random_b
 from tests.tools import tiny_llama, tiny_model
 
 CPU = torch.device("cpu")
@@ -103,6 +107,64 @@ def test_a_student_goes_on_with_another_number_of_devices(folder, before, after)
     must_be_equal(whole.state(), then.state())
 
 
+def test_a_loss_that_is_none_is_said_and_the_next_student_does_not_know_of_it(folder):
+    steps = steps_of((24, 9, 24))
+    made = trainer(folder, 2)
+    first = trained(made, steps), made.state()
+    made.begin(3)
+    made.step(steps[0], float("inf"), 1)
+    assert not math.isfinite(made.step(steps[1], 0.01, 2)["loss"])
+    made.begin(1)
+    assert trained(made, steps) == first[0]
+    must_be_equal(made.state(), first[1])
+
+
+def test_the_gradient_is_clipped_by_the_norm_of_all_stages(folder):
+    """Adam's first moment after one step is a tenth of what the gradient was brought down to."""
+    rows, clip = ragged_rows(24, 0), 0.25
+    free, made = (trainer(folder, 3, dtype="float64", clip=most) for most in (1e9, clip))
+    for one in (free, made):
+        found = one.step(rows, 0.01, 1)
+    norm = math.sqrt(sum(one.square().sum().item() for one in named_gradients(free).values()))
+    assert found["grad_norm"] == pytest.approx(norm, rel=1e-12) and norm > 1.5 * clip
+    moments = {name: one for name, one in made.state().items() if name.startswith("adam.m.")}
+    down = math.sqrt(sum(one.square().sum().item() for one in moments.values()))
+    assert down == pytest.approx(0.1 * clip, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [THIN, AGAIN], ids=["kept", "again"])
+def test_memory_of_every_stage_is_planned_to_the_byte(folder, size):
+    """Weights with the adapter's copies, the adapter, activations of all slots, and parcels that are sent or come."""
+    made = trainer(folder, 3, size)
+    assert isinstance(made, SpreadTrainer)
+    steps, onwards, back = made.stages.steps, made.stages.onwards, made.stages.back
+    shape = replace(steps[0].base.shape, layers=sum(step.base.shape.layers for step in steps))
+    plans = stages_memory(shape, RANK, 4, size, False, 0, 4, 3)
+    for i, (plan, step, adapter) in enumerate(zip(plans, steps, made.adapters, strict=True)):
+        base, room = step.base, slots(3)[i]
+        ends = [one for one in (base.embedding, base.norm, base.head) if one is not None]
+        assert storages(base.stack, *ends) == plan.weights
+        assert storages(adapter, adapter.products) == plan.adapter
+        sent = [link.sent_MD for link in (*onwards[i : i + 1], *back[:i][-1:])]
+        came = [one for link in (*back[i : i + 1], *onwards[:i][-1:]) for one in link.came]
+        tables = room * (2 * 128 * base.shape.head * 4 + (128 * 16 if i == 2 else 0) + 4)  # as on one device
+        spaces = storages(*step.spaces, *(space.kept for space in step.spaces), *sent, *came)
+        assert spaces == plan.activations + tables
+
+
+def test_a_model_that_no_gpu_holds_is_spread_over_several():
+    """72B on 80 GB: not on one, on two with layers computed again, on four without; longer rows in larger batches."""
+
+    def plan(gpus: int, longest: int = 500) -> TrainingMemory:
+        return plan_training(SHAPES["72b"], 8, 2, 60 * 500, longest, int(78.6 * 2**30), gpus=gpus)
+
+    with pytest.raises(UserError, match=r"or for more of them \(run\.gpus\)"):
+        plan(1)
+    assert plan(2).size == Size(1024, 1024, True) and plan(4).size == Size(1024, 1024, False)
+    assert plan(4, 1100).size.tokens == 1536
+    assert "a GPU, the fullest of 2: 7" in str(plan(2)) and "a GPU" not in str(plan(2)).split(": ", 1)[1].split(";")[0]
+
+
 WAYS = [(stages, micros) for stages in range(1, 6) for micros in range(1, 12)]
 
 
@@ -140,6 +202,7 @@ def test_stages_that_are_equally_fast_lose_the_first_and_the_last_turns_alone(st
     """The bound of any such order: m + p - 1 micro-batches' time; and a parcel that takes a while is waited for at the
     two ends alone."""
     assert seconds(stages, micros, 0.0) == 3 * (micros + stages - 1)
+    assert times(stages, micros) == pytest.approx(3 * micros * stages / seconds(stages, micros, 0.0))
     if stages <= 3:
         assert seconds(stages, micros, 0.1) == pytest.approx(3 * (micros + stages - 1) + 0.2 * (stages - 1))
 

@@ -6,14 +6,13 @@ from lib.base.errors import UserError
 from lib.checkpoint.families import Shape
 from lib.lora.base import Ranks, cut
 from lib.lora.batches import round_up
-from lib.lora.relay import slots
+from lib.lora.relay import THIN, slots
 from lib.lora.space import Size
 
 GIB = 2**30
 # Tokens: below the first line's last, a layer's results are better computed twice than products made so thin.
 WHOLE = (16384, 12288, 10240, 8192, 6144, 5120, 4096, 3072, 2048, 1536, 1024, 768)
 TWICE = (4096, 3072, 2048, 1536, 1024, 768, 512, 256)
-THIN = 1024  # of several GPUs, where a step has no longer rows
 PASSING = 512 << 20  # sums of kernels, pieces of Adam's step, what the allocator rounds up
 SHARE = 0.99  # of the free memory
 
@@ -63,6 +62,23 @@ def adapter_bytes(shape: Shape, rank: int, itemsize: int) -> int:
     return s.layers * (4 * rank * (inputs + outputs) + products) * itemsize
 
 
+def stages_memory(
+    shape: Shape, rank: int, itemsize: int, size: Size, on_host: bool, free: int, grad_itemsize: int, gpus: int
+) -> list[TrainingMemory]:
+    """What each GPU holds of a model over so many."""
+    room, found = slots(gpus), []
+    for i, layers in enumerate(cut(shape, gpus)):
+        own, first, last = replace(shape, layers=layers), i == 0, i == gpus - 1
+        here = size if last else replace(size, predictions=0)
+        activations = here.bytes(own, rank, itemsize) + (room[i] - 1) * here.kept(own, rank, itemsize)
+        parcels = (not last) * (1 + room[i]) + (not first) * (1 + room[i - 1])  # one that is sent, and those that come
+        activations += parcels * size.tokens * shape.hidden * itemsize
+        weights = weight_bytes(own, rank, itemsize, on_host, first, last)
+        adapter = adapter_bytes(own, rank, grad_itemsize)
+        found.append(TrainingMemory(weights, adapter, size, activations, on_host, free, gpus))
+    return found
+
+
 def plan_training(
     shape: Shape,
     rank: int,
@@ -75,23 +91,14 @@ def plan_training(
     thin: int = THIN,
 ) -> TrainingMemory:
     """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
-    several GPUs the fullest; what they compute at once is a few micro-batches, so a step is cut into thin ones."""
-    step, room, parts = round_up(step_tokens), slots(gpus), cut(shape, gpus)
+    several GPUs the fullest: a step is cut into thin ones, so that all of them are busy."""
+    step = round_up(step_tokens)
     most = min((choice for choice in WHOLE if choice >= max(thin, longest)), default=0) if gpus > 1 else WHOLE[0]
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:
-        found = []
-        for i, layers in enumerate(parts):
-            own, first, last = replace(shape, layers=layers), i == 0, i == gpus - 1
-            size = Size(tokens, tokens if last else 0, recompute)
-            activations = size.bytes(own, rank, itemsize) + (room[i] - 1) * size.kept(own, rank, itemsize)
-            parcels = (not last) * (1 + room[i]) + (not first) * (1 + room[i - 1])  # sent and received
-            activations += parcels * tokens * shape.hidden * itemsize
-            weights = weight_bytes(own, rank, itemsize, on_host, first, last)
-            adapter = adapter_bytes(own, rank, grad_itemsize)
-            found.append(TrainingMemory(weights, adapter, size, activations, on_host, free, gpus))
-        fullest = max(found, key=lambda one: one.need)
-        return replace(fullest, size=Size(tokens, tokens, recompute))
+        size = Size(tokens, tokens, recompute)
+        found = stages_memory(shape, rank, itemsize, size, on_host, free, grad_itemsize, gpus)
+        return max(found, key=lambda one: one.need)
 
     for recompute, choices in ((False, WHOLE), (True, TWICE)):
         for on_host in (False, True):

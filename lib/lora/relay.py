@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+THIN = 1024  # tokens of a micro-batch, where a step has no longer rows
 Way = Literal["forward", "backward", "both"]  # the last stage goes back at once
 
 
@@ -18,6 +19,11 @@ def slots(stages: int) -> list[int]:
     """Micro-batches that each stage keeps at once. One more than those under way behind it: with no more than these, a
     stage would wait for what the next one sends while it is sent."""
     return [stages - stage + 1 for stage in range(stages - 1)] + [1]
+
+
+def times(stages: int, micros: int) -> float:
+    """One device's rate, at most: each waits for the first micro-batch to come, and after its last one."""
+    return stages * micros / (micros + stages - 1)
 
 
 def turns(stages: int, micros: int) -> Iterator[Turn]:
