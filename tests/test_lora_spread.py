@@ -2,9 +2,11 @@
 what goes from one stage to the next is copied."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from lib.lora.base import cut, load_base, load_stages
 from lib.lora.batches import FINE, micro_batches
 from lib.lora.memory import TrainingMemory, plan_training, stages_memory
 from lib.lora.recipe import Lora
-from lib.lora.relay import slots, times, turns
+from lib.lora.relay import ENDS, EVEN, slots, times, turns
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.trainer import FastTrainer, Resident, SpreadTrainer
@@ -39,7 +41,7 @@ def trainer(folder: Path, stages: int, size: Size = THIN, dtype: str = "float32"
     made: Resident
     if stages == 1:
         made = FastTrainer(load_base(str(folder), dtype, RANK, 64), lora, size, 24)
-        made.grain = FINE
+        made.grain, made.ends = FINE, ENDS
     else:
         made = SpreadTrainer(load_stages(str(folder), dtype, RANK, 64, [CPU] * stages), lora, size, 24)
     made.begin(1)
@@ -69,11 +71,11 @@ def must_be_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
 @pytest.mark.parametrize("size", [THIN, AGAIN], ids=["kept", "again"])
 @pytest.mark.parametrize("stages", [2, 3])
 def test_stages_have_the_bits_of_one_device(folder, stages, size):
-    """Losses, gradients, adapter and moments, of steps of one to five micro-batches. The norm is summed up stage
+    """Losses, gradients, adapter and moments, of steps of a few to many micro-batches. The norm is summed up stage
     by stage, so that its last bit may differ, and with it what is clipped: nothing is, here."""
     steps = steps_of((24, 3, 7, 24))
     one, spread = trainer(folder, 1, size, clip=1e9), trainer(folder, stages, size, clip=1e9)
-    assert [len(list(micro_batches(rows, 128, FINE))) for rows in steps] == [5, 1, 2, 4]
+    assert [len(list(micro_batches(rows, 128, FINE, ENDS))) for rows in steps] == [6, 3, 4, 5]
     for number, rows in enumerate(steps, 1):
         a, b = (made.step(rows, 0.01, number) for made in (one, spread))
         assert a["loss"] == b["loss"] and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
@@ -207,17 +209,30 @@ def test_stages_that_are_equally_fast_lose_the_first_and_the_last_turns_alone(st
         assert seconds(stages, micros, 0.1) == pytest.approx(3 * (micros + stages - 1) + 0.2 * (stages - 1))
 
 
-def seconds(stages: int, micros: int, away: float) -> float:
-    """Of a step, where a forward takes 1, a backward 2, and a parcel `away`."""
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_small_batches_at_both_ends_let_stages_wait_less(stages):
+    """Of 60 rows like those that are trained on, where a micro-batch takes time by its tokens and that of 100 more."""
+    rows = [Row(tuple(range(n)), 1) for n in np.random.default_rng(0).integers(140, 165, 60).tolist()]
+    found = {}
+    for ends in (EVEN, ENDS):
+        sizes = [micro.size[0] for micro in micro_batches(rows, 1024, FINE, ends)]
+        assert max(sizes) <= 1024 and sum(sizes) < 1.06 * sum(len(row.ids) for row in rows)
+        found[ends] = seconds(stages, len(sizes), 0.0, [size + 100 for size in sizes])
+    assert found[ENDS] < 0.98 * found[EVEN]
+
+
+def seconds(stages: int, micros: int, away: float, sizes: Sequence[int] = ()) -> float:
+    """Of a step, where a forward takes 1, a backward 2, each times its size, and a parcel `away`."""
     free, ended = [0.0] * stages, dict[tuple[str, int, int], float]()
     for turn in turns(stages, micros):
         s, n = turn.stage, turn.micro
+        size = sizes[n] if sizes else 1
         if turn.way != "backward":
             came = ended["forward", s - 1, n] + away if s else 0.0
-            free[s] = ended["forward", s, n] = max(free[s], came) + 1
+            free[s] = ended["forward", s, n] = max(free[s], came) + size
         if turn.way != "forward":
             came = ended["backward", s + 1, n] + away if s < stages - 1 else 0.0
-            free[s] = ended["backward", s, n] = max(free[s], came) + 2
+            free[s] = ended["backward", s, n] = max(free[s], came) + 2 * size
     return max(free)
 
 

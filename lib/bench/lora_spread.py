@@ -7,9 +7,9 @@ import torch
 from lib.base.errors import UserError, one_line
 from lib.bench.lora import MAX_LENGTH, RANK, RATE, STEP_ROWS, STEPS_OF, random_base, training_rows
 from lib.bench.shapes import SHAPES, Result, free, timed
-from lib.lora.batches import micro_batches
 from lib.lora.memory import TrainingMemory, plan_training
 from lib.lora.recipe import Lora
+from lib.lora.relay import ENDS, EVEN, Ends
 from lib.lora.rows import Row
 from lib.lora.step import Step
 from lib.lora.trainer import FastTrainer, Resident, SpreadTrainer
@@ -29,13 +29,14 @@ def spread(model: str, batch_tokens: int) -> Result:
     found = {"one": one_size(model, steps, 1, 0)}  # as the job has it: a step at once, if it fits
     for tokens in TOKENS:
         found[str(tokens)] = one_size(model, steps, gpus, tokens)
+    found["1024_even"] = one_size(model, steps, gpus, 1024, EVEN)
     rates = {name: float(str(one["tokens_per_s"])) for name, one in found.items() if "tokens_per_s" in one}
     for name, rate in rates.items():
         found[name]["times"] = round(rate / rates["one"], 3) if "one" in rates else "one GPU cannot"
     return {f"{name}_{what}": figure for name, one in found.items() for what, figure in one.items()}
 
 
-def one_size(model: str, steps: list[list[Row]], gpus: int, tokens: int) -> Result:
+def one_size(model: str, steps: list[list[Row]], gpus: int, tokens: int, ends: Ends = ENDS) -> Result:
     devices = visible_devices()[:gpus]
     try:
         free()
@@ -47,6 +48,7 @@ def one_size(model: str, steps: list[list[Row]], gpus: int, tokens: int) -> Resu
         if gpus == 1:
             return timed_steps(FastTrainer(bases[0], lora, plan.size, STEP_ROWS), plan, steps)
         trainer = SpreadTrainer(bases, lora, plan.size, STEP_ROWS)
+        trainer.ends = ends
         return timed_steps(trainer, plan, steps) | stage_times(trainer, steps[0])
     except (RuntimeError, UserError) as e:  # the others go on
         return {"error": one_line(e)[:200]}
@@ -65,7 +67,7 @@ def timed_steps(trainer: Resident, plan: TrainingMemory, steps: list[list[Row]])
         for device in devices:
             torch.cuda.synchronize(device)
         adapters.append([one.values.clone() for one in trainer.adapters])
-    parts = [micro for step in steps for micro in micro_batches(step, trainer.most, trainer.grain)]
+    parts = [micro for step in steps for micro in trainer._laid_out(step)]
     peaks = [round(torch.cuda.max_memory_allocated(device) / 2**30, 2) for device in devices]
     tokens = sum(len(row.ids) for step in steps for row in step)
     began = time.perf_counter()
@@ -87,7 +89,7 @@ def timed_steps(trainer: Resident, plan: TrainingMemory, steps: list[list[Row]])
 
 def stage_times(trainer: SpreadTrainer, step: list[Row]) -> Result:
     """Milliseconds of a micro-batch in each stage alone: where one is slower, the others wait for it."""
-    [micro, *_], found = micro_batches(step, trainer.most, trainer.grain), []
+    micro, found = max(trainer._laid_out(step), key=lambda one: one.size), []
     for stage in trainer.stages.steps:
 
         def through(stage: Step = stage) -> None:

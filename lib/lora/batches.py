@@ -1,12 +1,14 @@
 """Rows laid end to end in micro-batches of a few fixed sizes: each size is a shape of every matrix product, and on a
 GPU one captured graph. What is left of a batch is filled with rows of zeros, which have no loss."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.lora.relay import EVEN, Ends
 from lib.lora.rows import Row
 
 GRAIN, FINE = 256, 64  # tokens: sizes are multiples of it; where batches are thin, of the finer
@@ -29,17 +31,20 @@ class Micro:
         return len(self.ids), len(self.where)
 
 
-def micro_batches(rows: Sequence[Row], most: int, grain: int = GRAIN) -> Iterator[Micro]:
-    """All rows in their order, in as few batches of at most so many tokens as can be, about equally full."""
-    total = sum(len(row.ids) for row in rows)
-    wanted = total / -(-total // most)
+def micro_batches(rows: Sequence[Row], most: int, grain: int = GRAIN, ends: Ends = EVEN) -> Iterator[Micro]:
+    """All rows in their order, in as few batches of at most so many tokens as can be, about equally full; or with
+    smaller ones before and after these."""
+    total, (first, last) = sum(len(row.ids) for row in rows), ends
+    whole = max(1, math.ceil(total / most - sum(first) - sum(last)))
+    shares = [*first, *[1] * whole, *last]
+    wanted = total / sum(shares)
     batch: list[Row] = []
     used = done = parts = 0
     for row in rows:
         length = len(row.ids)
         if length > most:
             raise UserError(f"a row has {length} tokens, and a micro-batch takes {most}; lower max_length")
-        full = batch and (used + length > most or done + length / 2 > wanted * (parts + 1))
+        full = batch and (used + length > most or done + length / 2 > wanted * sum(shares[: parts + 1]))
         if full:
             yield _micro(batch, grain)
             batch, used, parts = [], 0, parts + 1

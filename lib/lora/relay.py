@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 THIN = 1024  # tokens of a micro-batch, where a step has no longer rows
+# A stage waits until the first micro-batch comes, and after its last one: these are smaller than the others. By how
+# much: what a stage has to do meanwhile is a third (forward) or two thirds (backward) of what its neighbour does.
+Ends = tuple[tuple[float, ...], tuple[float, ...]]  # sizes of the first ones, and of the last
+ENDS: Ends = ((0.4,), (0.7, 0.5))
+EVEN: Ends = ((), ())
 Way = Literal["forward", "backward", "both"]  # the last stage goes back at once
 
 

@@ -12,6 +12,7 @@ from lib.lora.batches import FINE, GRAIN, Micro, micro_batches, round_up
 from lib.lora.memory import plan_training
 from lib.lora.peft_form import MOMENTS
 from lib.lora.recipe import Lora
+from lib.lora.relay import ENDS, EVEN, Ends
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.stages import Stages
@@ -27,8 +28,11 @@ class Resident(ABC):
     """Adapters on bases that stay loaded, one after the other through the model. `most`: tokens of a micro-batch; a
     step with more of them takes several."""
 
-    def __init__(self, adapters: Sequence[Adapter], lora: Lora, most: int, grain: int) -> None:
-        self.adapters, self.lora, self.most, self.grain = adapters, lora, most, grain
+    grain: int = GRAIN
+    ends: Ends = EVEN
+
+    def __init__(self, adapters: Sequence[Adapter], lora: Lora, most: int) -> None:
+        self.adapters, self.lora, self.most = adapters, lora, most
         self._ahead: tuple[Sequence[Row], list[Micro]] = ((), [])
 
     def begin(self, seed: int) -> None:
@@ -56,7 +60,7 @@ class Resident(ABC):
         return {"loss": both[0], "grad_norm": both[1], "tokens": tokens, "scored": scored}
 
     def _laid_out(self, rows: Sequence[Row]) -> list[Micro]:
-        return list(micro_batches(rows, self.most, self.grain)) if rows else []
+        return list(micro_batches(rows, self.most, self.grain, self.ends)) if rows else []
 
     def state(self) -> dict[str, torch.Tensor]:
         """Of whatever devices: the names and values are those of the model."""
@@ -86,7 +90,7 @@ class FastTrainer(Resident):
     def __init__(self, base: Base, lora: Lora, size: Size, rows: int) -> None:
         self.base, self.size, self.adapter = base, size, Adapter(base, lora.scale)
         self.run = Step(base, self.adapter, size, rows)
-        super().__init__([self.adapter], lora, size.tokens, GRAIN)
+        super().__init__([self.adapter], lora, size.tokens)
 
     def _gradient(self, micros: Sequence[Micro], share: float) -> torch.Tensor:
         loss = torch.zeros((), dtype=self.adapter.dtype, device=self.base.device)
@@ -99,8 +103,10 @@ class FastTrainer(Resident):
 class SpreadTrainer(Resident):
     """On several, a base each: their layers, one after the other."""
 
+    grain, ends = FINE, ENDS
+
     def __init__(self, bases: Sequence[Base], lora: Lora, size: Size, rows: int) -> None:
-        super().__init__([Adapter(base, lora.scale) for base in bases], lora, size.tokens, FINE)
+        super().__init__([Adapter(base, lora.scale) for base in bases], lora, size.tokens)
         self.stages = Stages(bases, self.adapters, size, rows)
 
     def _gradient(self, micros: Sequence[Micro], share: float) -> torch.Tensor:
