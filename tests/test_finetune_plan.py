@@ -1,6 +1,7 @@
 """Students as an experiment: cells and digests, runs apart, what they cost and ask for, mistakes in one sentence."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from lib.base.errors import UserError
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.lora.experiment import adapter_parameters
+from lib.lora.kernel import load_trainer
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
 from lib.run.experiment import Needs
@@ -130,6 +132,39 @@ def test_memory_of_the_host_follows_the_size(world, monkeypatch):
     big = type(real)(**{**real.__dict__, "bytes": 135 * 2**30})
     monkeypatch.setattr(type(experiment.source), "model_in", lambda *_: big)
     assert experiment.needs(world / "cache", cell) == Needs(1, 178)
+
+
+GIVEN = [("h100", 135.4, 1, 2), ("h200", 135.4, 1, 1), ("h100", 61.1, 1, 1), ("h100", 14.2, 2, 2), ("h100", 200, 1, 4)]
+GIVEN += [("h100", 135.4, 0, 0), ("other", 500, 1, 1)]
+
+
+@pytest.mark.parametrize(("gpu", "gib", "asked", "given"), GIVEN)
+def test_a_model_that_no_gpu_of_the_site_holds_is_given_several(world, monkeypatch, gpu, gib, asked, given):
+    """72B and 32B on 80 GB, 72B on an H200, where it was trained; what is said is given."""
+    experiment, cell = students(world, f"run.gpus={asked}"), cells_of(world)[0]
+    real = experiment.source.model_in(world / "cache", "1m")
+    weights = int(gib * 2**30)
+    big = type(real)(**{**real.__dict__, "bytes": weights})
+    monkeypatch.setattr(type(experiment.source), "model_in", lambda *_: big)
+    monkeypatch.setenv("SUITE_GPU", gpu)
+    host = math.ceil(1.2 * weights / 2**30) + 16
+    assert experiment.needs(world / "cache", cell) == Needs(given, host if given and host > 100 * given else 0)
+
+
+def test_several_gpus_take_less_time_and_more_gpu_hours(world):
+    """A step of 500 rows of 140 tokens is 69 micro-batches; each GPU waits for one of them a step."""
+    cache, cell = world / "cache", cells_of(world)[0]
+    one, two, four = (
+        students(world, "step_rows=500", f"run.gpus={n}").estimate(cache, cell, "h100") for n in (1, 2, 4)
+    )
+    assert one.seconds / two.seconds == pytest.approx(2 * 69 / 70) and one.bytes == two.bytes
+    assert one.seconds / four.seconds == pytest.approx(4 * 69 / 72)
+
+
+def test_a_recipe_that_pefts_own_layers_train_is_refused_on_several_gpus_before_anything_is_loaded(world, tmp_path):
+    shutil.copy(world / "model-0" / "config.json", tmp_path)  # and no weights
+    with pytest.raises(UserError, match=r"which lie on one GPU, and the task has 2: set run\.gpus=1"):
+        load_trainer(students(world, "lora.dropout=0.1"), str(tmp_path), "float32", 2)
 
 
 def test_a_chain_of_some_students_takes_the_numbers_of_these_alone(world, tmp_path):

@@ -8,13 +8,14 @@ import torch
 
 from lib.bench.shapes import SHAPES, Result, free, qwen_config, timed
 from lib.checkpoint.families import FAMILIES, Shape
-from lib.lora.base import Base, empty_base
+from lib.lora.base import Base, empty_base, whole
 from lib.lora.batches import micro_batches, round_up
 from lib.lora.memory import plan_training
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
 from lib.lora.space import HEAD_ROWS, Size
 from lib.lora.trainer import FastTrainer
+from lib.models.load import visible_devices
 
 STEP_ROWS, STEPS, RANK, MAX_LENGTH = 60, 12, 8, 500
 STEPS_OF = {"14b": 6, "32b": 4, "72b": 2}
@@ -34,21 +35,21 @@ def training_rows(shape: Shape, n: int, whole: bool, seed: int = 0) -> list[Row]
 
 
 @torch.no_grad()
-def random_base(model: str, on_host: bool = False) -> Base:
-    config = qwen_config(SHAPES[model])
-    device = torch.device("cuda")
-    base = empty_base(FAMILIES["qwen2"], config, RANK, torch.bfloat16, device, round_up(MAX_LENGTH), on_host)
-    for layer in base.weights().layers:
+def random_base(model: str, on_host: bool = False, gpus: int = 1) -> list[Base]:
+    config, devices = qwen_config(SHAPES[model]), visible_devices()[:gpus]
+    bases = empty_base(FAMILIES["qwen2"], config, RANK, torch.bfloat16, devices, round_up(MAX_LENGTH), on_host)
+    weights = whole(bases)
+    for layer in weights.layers:
         for norm in (layer.norm1, layer.norm2):
             norm.fill_(1)
         for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
             for rows in matrix.split(4096):
                 rows.normal_(0, 0.02)
-    base.norm.fill_(1)
-    base.embedding.normal_(0, 0.02)
-    if base.head is not base.embedding:
-        base.head.normal_(0, 0.02)
-    return base
+    weights.norm.fill_(1)
+    weights.embedding.normal_(0, 0.02)
+    if weights.head is not weights.embedding:
+        weights.head.normal_(0, 0.02)
+    return bases
 
 
 @torch.no_grad()
@@ -61,7 +62,9 @@ def floor_seconds(base: Base, tokens: int, predictions: int, forwards: int = 1) 
         return torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
 
     layers = min(4, s.layers)
-    few = [(w.qkv, w.o, w.gate_up, w.down) for w in base.weights().layers[:layers]]
+    few = [(w.qkv, w.o, w.gate_up, w.down) for w in base.stack.layers(s.hidden)[:layers]]
+    table = base.head
+    assert table is not None
     narrow, wide = make(tokens, s.hidden), make(tokens, 2 * s.inner)
     qkv, inner, attended = make(tokens, s.qkv), make(tokens, s.inner), make(tokens, s.heads * s.head)
 
@@ -82,8 +85,8 @@ def floor_seconds(base: Base, tokens: int, predictions: int, forwards: int = 1) 
     logits = make(rows, s.vocabulary)
 
     def head() -> None:
-        torch.mm(narrow[:rows], base.head.t(), out=logits)
-        torch.mm(logits, base.head, out=narrow[:rows])
+        torch.mm(narrow[:rows], table.t(), out=logits)
+        torch.mm(logits, table, out=narrow[:rows])
 
     return found + timed(head, 5) * predictions / rows
 
@@ -92,10 +95,10 @@ def ours(model: str, batch_tokens: int) -> Result:
     """Tokens/s of whole steps, of the loss on the answer and on the whole row, beside the products in the same run."""
     shape, free_now, count = SHAPES[model], torch.cuda.mem_get_info()[0], STEPS_OF.get(model, STEPS)
     plan = plan_training(shape, RANK, 2, batch_tokens, 256, free_now)
-    recompute, base, found = plan.size.recompute, random_base(model, plan.embed_on_host), Result()
-    for name, whole in (("answer", False), ("row", True)):
+    recompute, [base], found = plan.size.recompute, random_base(model, plan.embed_on_host), Result()
+    for name, entire in (("answer", False), ("row", True)):
         torch.cuda.reset_peak_memory_stats()
-        rows = training_rows(base.shape, STEP_ROWS * count, whole)
+        rows = training_rows(base.shape, STEP_ROWS * count, entire)
         size, planned = plan.size, plan.need
         began = time.perf_counter()
         trainer = FastTrainer(base, Lora(rank=RANK, alpha=RANK), size, STEP_ROWS)
@@ -185,7 +188,7 @@ def plain(model: str, batch_tokens: int) -> Result:
 
 def repeat(model: str, batch_tokens: int) -> Result:
     """The same steps twice, one time with another student between: the same bits."""
-    base = random_base(model)
+    [base] = random_base(model)
     rows = training_rows(base.shape, STEP_ROWS * 6, True)
     steps = [rows[i * STEP_ROWS : (i + 1) * STEP_ROWS] for i in range(6)]
     trainer = FastTrainer(base, Lora(rank=RANK, alpha=RANK), Size(batch_tokens, batch_tokens, False), STEP_ROWS)

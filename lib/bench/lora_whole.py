@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lib.bench.lora import training_rows
+from lib.bench.lora_spread import spread
 from lib.bench.shapes import SHAPES, Result, free
 from lib.bench.whole import checkpoint, run
 from lib.families import load
@@ -115,4 +116,4 @@ def losses(model: str, batch_tokens: int) -> Result:
     }
 
 
-RUNGS: dict[str, Callable[[str, int], Result]] = {"train-job": job, "train-loss": losses}
+RUNGS: dict[str, Callable[[str, int], Result]] = {"train-job": job, "train-loss": losses, "train-spread": spread}

@@ -1,9 +1,9 @@
-"""One adapter: float32 A and B of all layers, Adam's moments of them, and their copies in the base's matrices.
+"""One adapter of a base: float32 A and B of all its layers, Adam's moments of them, and their copies in its matrices.
 
 Suffixes as in base; r is the rank itself."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,7 @@ class Adapter:
         self.place()
 
     def _module(self, layer: int, block: Block) -> str:
-        return f"{self.base.family.names.stack}.{layer}.{block.linear}"
+        return f"{self.base.family.names.stack}.{self.base.first + layer}.{block.linear}"
 
     def place(self) -> None:
         """The base computes with the present values."""
@@ -117,11 +117,10 @@ class Adapter:
         return values if block.letter == "A" or self.scale == 1 else values * self.scale
 
     def update(
-        self, rate: float, number: int, clip: float, betas: tuple[float, float], eps: float, decay: float
-    ) -> torch.Tensor:
-        """AdamW's step number 1, 2 ..., of the gradient scaled down to a norm of at most `clip`; the norm before."""
-        norm = torch.linalg.vector_norm(self.gradient)
-        shrink, (one, two) = (clip / (norm + 1e-6)).clamp(max=1), betas  # as torch's clip_grad_norm_
+        self, rate: float, number: int, shrink: torch.Tensor, betas: tuple[float, float], eps: float, decay: float
+    ) -> None:
+        """AdamW's step number 1, 2 ..., of the gradient times `shrink`."""
+        one, two = betas
         parts = (flat.split(PIECE) for flat in (self.values, self.gradient, self.first, self.second))
         for value, gradient, first, second in zip(*parts, strict=True):
             gradient *= shrink
@@ -131,7 +130,6 @@ class Adapter:
             divisor = second.sqrt().div_(math.sqrt(1 - two**number)).add_(eps)
             value.addcdiv_(first, divisor, value=-rate / (1 - one**number))
         self.place()
-        return norm
 
     def named(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Parts of the adapter, or of what is laid out like it, under peft's names."""
@@ -141,3 +139,12 @@ class Adapter:
             for layer, one in enumerate(flat[at : at + size].view_as(block.values)):
                 yield weight_name(self._module(layer, block), block.letter), one
             at += size
+
+
+def clipped(adapters: Sequence[Adapter], clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the whole gradient, and by what it is brought down to `clip`, as torch's clip_grad_norm_ has it. On
+    the last one's device, of several parts in their order."""
+    norms = [torch.linalg.vector_norm(one.gradient) for one in adapters]
+    here = norms[-1].device
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([one.to(here) for one in norms]))
+    return norm, (clip / (norm + 1e-6)).clamp(max=1)

@@ -11,7 +11,8 @@ The scale alpha / r is inside B. Columns and rows are filled up to a multiple of
 
 Suffixes: L layers, D hidden, X q, k and v, Q heads times width, F inner, G gate and up, r rank, R filled up."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,51 +102,94 @@ class Stack:
 
 @dataclass
 class Base:
+    """A model, or those of its layers that lie on one device: the first ones with the embedding, the last ones with
+    norm and head."""
+
     family: Family
-    shape: Shape
+    shape: Shape  # of these layers
     rank: int
     stack: Stack
-    embedding: torch.Tensor  # may stay in host memory: only its rows are looked up
-    norm: torch.Tensor
-    head: torch.Tensor
+    embedding: torch.Tensor | None  # may stay in host memory: only its rows are looked up
+    norm: torch.Tensor | None
+    head: torch.Tensor | None
     rope: tuple[torch.Tensor, torch.Tensor]
+    first: int = 0  # the number of its first layer
 
     @property
     def device(self) -> torch.device:
-        return self.norm.device
+        return self.stack.norm1_LD.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.dtype
+        return self.stack.norm1_LD.dtype
 
-    def weights(self) -> Weights:
-        return Weights(self.embedding, self.stack.layers(self.shape.hidden), self.norm, self.head)
+
+def cut(shape: Shape, stages: int) -> list[int]:
+    """Layers of each stage, so that the slowest has least to do: the head is worth several layers of a small model."""
+    if stages == 1:
+        return [shape.layers]
+    head, others = shape.vocabulary * shape.hidden / shape.layer_parameters, stages - 1
+
+    def slowest(last: int) -> float:
+        return max(last + head, -(-(shape.layers - last) // others))
+
+    last = min(range(1, shape.layers - others + 1), key=slowest)
+    before = shape.layers - last
+    return [(i + 1) * before // others - i * before // others for i in range(others)] + [last]
 
 
 def empty_base(
-    family: Family, config: Any, rank: int, dtype: torch.dtype, device: torch.device, tokens: int, on_host: bool
-) -> Base:
+    family: Family, config: Any, rank: int, dtype: torch.dtype, devices: list[torch.device], tokens: int, on_host: bool
+) -> list[Base]:
+    """A stage a device, of no more devices than there are layers."""
     assert family.shape
     s = family.shape(config)
-    table = torch.empty(s.vocabulary, s.hidden, dtype=dtype, device="cpu" if on_host else device)
-    head = table if s.tied and not on_host else torch.empty(s.vocabulary, s.hidden, dtype=dtype, device=device)
+    devices = devices[: s.layers]
+
+    def table(device: torch.device) -> torch.Tensor:
+        return torch.empty(s.vocabulary, s.hidden, dtype=dtype, device=device)
+
+    embedding = table(torch.device("cpu") if on_host else devices[0])
+    head = embedding if s.tied and not on_host and len(devices) == 1 else table(devices[-1])
+    norm = torch.empty(s.hidden, dtype=dtype, device=devices[-1])
     cos, sin = rope_table(family, config, dtype, tokens)
-    stack, norm = Stack.empty(s, rank, dtype, device), torch.empty(s.hidden, dtype=dtype, device=device)
-    return Base(family, s, rank, stack, table, norm, head, (cos.to(device), sin.to(device)))
+    made: list[Base] = []
+    for device, layers in zip(devices, cut(s, len(devices)), strict=True):
+        own, first = replace(s, layers=layers), sum(one.shape.layers for one in made)
+        stack, rope = Stack.empty(own, rank, dtype, device), (cos.to(device), sin.to(device))
+        made.append(Base(family, own, rank, stack, None, None, None, rope, first))
+    made[0].embedding, made[-1].norm, made[-1].head = embedding, norm, head
+    return made
+
+
+def whole(stages: Sequence[Base]) -> Weights:
+    """The model's own weights, as everything else in this project lays them out."""
+    first, last = stages[0], stages[-1]
+    assert first.embedding is not None and last.norm is not None and last.head is not None
+    layers = [layer for one in stages for layer in one.stack.layers(one.shape.hidden)]
+    return Weights(first.embedding, layers, last.norm, last.head)
+
+
+def load_stages(
+    folder: str, dtype: str, rank: int, max_length: int, devices: list[torch.device], on_host: bool = False
+) -> list[Base]:
+    """A model's folder, onto these devices."""
+    config = load_config(folder)
+    family = trained(config)
+    assert family.shape
+    stages = empty_base(family, config, rank, getattr(torch, dtype), devices, round_up(max_length), on_host)
+    positions = len(stages[0].rope[0])
+    if positions < max_length:
+        raise UserError(f"rows of {max_length} tokens, and the model has {positions} positions; lower max_length")
+    loaded = fill(whole(stages), Path(folder), family, family.shape(config))
+    gib = loaded.bytes / 2**30
+    print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
+    return stages
 
 
 def load_base(folder: str, dtype: str, rank: int, max_length: int, on_host: bool = False) -> Base:
     """A model's folder, onto the first device."""
-    config = load_config(folder)
-    family = trained(config)
-    base = empty_base(family, config, rank, getattr(torch, dtype), visible_devices()[0], round_up(max_length), on_host)
-    if len(base.rope[0]) < max_length:
-        raise UserError(
-            f"rows of {max_length} tokens, and the model has {len(base.rope[0])} positions; lower max_length"
-        )
-    loaded = fill(base.weights(), Path(folder), family, base.shape)
-    gib = loaded.bytes / 2**30
-    print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
+    [base] = load_stages(folder, dtype, rank, max_length, visible_devices()[:1], on_host)
     return base
 
 

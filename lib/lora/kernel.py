@@ -64,7 +64,7 @@ def compute(this: Job) -> int:
                 every=experiment.run.state_steps or schedule.steps_an_epoch,
                 keep=[epoch * schedule.steps_an_epoch for epoch in range(1, schedule.epochs + 1)],
                 log_seconds=experiment.run.log_seconds,
-                gpus=experiment.run.gpus,
+                gpus=experiment.needs(this.site.cache, cell).gpus,
             )
         finally:
             student.close(code)
@@ -117,7 +117,8 @@ class Student:
             must_import()  # before a GPU is used
         path = checked_model(self.this.site.cache, spec.id, spec.revision).path
         rows = self.desk.rows(self.cell, path)
-        trainer, about = self.this.keep("trainer", (path, spec.dtype), lambda: load_trainer(e, path, spec.dtype))
+        gpus = e.needs(self.this.site.cache, self.cell).gpus
+        trainer, about = self.this.keep("trainer", (path, spec.dtype), lambda: load_trainer(e, path, spec.dtype, gpus))
         if e.wandb.mode != "off":
             self.board = Board(e.wandb, self.cell, {**e.science(), "run_id": e.run_number})
         kernel = FinetuneKernel(trainer, rows, e.schedule(), self._config(path))
@@ -156,7 +157,7 @@ def load_renderer(experiment: Finetune, path: str) -> "Renderer":
     return Renderer(load_tokenizer(path), None, experiment.template_used, experiment.source.date)
 
 
-def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, dict[str, str]]:
+def load_trainer(experiment: Finetune, path: str, dtype: str, gpus: int) -> tuple[Trainer, dict[str, str]]:
     """The fast one where it knows the model and the recipe, else peft's own layers."""
     from lib.lora.plain import PlainTrainer
     from lib.lora.trainer import load_fast, trains_fast
@@ -166,7 +167,12 @@ def load_trainer(experiment: Finetune, path: str, dtype: str) -> tuple[Trainer, 
     fast = trains_fast(path, e.lora)
     trainer: Trainer
     if fast:
-        trainer = load_fast(path, e.lora, dtype, e.step_rows, e.max_length)
+        trainer = load_fast(path, e.lora, dtype, e.step_rows, e.max_length, gpus)
+    elif gpus > 1:
+        raise UserError(
+            f"this model or recipe is trained by peft's own layers, which lie on one GPU, and the task has {gpus}: set "
+            "run.gpus=1 and take a size that one GPU holds, or see README, Students, for what is trained on several"
+        )
     else:
         trainer = PlainTrainer(path, e.lora, dtype, device)
     how = "fused" if fast else "plain peft"

@@ -1,5 +1,6 @@
 """What experiments that draw texts with an engine say of it: how it draws, what it asks of a machine."""
 
+import math
 from contextlib import suppress
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -57,14 +58,20 @@ def engines_of(weights: int, serving: bool) -> int:
     return next((count for most, count in (SERVING if serving else ENGINES).items() if weights <= most * GIB), 1)
 
 
+def gpus_for(gpus: int, weights: int, share: float) -> int:
+    """At least so many, by twos until weights of so many bytes take this share of them at most; where a task asks for
+    none, none."""
+    most = GPU_GIB.get(site().gpu, math.inf)
+    while gpus and weights > share * most * GIB * gpus:
+        gpus *= 2
+    return gpus
+
+
 def engine_needs(gpus: int, weights: int) -> Needs:
-    """As many GPUs, by twos, as weights of so many bytes need beside keys and values."""
+    """As many GPUs as weights of so many bytes need beside keys and values."""
     if not gpus or site().gpu not in GPU_GIB:
         return Needs(gpus)
-    gib = weights / GIB
-    while gib > WEIGHTS_SHARE * GPU_GIB[site().gpu] * gpus:
-        gpus *= 2
-    host = int(1.2 * gib) + 16
+    gpus, host = gpus_for(gpus, weights, WEIGHTS_SHARE), int(1.2 * weights / GIB) + 16
     return Needs(gpus, host if host > HOST_GIB_A_GPU * gpus else 0)
 
 
