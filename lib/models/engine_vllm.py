@@ -202,9 +202,8 @@ def cache_bytes(setting: Setting, gpus: int, total: int) -> int:
     wanted = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
     room = int(total * MEMORY) // setting.parts - weights - PASSING
     if room < wanted // 8:
-        raise RuntimeError(
-            f"{setting.parts} engines on a GPU leave {room / 2**30:.1f} GiB each for keys and values; set generate.engines=1"
-        )
+        left = f"{setting.parts} engines on a GPU leave {room / 2**30:.1f} GiB each for keys and values"
+        raise RuntimeError(f"{left}; set generate.engines=1")
     return min(wanted, room)
 
 
