@@ -20,6 +20,7 @@ from lib.lora.relay import ENDS, EVEN, slots, times, turns
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.trainer import FastTrainer, Resident, SpreadTrainer
+from tests.streams import Watch
 from tests.test_lora_step import loss_of, peft_model, ragged_rows, storages, with_random_b
 from tests.tools import tiny_llama, tiny_model
 
@@ -165,6 +166,16 @@ def test_a_model_that_no_gpu_holds_is_spread_over_several():
     assert plan(2).size == Size(1024, 1024, True) and plan(4).size == Size(1024, 1024, False)
     assert plan(4, 1100).size.tokens == 1536
     assert "a GPU, the fullest of 2: 7" in str(plan(2)) and "a GPU" not in str(plan(2)).split(": ", 1)[1].split(";")[0]
+
+
+def test_what_goes_between_devices_is_never_written_while_it_is_read(folder, monkeypatch):
+    """By the order that streams and events give, not by the host's: each parcel is packed after it was computed, copied
+    after it was packed and its place emptied, and taken after it came."""
+    made = trainer(folder, 3)
+    assert isinstance(made, SpreadTrainer)
+    watch = Watch(monkeypatch, made.stages)
+    trained(made, steps_of((24, 24)))
+    assert watch.races == [] and watch.crossed == 2 * 2 * (6 + 6)
 
 
 WAYS = [(stages, micros) for stages in range(1, 6) for micros in range(1, 12)]
