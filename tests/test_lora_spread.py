@@ -247,13 +247,23 @@ def seconds(stages: int, micros: int, away: float, sizes: Sequence[int] = ()) ->
     return max(free)
 
 
-@pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+# Nanoseconds a token in a layer and in the head, by README's rates on an H100 and 0.5B's layer of 1.6 ms.
+MEASURED = {"0.5b": (174, 1150), "7b": (1700, 3400)}
+
+
+@pytest.mark.parametrize("model", MEASURED)
+@pytest.mark.parametrize("stages", [2, 3, 4])
 def test_layers_are_cut_so_that_the_slowest_stage_has_least_to_do(model, stages):
-    """Against every cut into these stages, by parameters that a token goes through."""
-    shape = SHAPES[model]
-    head = shape.vocabulary * shape.hidden / shape.layer_parameters
-    found = cut(shape, stages)
-    assert sum(found) == shape.layers and min(found) >= 1 and len(found) == stages
-    best = min(max(-(-(shape.layers - last) // (stages - 1)), last + head) for last in range(1, shape.layers))
-    assert max(*found[:-1], found[-1] + head) == best
+    """Against every cut, by the time that layers and head take: at most a tenth of a layer worse than the best."""
+    layers, (layer, head), found = SHAPES[model].layers, MEASURED[model], cut(SHAPES[model], stages)
+    assert sum(found) == layers and min(found) >= 1 and len(found) == stages
+    best = min(max(-(-(layers - last) // (stages - 1)) * layer, last * layer + head) for last in range(1, layers))
+    assert max(max(found[:-1]) * layer, found[-1] * layer + head) <= best + 0.1 * layer
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5, 8])
+def test_a_model_of_few_layers_has_one_in_every_stage(layers):
+    shape = replace(SHAPES["0.5b"], layers=layers)
+    for stages in range(1, layers + 1):
+        found = cut(shape, stages)
+        assert sum(found) == layers and len(found) == stages and min(found) >= 1
