@@ -20,6 +20,7 @@ from lib.lora.relay import ENDS, EVEN, slots, times, turns
 from lib.lora.rows import Row
 from lib.lora.space import Size
 from lib.lora.trainer import FastTrainer, Resident, SpreadTrainer
+from tests.streams import Watch
 from tests.test_lora_step import loss_of, peft_model, ragged_rows, storages, with_random_b
 from tests.tools import tiny_llama, tiny_model
 
@@ -167,6 +168,16 @@ def test_a_model_that_no_gpu_holds_is_spread_over_several():
     assert "a GPU, the fullest of 2: 7" in str(plan(2)) and "a GPU" not in str(plan(2)).split(": ", 1)[1].split(";")[0]
 
 
+def test_what_goes_between_devices_is_never_written_while_it_is_read(folder, monkeypatch):
+    """By the order that streams and events give, not by the host's: each parcel is packed after it was computed, copied
+    after it was packed and its place emptied, and taken after it came."""
+    made = trainer(folder, 3)
+    assert isinstance(made, SpreadTrainer)
+    watch = Watch(monkeypatch, made.stages)
+    trained(made, steps_of((24, 24)))
+    assert watch.races == [] and watch.crossed == 2 * 2 * (6 + 6)
+
+
 WAYS = [(stages, micros) for stages in range(1, 6) for micros in range(1, 12)]
 
 
@@ -236,13 +247,23 @@ def seconds(stages: int, micros: int, away: float, sizes: Sequence[int] = ()) ->
     return max(free)
 
 
-@pytest.mark.parametrize("model", SHAPES)
-@pytest.mark.parametrize("stages", [2, 3, 4, 8])
+# Nanoseconds a token in a layer and in the head, by README's rates on an H100 and 0.5B's layer of 1.6 ms.
+MEASURED = {"0.5b": (174, 1150), "7b": (1700, 3400)}
+
+
+@pytest.mark.parametrize("model", MEASURED)
+@pytest.mark.parametrize("stages", [2, 3, 4])
 def test_layers_are_cut_so_that_the_slowest_stage_has_least_to_do(model, stages):
-    """Against every cut into these stages, by parameters that a token goes through."""
-    shape = SHAPES[model]
-    head = shape.vocabulary * shape.hidden / shape.layer_parameters
-    found = cut(shape, stages)
-    assert sum(found) == shape.layers and min(found) >= 1 and len(found) == stages
-    best = min(max(-(-(shape.layers - last) // (stages - 1)), last + head) for last in range(1, shape.layers))
-    assert max(*found[:-1], found[-1] + head) == best
+    """Against every cut, by the time that layers and head take: at most a tenth of a layer worse than the best."""
+    layers, (layer, head), found = SHAPES[model].layers, MEASURED[model], cut(SHAPES[model], stages)
+    assert sum(found) == layers and min(found) >= 1 and len(found) == stages
+    best = min(max(-(-(layers - last) // (stages - 1)) * layer, last * layer + head) for last in range(1, layers))
+    assert max(max(found[:-1]) * layer, found[-1] * layer + head) <= best + 0.1 * layer
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5, 8])
+def test_a_model_of_few_layers_has_one_in_every_stage(layers):
+    shape = replace(SHAPES["0.5b"], layers=layers)
+    for stages in range(1, layers + 1):
+        found = cut(shape, stages)
+        assert sum(found) == layers and len(found) == stages and min(found) >= 1

@@ -36,18 +36,23 @@ def training_rows(shape: Shape, n: int, whole: bool, seed: int = 0) -> list[Row]
 
 @torch.no_grad()
 def random_base(model: str, on_host: bool = False, gpus: int = 1) -> list[Base]:
+    """The same values on as many GPUs as wanted."""
     config, devices = qwen_config(SHAPES[model]), visible_devices()[:gpus]
     bases = empty_base(FAMILIES["qwen2"], config, RANK, torch.bfloat16, devices, round_up(MAX_LENGTH), on_host)
     weights = whole(bases)
-    for layer in weights.layers:
+    for number, layer in enumerate(weights.layers):
+        torch.cuda.manual_seed_all(number)
         for norm in (layer.norm1, layer.norm2):
             norm.fill_(1)
         for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
             for rows in matrix.split(4096):
                 rows.normal_(0, 0.02)
     weights.norm.fill_(1)
+    torch.manual_seed(len(weights.layers))  # of the CPU too
     weights.embedding.normal_(0, 0.02)
-    if weights.head is not weights.embedding:
+    if SHAPES[model].tied:
+        weights.head.copy_(weights.embedding)
+    else:
         weights.head.normal_(0, 0.02)
     return bases
 

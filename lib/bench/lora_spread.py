@@ -59,10 +59,10 @@ def timed_steps(trainer: Resident, plan: TrainingMemory, steps: list[list[Row]])
     devices, count, adapters = [one.base.device for one in trainer.adapters], len(steps), list[list[torch.Tensor]]()
     for _ in range(2):
         trainer.begin(1)
-        seconds = [0.0]
+        seconds, said = [0.0], dict[str, float]()
         for number, step in enumerate(steps, 1):
             began = time.perf_counter()
-            trainer.step(step, RATE, number, steps[number % count])
+            said = trainer.step(step, RATE, number, steps[number % count])
             seconds.append(time.perf_counter() - began)
         for device in devices:
             torch.cuda.synchronize(device)
@@ -80,6 +80,8 @@ def timed_steps(trainer: Resident, plan: TrainingMemory, steps: list[list[Row]])
         "micro_batches": len(parts) / count,
         "sizes": sorted({micro.size[0] for micro in parts}),
         "filled": round(tokens / sum(micro.size[0] for micro in parts), 3),
+        "loss": round(said["loss"], 4),  # near to one GPU's
+        "grad_norm": round(said["grad_norm"], 4),
         "recompute": plan.size.recompute,
         "same_bits_again": all(torch.equal(a, b) for a, b in zip(*adapters, strict=True)),
         "peak_gib": peaks,

@@ -27,6 +27,9 @@ from lib.models.rope import rope_table
 from lib.models.weights import fill
 
 FILL = 16  # of ranks
+# Parameters whose products take as long as what is done beside them with a value of a layer's activations, and with a
+# logit: by 0.5B's layer of 1.6 ms and 7B's whole rate, on an H100.
+VALUE, LOGIT = 1200, 350
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,15 @@ def cut(shape: Shape, stages: int) -> list[int]:
     """Layers of each stage, so that the slowest has least to do: the head is worth several layers of a small model."""
     if stages == 1:
         return [shape.layers]
-    head, others = shape.vocabulary * shape.hidden / shape.layer_parameters, stages - 1
+    s, others = shape, stages - 1
+    layer = s.layer_parameters + VALUE * (2 * s.inner + 3 * s.hidden + s.qkv)
+    head = s.vocabulary * (s.hidden + LOGIT) / layer
 
     def slowest(last: int) -> float:
-        return max(last + head, -(-(shape.layers - last) // others))
+        return max(last + head, -(-(s.layers - last) // others))
 
-    last = min(range(1, shape.layers - others + 1), key=slowest)
-    before = shape.layers - last
+    last = min(range(1, s.layers - others + 1), key=slowest)
+    before = s.layers - last
     return [(i + 1) * before // others - i * before // others for i in range(others)] + [last]
 
 

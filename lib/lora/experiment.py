@@ -41,6 +41,12 @@ STATE = 3 * 4  # bytes a parameter of the adapter: itself and Adam's two moments
 
 
 class FinetuneRun(RunSpec):
+    gpus: int = Field(
+        1,
+        ge=0,
+        description="GPUs a task has at least, its base over all of them; more where one cannot hold it. With another "
+        "number micro-batches are cut otherwise, which changes last bits",
+    )
     state_steps: int = Field(
         0, ge=0, description="a state this often inside an epoch too, which a later one replaces; 0: each epoch's alone"
     )

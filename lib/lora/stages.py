@@ -22,16 +22,18 @@ class Link:
 
     def __init__(self, source: Base, target: Base, tokens: int, room: int) -> None:
         size, kind, self.source, self.target = (tokens, source.shape.hidden), source.dtype, source.device, target.device
-        self.sent_MD = torch.zeros(size, dtype=kind, device=self.source)
-        self.came = [torch.zeros(size, dtype=kind, device=self.target) for _ in range(room)]
+        self.sent_MD = torch.empty(size, dtype=kind, device=self.source)
+        self.came = [torch.empty(size, dtype=kind, device=self.target) for _ in range(room)]
         self.real = self.source.type == "cuda"
         if self.real:
             self.out, self.back = torch.cuda.Stream(self.source), torch.cuda.Stream(self.target)
             self.packed, self.copied = torch.cuda.Event(), torch.cuda.Event()
-            self.arrived, self.taken = ([torch.cuda.Event() for _ in range(room)] for _ in range(2))
+            self.arrived = [torch.cuda.Event() for _ in range(room)]
+            torch.cuda.synchronize(self.target)  # whatever lay in its memory before
 
     def send(self, x_MD: torch.Tensor, slot: int) -> None:
-        """After what the source was given to compute, and when what came in this slot before has been taken."""
+        """After what the source was given to compute. What came in this slot before is taken by then: a micro-batch
+        gets its slot when the one before it has been through it both ways."""
         there, here = self.came[slot][: len(x_MD)], self.sent_MD[: len(x_MD)]
         if not self.real:
             there.copy_(here.copy_(x_MD))
@@ -42,7 +44,6 @@ class Link:
             here.copy_(x_MD)
             self.packed.record(now)
         self.out.wait_event(self.packed)
-        self.back.wait_event(self.taken[slot])
         with torch.cuda.stream(self.back), torch.cuda.stream(self.out):
             there.copy_(here, non_blocking=True)
         self.copied.record(self.out)
@@ -55,8 +56,6 @@ class Link:
             if self.real:
                 torch.cuda.current_stream().wait_event(self.arrived[slot])
             x_MD.copy_(came)
-            if self.real:
-                self.taken[slot].record(torch.cuda.current_stream())
 
 
 class Stages:
