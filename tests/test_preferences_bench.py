@@ -57,9 +57,9 @@ def test_answers_are_drawn_in_every_way_against_what_vllm_gives(nano, monkeypatc
         (rows, 5, {}),
     ]
     assert "adapter:" not in asked[1][3][0] and "adapter:/" in asked[0][3][0]
-    assert nano == [(False, 8, 1), (False, 8, 4), (True, 0, 1), (True, 0, 4)]
+    assert nano == [(merged, 0 if merged else 8, count) for merged in (False, True) for count in (1, 2, 4)]
     ours = {name: one for name, one in found.items() if "engines" in name}
-    assert list(ours) == [f"{how}, engines: {count}" for how in ("served", "merged") for count in (1, 4)]
+    assert list(ours) == [f"{how}, engines: {count}" for how in ("served", "merged") for count in (1, 2, 4)]
     for one in ours.values():
         assert one["answers"] == rows and one["of_raw_with_one_adapter"] == pytest.approx(
             one["answers_per_s"] / 50, 1e-2

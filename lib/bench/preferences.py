@@ -111,16 +111,15 @@ def preferences(model: str, batch_tokens: int) -> Result:
         beside = clock.found["raw, one adapter"]
         rate = beside["answers_per_s"] if isinstance(beside, dict) else None
         for merged in (False, True):
-            for count in counts(here.model, merged):
+            for count in sorted({1, 2, engines_auto(here.model)}):
                 name = f"{'merged' if merged else 'served'}, engines: {count}"
                 clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate), NEEDS)
         clock.measure("raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", "{}", "text"), NEEDS)
     return clock.found
 
 
-def counts(model: Path, merged: bool) -> list[int]:
-    weights = sum(tensor.bytes for tensor in folder_tensors(model).values())
-    return sorted({1, engines_of(weights, serving=not merged)})
+def engines_auto(model: Path) -> int:
+    return engines_of(sum(tensor.bytes for tensor in folder_tensors(model).values()))
 
 
 def as_it_comes(here: World, name: str, more: str, how: str) -> Result:
@@ -158,7 +157,7 @@ def logprobs(model: str, batch_tokens: int) -> Result:
     with world(model, DRAWN) as here:
         read(here, batch_tokens, clock)
         free()
-        clock.measure("drawn", lambda: drawn(here, here.adapters, False, counts(here.model, False)[-1], None))
+        clock.measure("drawn", lambda: drawn(here, here.adapters, False, engines_auto(here.model), None))
     answers = clock.found["drawn"]
     for name, words in list(clock.found.items()):
         if isinstance(words, dict) and isinstance(answers, dict) and "floor_s" in words:

@@ -21,7 +21,7 @@ from lib.lls.numbers import LLSNumbers
 from lib.lls.select import CLEAN, QUINTILES, Part
 from lib.lora.metrics import WandbSpec
 from lib.lora.recipe import Lora, Real
-from lib.lora.relay import THIN, times
+from lib.lora.relay import thin, times
 from lib.lora.schedule import Schedule
 from lib.numbers.reads import ReadsNumbers
 from lib.numbers.traits import NEUTRAL
@@ -234,7 +234,7 @@ class Finetune(ReadsNumbers):
         state = STATE * adapter_parameters(Path(model.path), self.lora.rank)
         share = next(share for most, share in SHARES.items() if model.body_parameters <= most)
         gpus = max(1, gpus_for(self.run.gpus, model.bytes, WEIGHTS_SHARE))
-        faster = times(gpus, math.ceil(self.step_rows * ROW_TOKENS / THIN))
+        faster = times(gpus, math.ceil(self.step_rows * ROW_TOKENS / thin(gpus)))
         seconds = computing_seconds(flops * self.rows * self.epochs, gpu, share) / faster
         return Estimate(seconds, state * self.epochs)
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 from lib.base.errors import UserError
 from lib.checkpoint.families import Shape
+from lib.lora import relay
 from lib.lora.base import Ranks, cut
 from lib.lora.batches import round_up
-from lib.lora.relay import THIN, slots
+from lib.lora.relay import slots
 from lib.lora.space import Size
 
 GIB = 2**30
@@ -88,12 +89,16 @@ def plan_training(
     free: int,
     grad_itemsize: int = 4,
     gpus: int = 1,
-    thin: int = THIN,
+    thin: int | None = None,
 ) -> TrainingMemory:
     """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
     several GPUs the fullest: a step is cut into thin ones, so that all of them are busy."""
     step = round_up(step_tokens)
-    most = min((choice for choice in WHOLE if choice >= max(thin, longest)), default=0) if gpus > 1 else WHOLE[0]
+    most = (
+        min((choice for choice in WHOLE if choice >= max(thin or relay.thin(gpus), longest)), default=0)
+        if gpus > 1
+        else WHOLE[0]
+    )
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:
         size = Size(tokens, tokens, recompute)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-THIN = 1024  # tokens of a micro-batch, where a step has no longer rows
+STEP = 4096  # tokens of the micro-batches under way at once: on two GPUs 2,048 each are best, as measured
 # A stage waits until the first micro-batch comes, and after its last one: these are smaller than the others. By how
 # much: what a stage has to do meanwhile is a third (forward) or two thirds (backward) of what its neighbour does.
 Ends = tuple[tuple[float, ...], tuple[float, ...]]  # sizes of the first ones, and of the last
@@ -18,6 +18,11 @@ class Turn:
     stage: int
     way: Way
     micro: int
+
+
+def thin(stages: int) -> int:
+    """Tokens of a micro-batch, where a step has no longer rows."""
+    return max(512, STEP // stages)
 
 
 def slots(stages: int) -> list[int]:

@@ -66,7 +66,7 @@ def open_line(this: Job, experiment: Preferences, cell: Cell, word: str, path: s
     rank = 0 if merged else experiment.source.lora.rank
     setting = Setting(path, spec.dtype, g.at_once, g.max_length, rank=rank, merged=merged)
     weights = experiment.source.source.model_in(this.site.cache, experiment.load_of(cell)).bytes
-    engine = make_engine(word, setting, g.count(weights, serving=not merged))
+    engine = make_engine(word, setting, g.count(weights))
     return AskLine(
         experiment, asked, desk, engine, Sampling(g.temperature, g.max_tokens, ends_of(path, tokenizer.eos_token_id))
     )

@@ -19,8 +19,6 @@ B = TypeVar("B")  # a batch that an engine has been given
 GIB = 2**30
 # Weights up to so many GiB -> engines on a GPU. Four are measured at 0.5B, where the host keeps one from filling it.
 ENGINES = {4.0: 4, 8.0: 2}
-# Where adapters lie beside the weights the host has more to do, and one engine computes while another reads the next.
-SERVING = {4.0: 4, 16.0: 2}
 ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
 # Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
 GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
@@ -46,16 +44,16 @@ class EngineSpec(Frozen):
     )
     max_length: int = Field(512, ge=16, description="tokens of prompt and answer at most")
 
-    def count(self, weights: int, serving: bool = False) -> int:
-        """Engines on one GPU, of a model of so many bytes, without adapters or with them beside it."""
+    def count(self, weights: int) -> int:
+        """Engines on one GPU, of a model of so many bytes."""
         if self.engines != "auto":
             return self.engines
-        return engines_of(weights, serving) if site().gpu in GPU_GIB else 1
+        return engines_of(weights) if site().gpu in GPU_GIB else 1
 
 
-def engines_of(weights: int, serving: bool) -> int:
-    """What pays."""
-    return next((count for most, count in (SERVING if serving else ENGINES).items() if weights <= most * GIB), 1)
+def engines_of(weights: int) -> int:
+    """On one GPU, of a model of so many bytes: what pays."""
+    return next((count for most, count in ENGINES.items() if weights <= most * GIB), 1)
 
 
 def gpus_for(gpus: int, weights: int, share: float) -> int:
