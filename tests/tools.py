@@ -1,5 +1,7 @@
 """What several tests need: a small random model on disk, rows, an experiment that is ready to run."""
 
+import atexit
+import fcntl
 import json
 import os
 import runpy
@@ -9,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,27 @@ def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0, **size: int) ->
                 parameter.mul_(spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one process of a run of the tests fills, and all of them read: nobody changes what is in it."""
+    shared = Path(os.environ.get("SUITE_TESTS_TAKEN") or _own_folder()) / "made"
+    shared.mkdir(exist_ok=True)
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            making = Path(tempfile.mkdtemp(prefix=".making-", dir=shared))
+            make(making)
+            making.rename(shared / name)
+    return shared / name
+
+
+@cache
+def _own_folder() -> str:
+    """Of a process that runs tests by itself; its forks end without removing it."""
+    folder = tempfile.mkdtemp(prefix="suite-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
