@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,8 @@ def module_work(module: str, *args: str, env: dict[str, str]) -> Callable[[], No
     import torch
 
     from lib.run.site import site
+
+    import_module(module)  # once for all forks
 
     def work() -> None:
         os.environ.update(env)
