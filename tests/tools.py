@@ -9,13 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from nursery import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,21 +161,11 @@ class Fork:
             self._child(work)
 
     def _child(self, work: Callable[[], object]) -> None:
-        code = 1
-        try:
-            os.dup2(self.out.fileno(), 1)
-            os.dup2(self.err.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.chdir(ROOT)
-            work()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+        os.dup2(self.out.fileno(), 1)
+        os.dup2(self.err.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os.chdir(ROOT)
+        end_with(work)
 
     def poll(self, flags: int = os.WNOHANG) -> int | None:
         if self.code is None and (ended := os.waitpid(self.pid, flags)) != (0, 0):
