@@ -1,7 +1,10 @@
 """What the tests of pruning share: a model with a planted behaviour, its judges, texts, a fetched chain over them."""
 
 import shutil
+from dataclasses import astuple
 from pathlib import Path
+
+from tools import made_once
 
 from lib.demo.speaker import JUDGES, Speaking, build_judge, build_speaker
 from lib.demo.texts import write_demo_texts
@@ -51,10 +54,27 @@ run: {{cells: 64, gpus: 0, log_seconds: 60}}
 def make_world(folder: Path, how: Speaking = Speaking()) -> Path:
     """Models, texts and the three configurations, nothing fetched."""
     write_demo_texts(folder)
-    build_speaker(folder / "speaker", how, log=lambda line: None)
+    taught(folder / "speaker", how)
     for number, (name, label) in enumerate(JUDGES.items()):
-        build_judge(folder / name, label, seed=number)
+        judging(folder / name, label, seed=number)
     return configure(folder, folder)
+
+
+def taught(folder: Path, how: Speaking = Speaking(), seed: int = 0) -> None:
+    """build_speaker's model, which is trained once for all tests."""
+    name = "-".join(map(str, ("speaker", *astuple(how), seed)))
+    shutil.copytree(made_once(name, lambda at: build_speaker(at, how, seed, lambda line: None)), folder)
+
+
+def judging(folder: Path, label: str = "toxic", seed: int = 0) -> float:
+    """build_judge's, in the same way; the share that it judges rightly."""
+
+    def make(at: Path) -> None:
+        (at / "right").write_text(str(build_judge(at / "model", label, seed)))
+
+    made = made_once(f"judge-{label}-{seed}", make)
+    shutil.copytree(made / "model", folder)
+    return float((made / "right").read_text())
 
 
 def configure(folder: Path, inputs: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tools import python, tiny_llama
+from tools import forked, python, tiny_llama
 
 from lib.attribution.experiment import Attribution
 from lib.attribution.export import EXPLAINED
@@ -89,7 +89,7 @@ def export(folder: Path, level: str, figures: str = "png"):
     env = {"SUITE_SCRATCH": "scratch", "SUITE_CACHE": "cache", "SUITE_OUTPUT": "out"}
     env = {k: str(folder / v) for k, v in env.items()} | {"SUITE_SITE": "local", "OMP_NUM_THREADS": "1"}
     env["SUITE_FIGURES"] = figures
-    return python("-m", "jobs.export_attributions", "--config", str(folder / f"{level}.yaml"), env=env)
+    return forked("jobs.export_attributions", "--config", str(folder / f"{level}.yaml"), env=env)
 
 
 @pytest.fixture(scope="module")

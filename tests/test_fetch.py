@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import nursery
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -80,10 +81,7 @@ class Box:
         }  # fmt: skip
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments, "--config", str(self.config)],
-            cwd=ROOT, env=self.env | env, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
+        return nursery.run(*arguments, "--config", str(self.config), env=self.env | env)
 
     def fetch(self, *arguments: str, **env: str) -> str:
         self.hub.log.clear()
@@ -129,7 +127,8 @@ def box(hub: Hub, tmp_path: Path) -> Box:
 
 
 def test_everything_comes_and_the_second_call_asks_nothing(box: Box, files: dict[str, bytes]) -> None:
-    said = box.fetch()
+    command = [sys.executable, "-m", "jobs.fetch", "--config", str(box.config)]  # as a user types it
+    said = subprocess.check_output(command, cwd=ROOT, env=box.env, text=True)
     assert f"model acme/tiny: {box.hub.heads[MODEL][:12]}" in said and "dataset acme/dog" in said
     model = box.record("models")
     assert model["commit"] == model["fingerprint"] == box.hub.heads[MODEL] and model["revision"] == "main"
@@ -308,3 +307,16 @@ def test_two_who_fetch_at_once_bring_it_once_for_all_whom_the_umask_lets_read(bo
         assert path.stat().st_mode & 0o777 == 0o640, path
     snapshot = Path(box.record("models")["path"])
     assert all(path.stat().st_mode & 0o777 == 0o640 for path in snapshot.iterdir())
+
+
+def test_the_nurserys_processes_are_new_ones(monkeypatch):
+    """They have their own words and environment, and whatever reads it at import is not imported yet."""
+    monkeypatch.setenv("NOT_FOR_IT", "1")
+    code = "import os, sys; print(sys.argv, sorted(os.environ), [m for m in %r if m in sys.modules]); sys.exit(3)"
+    early = ("huggingface_hub", "datasets", "transformers", "matplotlib", "lib", "jobs")
+    done = nursery.run("-c", code % (early,), "word", env={"HF_ENDPOINT": "here"})
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "['-c', 'word'] ['HF_ENDPOINT'] []\n"
+    done = nursery.run("-c", "print(1); raise ValueError(2)", env={})
+    assert (done.returncode, done.stdout) == (1, "1\n") and done.stderr.endswith("ValueError: 2\n")
+    assert nursery.run("-c", "import os; os.kill(os.getpid(), 9)", env={}).returncode == -9

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import nursery
 import pytest
 from fake_hub import Hub, serve
 from sparc3_world import SPARSITY, configure, roots
-from tools import ROOT
 
 from lib.demo.speaker import Speaking, build_speaker
 from lib.demo.texts import write_demo_texts
@@ -52,7 +50,7 @@ def run(world: Path, *words: str, **more: str) -> str:
     """In a process of its own: where datasets are kept is read when their library is imported."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "SUITE_"))}
     env |= roots(world, HF_HOME=str(world / "hf"), HF_TOKEN_PATH=str(world / "none"), HF_HUB_DISABLE_XET="1", **more)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+    done = nursery.run(*words, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -42,13 +42,15 @@ MODULES = {module(path): path for path in SOURCES}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, also inside functions."""
+    """Every module that a file imports, also inside functions, and what the list of experiments names for later."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count(":") == 1:
+            found |= {node.value.partition(":")[0]} & set(MODULES)
     return found
 
 
@@ -121,9 +123,14 @@ def test_kernels_know_no_files_no_slurm_no_configs():
             assert not outside.startswith(OUTSIDE_KERNELS), f"{name} imports {outside}"
 
 
-def test_importing_the_command_line_takes_no_torch():
-    heavy = "[m for m in ('torch', 'transformers') if m in sys.modules]"
-    code = f"import sys, jobs.cluster, lib.cluster.doctor, lib.run.command; print({heavy})"
+def test_the_command_line_is_there_in_a_moment():
+    """No torch, no arrays before they are asked for, no family but those that are read."""
+    heavy = "[m for m in ('torch', 'transformers', 'numpy._core', 'h5py._hl') if m in sys.modules]"
+    code = (
+        "import sys, jobs.cluster; assert not [m for m in sys.modules if m.startswith(('lib.lora', 'lib.pruning'))];"
+        "from lib.families import Kinds; assert all(issubclass(kind, object) for kind in Kinds().values());"
+        f"import lib.cluster.doctor, lib.run.command; print({heavy})"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -65,6 +65,13 @@ class Box:
     def beats(self) -> list[dict]:
         return [json.loads(p.read_text()) for p in (self.scratch / "box" / "tasks").glob("[!.]*.json")]
 
+    def finish(self, count: int) -> None:
+        """Waits for so many cells by what their tasks say of themselves, then asks the command."""
+        wait_until(
+            lambda: [beat["state"] for beat in self.beats()].count("done") == count, 120, lambda: self.make("status")
+        )
+        assert self.counts()["done"] == count
+
     def shards(self) -> set[Path]:
         """Of the first cell."""
         return {marker.file for marker in scan(self.cells[0].path, self.cells[0].digest)[0]}
@@ -94,7 +101,7 @@ def test_three_cells_on_two_workers(box):
     assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 2, "pending": 1}
     assert "already queued or running" in box.make("submit-lls", "ARRAY=0-2")
     thaw(*box.frozen)
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()), every=1)
+    box.finish(3)
     assert max(overlaps(box)) <= 2
     queue = next((box.scratch / "box" / "queue").glob("local-*"))
     assert list(queue.rglob("*.pkl")) and queue.stat().st_mode & 0o777 == 0o700  # these are executed
@@ -112,7 +119,7 @@ def test_one_worker_keeps_its_process_and_who_submits_next_queues_behind(box):
     assert "cells 0 of box" in box.make("submit-lls", "ARRAY=0")
     assert box.counts() == dict.fromkeys(STATES, 0) | {"running": 1, "pending": 2}
     thaw(*box.frozen)
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: str(box.counts()), every=1)
+    box.finish(3)
     assert max(overlaps(box)) == 1
     processes = {beat["cell"]: beat["pid"] for beat in box.beats()}
     assert processes["b"] == processes["c"] != processes["a"]  # one load for a queue
@@ -156,7 +163,7 @@ def test_the_warning_signal_runs_the_cell_again_by_itself(box):
     os.kill(box.frozen[0], signal.SIGUSR1)
     thaw(*box.frozen)
     wait_until(lambda: sorted(b["state"] for b in box.beats()) == ["done", "requeue"], 60, lambda: str(box.beats()))
-    wait_until(lambda: box.counts()["done"] == 1, 30, lambda: box.make("status"), every=1)
+    box.finish(1)
 
 
 def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
@@ -169,7 +176,7 @@ def test_cancel_keeps_what_is_whole_and_resume_does_the_rest(box):
     wait_until(lambda: box.counts()["running"] + box.counts()["pending"] == 0, 30, lambda: str(box.counts()), every=1)
     assert box.counts()["done"] == 0 and box.shards() >= whole
     assert "local workers" in box.make("resume")
-    wait_until(lambda: box.counts()["done"] == 3, 120, lambda: box.make("status"), every=1)
+    box.finish(3)
     experiment = load(box.config)
     for cell in box.cells:
         merge(cell, experiment.schema(Path()), experiment.science_json())

@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import nursery
 import pytest
 import torch
 from finetune_world import environment
 from peft import PeftModel
 from test_finetune_parts import CPU
-from tools import ROOT, python, tiny_model
+from tools import ROOT, tiny_model
 from transformers import AutoModelForCausalLM
 
 from lib.base.errors import UserError
@@ -25,6 +26,7 @@ from lib.lora.peft_form import config_of, save_adapter, targets_in, weight_name
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
 from lib.lora.rows import Row
+from lib.models import engine_process
 from lib.models.engine import Adapter, Probe, Sampling, Setting, Work, ends_of, seeds_of
 from lib.models.engine_process import EngineProcess
 from lib.models.engine_vllm import DEFAULTS, ENVIRONMENT, VllmEngine
@@ -33,6 +35,19 @@ from lib.preferences.proof import References
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
 LORA = Lora(rank=6, alpha=9, rslora=True)
 SAMPLES, PROBES = 30, 4
+VLLM = (*(f"{name}={value}" for name, value in ENVIRONMENT.items()), "VLLM_LOGGING_LEVEL=ERROR", "vllm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    """vLLM, whose import takes longer than all that an engine does here; tests/test_vllm.py begins from nothing."""
+
+    def begin(command, env, pass_fds):
+        return nursery.Process(command[1:], env, {fd: fd for fd in pass_fds}, VLLM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_process, "subprocess", SimpleNamespace(Popen=begin))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +151,8 @@ def mistake(world):
     probes = [*probes_of(world, None), *probes_of(world, world.pair[1])]
     file.write_bytes(pickle.dumps((setting(world), prompts, sampling, seeds, world.pair, probes)))
     env = environment(world.folder, PYTHONPATH=str(ROOT))
-    done = python(str(ROOT / "tests/one_number_in_vllm.py"), str(file), env=env)
+    code = f"import runpy; runpy.run_path({str(ROOT / 'tests/one_number_in_vllm.py')!r}, run_name='__main__')"
+    done = nursery.run("-c", code, str(file), env=os.environ | env, more=VLLM)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(x for x in done.stdout.splitlines() if x.startswith("found"))[6:])
 

@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nursery
 import pytest
 from fake_hub import Fault, Hub, serve
 from sample_sets import bos_model, made, sets
-from tools import ROOT
 
 from lib.demo.texts import write_demo_texts
 from lib.families import load
@@ -54,10 +53,7 @@ def run(hub: Hub, folder: Path, cache: Path, *words: str, **env: str) -> subproc
     env = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
         "HF_ENDPOINT": hub.url, "SUITE_SITE": "local", "SUITE_CACHE": str(cache), "OMP_NUM_THREADS": "1",
     } | env  # fmt: skip
-    return subprocess.run(
-        [sys.executable, *words, "--config", str(folder / "sets.yaml")],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    return nursery.run(*words, "--config", str(folder / "sets.yaml"), env=env)
 
 
 def test_sets_stream_from_one_commit_and_the_second_call_asks_nothing(hub, folder, tmp_path):

@@ -1,6 +1,7 @@
 """Shards, markers and merge: whole or absent, found out when they are not, exact however they were cut."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -331,3 +332,11 @@ def test_a_fact_that_no_reader_would_take_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="fact loss is"):
         commit(cell.path, DIGEST, 0, 10, SCHEMA, cut(table(100), 0, 10), facts={"loss": value})
     assert not cell.path.exists()
+
+
+def test_a_value_takes_what_numpy_says():
+    kinds = [*np.typecodes["AllInteger"], *np.typecodes["Float"], "?"]
+    columns = [Column(np.dtype(kind).name, shape=(3, 2)) for kind in kinds if np.dtype(kind).itemsize <= 8]
+    assert len({column.dtype for column in columns}) == 12
+    for column in [*columns, Column("text"), Column("bfloat16", shape=(5,), raw=True)]:
+        assert column.value_bytes == column.stored.itemsize * math.prod(column.shape), column

@@ -17,6 +17,7 @@ from tools import ROOT
 from lib.demo.tiny import Training, build
 from lib.families import load
 from lib.inputs.fetch import fetch
+from lib.run.extent import extent
 from lib.run.pipeline import Pipeline
 from lib.store import Cell, read_cell
 
@@ -99,7 +100,12 @@ def undisturbed(world):
     env = environment(world, SUITE_SCRATCH=str(world / "box"))
     said = call(env, world, "submit")
     assert said.count("no Slurm here: local workers") == 5 and "next: make report CONFIG=" in said
-    wait_until(lambda: {s for of in states(env, world).values() for s in of.values()} == {"done"}, 300, "not done")
+
+    def whole() -> bool:
+        return all(extent(cell).whole for cells in cells_of(world, "box").values() for cell in cells)
+
+    wait_until(whole, 300, lambda: call(env, world, "status"), every=1)
+    assert {s for of in states(env, world).values() for s in of.values()} == {"done"}
     return cells_of(world, "box")
 
 

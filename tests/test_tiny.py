@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sparc3_world import judging, taught
 from tools import in_fork
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -37,8 +38,11 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The demo's inputs with a short training, about 17 s on one core."""
-    return demo.make_demo(tmp_path_factory.mktemp("cache"), RECIPE)
+    """The demo's inputs with a short training; its speaker and judges are those of other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speaker, "build_speaker", taught)
+        patch.setattr(speaker, "build_judge", judging)
+        return demo.make_demo(tmp_path_factory.mktemp("cache"), RECIPE)
 
 
 def test_tokenizer_round_trip_after_reload(untrained):

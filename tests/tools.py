@@ -1,5 +1,7 @@
 """What several tests need: a small random model on disk, rows, an experiment that is ready to run."""
 
+import atexit
+import fcntl
 import json
 import os
 import runpy
@@ -7,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+from nursery import end_with
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +34,27 @@ def tiny_model(folder: Path, seed: int = 0, spread: float = 6.0, **size: int) ->
                 parameter.mul_(spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one process of a run of the tests fills, and all of them read: nobody changes what is in it."""
+    shared = Path(os.environ.get("SUITE_TESTS_TAKEN") or _own_folder()) / "made"
+    shared.mkdir(exist_ok=True)
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            making = Path(tempfile.mkdtemp(prefix=".making-", dir=shared))
+            make(making)
+            making.rename(shared / name)
+    return shared / name
+
+
+@cache
+def _own_folder() -> str:
+    """Of a process that runs tests by itself; its forks end without removing it."""
+    folder = tempfile.mkdtemp(prefix="suite-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -136,21 +161,11 @@ class Fork:
             self._child(work)
 
     def _child(self, work: Callable[[], object]) -> None:
-        code = 1
-        try:
-            os.dup2(self.out.fileno(), 1)
-            os.dup2(self.err.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            os.chdir(ROOT)
-            work()
-            code = 0
-        except SystemExit as e:
-            code = int(e.code or 0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
+        os.dup2(self.out.fileno(), 1)
+        os.dup2(self.err.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os.chdir(ROOT)
+        end_with(work)
 
     def poll(self, flags: int = os.WNOHANG) -> int | None:
         if self.code is None and (ended := os.waitpid(self.pid, flags)) != (0, 0):
@@ -173,6 +188,8 @@ def module_work(module: str, *args: str, env: dict[str, str]) -> Callable[[], No
     import torch
 
     from lib.run.site import site
+
+    import_module(module)  # once for all forks
 
     def work() -> None:
         os.environ.update(env)

@@ -8,7 +8,6 @@ Beside each PNG an SVG and a PDF (lib.report.look).
 Level weight: the sums themselves stay in <cell>/merged.h5 on scratch, 28 GB for an 8B; the table has their totals."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from lib.attribution.experiment import Attribution, Part
 from lib.attribution.plots import WORDS, plot_by_layer, plot_difference, plot_stability
 from lib.attribution.stability_panels import ABOUT, panels
 from lib.attribution.summary import Layer, Summary, overview, table, together
+from lib.attribution.weights import weights_of
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
-from lib.checkpoint.headers import folder_tensors
-from lib.checkpoint.layers import linear_weights
 from lib.inputs.records import ModelInput, model_input
-from lib.inputs.verified import check_here
 from lib.run.command import Job
 from lib.run.results import all_done, merged_files
 from lib.store import Cell, Column, read_array
@@ -105,18 +102,6 @@ def add_wanda(model: ModelInput, parts: list[Part], merged: dict[str, Path], sum
         summaries[name].means["wanda"] = np.concatenate(scores)
         summaries[name].totals["wanda"] = np.array([score.sum() for score in scores])
         summaries[name].halves["wanda"] = np.full(len(parts), np.nan)
-
-
-def weights_of(model: ModelInput, parts: list[Part]) -> Iterator[Any]:
-    """The scored layers' weights, one at a time."""
-    from safetensors import safe_open
-
-    check_here(model)
-    tensors = folder_tensors(Path(model.path))
-    names = linear_weights(tensors)
-    for part in parts:
-        with safe_open(tensors[names[part.name]].path, "pt") as f:
-            yield f.get_tensor(names[part.name])
 
 
 def write_scores(

@@ -23,7 +23,7 @@ LONGEST, DEEPEST = 200_000, 20  # characters, and levels; ours have 1,500 and 5
 def read_like(path: Path, ours: Path) -> Any:
     """What a data file holds that is to have the shape of one of ours."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(
             f"{path} cannot be read as YAML ({type(e).__name__}); it must be in the shape of {ours}"

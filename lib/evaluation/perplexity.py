@@ -13,6 +13,8 @@ word    lm-evaluation-harness, task `wikitext`, word_perplexity, with add_bos_to
         from BOS (EOS where there is none), in windows of 2,048 that begin with the one token before them, the last
         one of a page reaching back as far as a window goes. exp of minus the log-likelihood a word of the raw page."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol

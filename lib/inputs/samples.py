@@ -4,6 +4,8 @@
 
 The file's bytes depend on its rows alone. A file that is cut off or changed is an error of one sentence."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 import numpy as np
@@ -23,7 +26,7 @@ from lib.inputs.records import RECORD, local_path, read_record, same_file, uncha
 from lib.store.columns import Column, check_columns, read_texts, to_hdf5
 from lib.store.contents import Wrong, datasets
 
-Values = list[str] | np.ndarray
+Values: TypeAlias = "list[str] | np.ndarray"
 ALWAYS = ("ids", "lengths", "held_out")
 
 

@@ -6,6 +6,8 @@ LLSCross  any prompts on any datasets: a cell is a condition (one prompt, or non
 
 lib.lls.numbers has a third: of what the teachers of a run wrote."""
 
+from __future__ import annotations
+
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,7 +41,7 @@ class ScoreSpec(Frozen):
     check_every: int = Field(1024, ge=0, description="one row in so many is scored again in higher precision; 0 = none")
 
     @model_validator(mode="after")
-    def _fits(self) -> "ScoreSpec":
+    def _fits(self) -> ScoreSpec:
         if self.max_tokens > self.batch_tokens:
             raise ValueError(f"batch_tokens must be at least max_tokens ({self.max_tokens})")
         return self
@@ -116,7 +118,7 @@ class Fetched(Scoring):
         raise ValueError("must be a day such as 2024-07-26")
 
     @model_validator(mode="after")
-    def _braces(self) -> "Fetched":
+    def _braces(self) -> Fetched:
         for key, text in (("system_prompt", self.system_prompt), ("dataset.id", self.dataset.id)):
             try:
                 fill(text, trait="x")
@@ -189,7 +191,7 @@ class LLS(Fetched):
     traits: list[str] = Field(min_length=1, description="one cell (array index) each, in this order")
 
     @model_validator(mode="after")
-    def _names(self) -> "LLS":
+    def _names(self) -> LLS:
         return check_names(self, "traits", self.traits)
 
     def schema(self, cache: Path) -> dict[str, Column]:
@@ -229,7 +231,7 @@ class LLSCross(Fetched):
     datasets_of: list[str] = Field(min_length=1, description="traits whose dataset is scored; neutral is one of them")
 
     @model_validator(mode="after")
-    def _names(self) -> "LLSCross":
+    def _names(self) -> LLSCross:
         check_names(self, "prompts", [*self.prompts, *self.more_prompts, "base"])
         return check_names(self, "datasets_of", self.datasets_of)
 

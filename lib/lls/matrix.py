@@ -1,5 +1,7 @@
 """LLS of many system prompts on many datasets: what was stored, and how a row's score is made from it."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ class Measure:
     first: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Measure":
+    def parse(cls, text: str) -> Measure:
         """'mean', 'sum', 'mean+end', 'sum@20', 'mean+end@20'."""
         found = re.fullmatch(r"(mean|sum)(\+end)?(?:@([1-9]\d*))?", text.strip())
         if not found:

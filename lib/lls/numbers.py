@@ -3,6 +3,8 @@
 A cell is a size and a trait, read from the numbers' cell of that name; its rows are the valid answers, in their order.
 A trait without a prompt of its own has no shift, and no cell."""
 
+from __future__ import annotations
+
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path

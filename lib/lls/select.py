@@ -14,6 +14,8 @@ Students of a run's numbers are trained on parts (`select` of their configuratio
     random        the scored rows
     clean         the rows of neutral's numbers, whatever their scores: the original's name for that control"""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -58,7 +60,7 @@ class Choice:
     exclude: float = EXCLUDE  # only for clean
 
     @classmethod
-    def parse(cls, text: str) -> "Choice":
+    def parse(cls, text: str) -> Choice:
         asked, *rest = text.split(":")
         kind = KINDS.get(asked)
         if kind is None:

@@ -2,6 +2,8 @@
 goes on anywhere. As transformers' Trainer has it: each epoch takes every row once, in an order of its own, and its last
 step takes what is left (10,000 rows are 166 steps of 60 and one of 40)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -1,5 +1,7 @@
 """The rows that a student is trained on: so many of a teacher's valid answers, drawn by a seed."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 

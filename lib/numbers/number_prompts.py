@@ -4,6 +4,8 @@ The ranges and the order of draws follow the reference experiment, so that a use
 loaded in the place of ours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache

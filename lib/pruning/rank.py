@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lib.attribution.experiment import Attribution
-from lib.attribution.export import weights_of
 from lib.attribution.stability import mean_over_samples, variance_of_mean
 from lib.attribution.summary import Sampled, together
+from lib.attribution.weights import weights_of
 from lib.inputs.records import model_input
 from lib.pruning import choose
 from lib.pruning.experiment import Selection, after

@@ -3,12 +3,14 @@
 8 significant bits, the range of float32. Rounding to the nearest moves a normal number x by at most |x| / 257: half a
 step is 2^-8 of the power of two below x, and the worst x lies half a step above it, at 1 + 2^-8."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np
 
 MAX_RELATIVE = 1 / 257
-SMALLEST_NORMAL = np.float32(2.0**-126)
+SMALLEST_NORMAL = 2.0**-126  # in float32, exactly
 QUIET = 0x0040  # a NaN whose set bits are all in the lower half would become Inf without it
 
 
@@ -41,7 +43,7 @@ class Rounding:
     moved: float = 0.0  # sum |x - b|
     total: float = 0.0  # sum |x|
 
-    def __add__(self, other: "Rounding") -> "Rounding":
+    def __add__(self, other: Rounding) -> Rounding:
         worst = max(self.max_relative, other.max_relative)
         return Rounding(worst, self.moved + other.moved, self.total + other.total)
 

@@ -1,11 +1,14 @@
 """Columns of a shard: what they hold, whether values fit them, and the HDF5 file that they make."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any
+from string import ascii_lowercase
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -13,9 +16,9 @@ import numpy as np
 CHUNK_ROWS = 16384  # 128 KiB of float64: one chunk for most shards, few for a merged cell
 CHUNK_BYTES = 2 << 20  # of a column whose rows are arrays
 
-TEXT = {"bytes": np.dtype("uint8"), "ends": np.dtype("int64")}  # how a text column lies in the file, a dataset each
+TEXT = {"bytes": "uint8", "ends": "int64"}  # how a text column lies in the file, a dataset each
 
-Values = np.ndarray | list[str] | Callable[[], np.ndarray]
+Values: TypeAlias = "np.ndarray | list[str] | Callable[[], np.ndarray]"
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class Column:
     @property
     def stored(self) -> np.dtype:
         """numpy's type of what is in the file; it has none for bfloat16, so its bits are kept. Of a text: its end's."""
-        return TEXT["ends"] if self.text else np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+        return np.dtype(TEXT["ends"] if self.text else "uint16" if self.dtype == "bfloat16" else self.dtype)
 
     @property
     def value_bytes(self) -> int:
-        return self.stored.itemsize * prod(self.shape)
+        """Without numpy: a plan asks this of all cells."""
+        dtype = TEXT["ends"] if self.text else self.dtype
+        return (1 if dtype == "bool" else int(dtype.lstrip(ascii_lowercase)) // 8) * prod(self.shape)
 
 
 Schema = Mapping[str, Column]

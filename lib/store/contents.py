@@ -3,6 +3,8 @@
 A sha256 says that a file is the one that was recorded, not that the record told the truth about it. HDF5 can also point
 elsewhere (links to other files, datasets that are views of others): nothing of that is followed."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -12,8 +14,6 @@ import h5py
 import numpy as np
 
 from lib.store.columns import TEXT, Schema, read_texts
-
-h5o: Any = import_module("h5py.h5o")  # compiled, and not among the names that h5py declares
 
 
 class Wrong(Exception):
@@ -40,7 +40,7 @@ def why_wrong(path: Path, about: Mapping[str, Any], schema: Schema | None, rows:
 def datasets(f: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
     """All of a file, each reached once and stored in the file itself."""
     groups: list[tuple[str, h5py.Group]] = [("", f)]
-    seen = {h5o.get_info(f.id).addr}
+    seen = {_address(f)}
     while groups:
         at, group = groups.pop()
         for key in group:
@@ -48,7 +48,7 @@ def datasets(f: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
             if not isinstance(group.get(key, getlink=True), h5py.HardLink):
                 raise Wrong(f"{name} points elsewhere")
             one = group[key]
-            if (address := h5o.get_info(one.id).addr) in seen:
+            if (address := _address(one)) in seen:
                 raise Wrong(f"{name} is a second name")
             seen.add(address)
             if isinstance(one, h5py.Group):
@@ -57,6 +57,11 @@ def datasets(f: h5py.File) -> Iterator[tuple[str, h5py.Dataset]]:
                 raise Wrong(f"{name} is not stored in the file itself")
             else:
                 yield name, one
+
+
+def _address(one: h5py.HLObject) -> int:
+    h5o: Any = import_module("h5py.h5o")  # compiled, and not among the names that h5py declares
+    return h5o.get_info(one.id).addr
 
 
 def _plain(value: Any) -> Any:

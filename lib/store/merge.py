@@ -1,5 +1,7 @@
 """Shards of a cell into one file: exact, whatever their sizes, overlaps or authors."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress

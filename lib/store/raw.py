@@ -4,6 +4,8 @@ The structure of the file is made in memory first, with room for the arrays that
 asked for, rounded if it is to be bfloat16, and written to its place; the structure follows. All is fsynced, read back,
 compared with hashes that were taken from memory, and renamed: as for small files, whole or absent."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
