@@ -152,7 +152,7 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_given_several(world, monkeypat
 
 
 def test_several_gpus_take_less_time_and_more_gpu_hours(world):
-    """A step of 500 rows of 140 tokens is 35 micro-batches for two, 69 for four; each GPU waits for one of them a step."""
+    """A step of 500 rows of 140 tokens is 35 micro-batches for two, 69 for four; each GPU waits for one of them."""
     cache, cell = world / "cache", cells_of(world)[0]
     one, two, four = (
         students(world, "step_rows=500", f"run.gpus={n}").estimate(cache, cell, "h100") for n in (1, 2, 4)

@@ -93,12 +93,8 @@ def plan_training(
 ) -> TrainingMemory:
     """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
     several GPUs the fullest: a step is cut into thin ones, so that all of them are busy."""
-    step = round_up(step_tokens)
-    most = (
-        min((choice for choice in WHOLE if choice >= max(thin or relay.thin(gpus), longest)), default=0)
-        if gpus > 1
-        else WHOLE[0]
-    )
+    step, least = round_up(step_tokens), max(thin or relay.thin(gpus), longest)
+    most = WHOLE[0] if gpus == 1 else min((choice for choice in WHOLE if choice >= least), default=0)
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:
         size = Size(tokens, tokens, recompute)
@@ -111,8 +107,8 @@ def plan_training(
                 found = planned(tokens, recompute, on_host)
                 if found.need <= SHARE * free and found.size.tokens >= longest:
                     return found
-    least = planned(round_up(longest), True, True).need
+    need = planned(round_up(longest), True, True).need
     raise UserError(
-        f"training on rows of {longest} tokens needs {least / GIB:.1f} GiB of a GPU, and {free / GIB:.1f} GiB are "
+        f"training on rows of {longest} tokens needs {need / GIB:.1f} GiB of a GPU, and {free / GIB:.1f} GiB are "
         "free; ask for a larger GPU, or for more of them (run.gpus), or lower max_length or lora.rank"
     )
