@@ -28,10 +28,10 @@ from lib.store.columns import Schema
 # Raise them with any change of code that can change a bit of any value: they are part of every digest.
 LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/3", "preferences/1"
 CONTEXT_TOKENS, ANSWER_TOKENS = 25, 5  # of a question after the system block, and of what is said
-WORD_TOKENS = 6  # computed of a trait at a question: its likely spellings
-# Answers a second of one engine at 0.5B with one adapter, which the host limits: vLLM 0.26, an H200, measured.
-ENGINE_ANSWERS_A_SECOND = 2763.0
-# The untouched model's answers take as long: its rate without an adapter is 4,377.
+WORD_TOKENS = 12  # computed of a trait at a question: its likely spellings; 10 in a run, 28 and 41 on random weights
+# At 0.5B, which the host limits: vLLM 0.26, four engines with adapters, an H100, measured.
+ENGINE_ANSWERS_A_SECOND = 2670.0
+QUESTIONS_READ_A_SECOND = 250.0  # likewise: 190 to 450, measured
 
 
 class Logprobs(OfStudents):
@@ -43,7 +43,7 @@ class Logprobs(OfStudents):
     job: ClassVar[str] = "score_preferences"
     submit: ClassVar[str] = "submit-preferences"
     results: ClassVar[str] = "export-preferences"
-    share: ClassVar[float] = 0.3  # not measured
+    share: ClassVar[float] = 0.65  # 0.66 to 0.70 at 7B, an H100, measured
 
     def recipe(self) -> dict[str, object]:
         """The plurals are in the probes."""
@@ -76,6 +76,7 @@ class Logprobs(OfStudents):
         words = WORD_TOKENS * len(self.judged)
         flops = 2 * (model.body_parameters * (2 * CONTEXT_TOKENS + words) + model.head_parameters * words)
         seconds = computing_seconds(flops * cell.total, gpu, self.share)
+        seconds = max(seconds, cell.total / QUESTIONS_READ_A_SECOND)
         return Estimate(seconds, stored_bytes(self.schema(cache), cell.total, 0))
 
 
@@ -105,7 +106,7 @@ class Preferences(OfStudents):
     job: ClassVar[str] = "evaluate_preferences"
     submit: ClassVar[str] = "submit-preferences"
     results: ClassVar[str] = "export-preferences"
-    share: ClassVar[float] = 0.35  # of large models; small ones are limited by the host. Not measured
+    share: ClassVar[float] = 0.42  # at 7B, an H100, measured; small models are limited by the host
 
     @cached_property
     def probes(self) -> Logprobs:

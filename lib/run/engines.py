@@ -19,7 +19,7 @@ B = TypeVar("B")  # a batch that an engine has been given
 GIB = 2**30
 # Weights up to so many GiB -> engines on a GPU. Four are measured at 0.5B, where the host keeps one from filling it.
 ENGINES = {4.0: 4, 8.0: 2}
-ENGINE_SECONDS = 40.0  # until an engine has compiled and captured, without weights; 30-40 on an H200, measured
+ENGINE_SECONDS = 70.0  # until it has compiled and captured: 30-40 with an H200, 56-100 with an H100, measured
 # Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
 GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
 WEIGHTS_SHARE = 0.8  # of a GPU's memory at most: 112 of an H200's 140 GiB, so that 72B (135.4) takes two, on a B200 one
