@@ -1,6 +1,7 @@
 """A run's page, and results that come from another machine."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def test_results_without_what_they_were_made_from_are_no_others_children(world, 
     words = ("status", "--config", str(world / "words.yaml"))
     done = forked("jobs.cluster", *words, env=environment(world, SUITE_SCRATCH=str(tmp_path)))
     assert "3 done" in done.stdout and "older" not in done.stdout, done.stdout + done.stderr
+    env = environment(world, SUITE_SCRATCH=str(tmp_path))
+    words = {"kind": "pipeline", "name": "some", "run_id": 5, "wanted": [{"config": "words.yaml"}]}
+    (world / "some.yaml").write_text(json.dumps(words))
+    some, whole = (
+        forked("jobs.cluster", "status", "--config", str(world / f"{n}.yaml"), env=env) for n in ("some", "whole")
+    )
+    assert "4 of those that are not done are not needed" in some.stdout, some.stdout + some.stderr
+    assert re.findall("next: make (\\S+)", some.stdout) == ["report"]
+    assert "2 of those that are not done are not needed" in whole.stdout  # neutral's answers want its student
+    assert re.findall("next: make (\\S+)", whole.stdout) == ["resume"]
 
 
 def test_what_a_kill_left_of_an_import_goes_and_what_was_begun_here_is_said(world, tmp_path):
@@ -214,7 +225,8 @@ def test_the_hours_left_of_a_size_are_those_of_its_stages():
     """Half of a cell of an hour on two GPUs, in two stages."""
     state = CellState(0, "1m-cat", 10, 5, state="failed")
     now = Status("stage", "/s", [state], counts=dict.fromkeys(grid.LETTERS, 0))
-    request = SimpleNamespace(site=SimpleNamespace(scratch=Path("/s")))
+    cells = [SimpleNamespace(path=Path("/s/cat"), parents=())], ""
+    request = SimpleNamespace(site=SimpleNamespace(scratch=Path("/s")), cells_or_names=lambda: cells)
     row = grid.Row(request, now, {"SIZES": ["1m"], "TRAITS": ["cat"]}, {"1m-cat": 3600.0}, {"1m-cat": 2})
     lines = grid.table("CONFIG=x", [row, row]).splitlines()
     assert [line.split()[-1] for line in lines if "stage" in line and "0/1" in line] == ["1.00", "1.00"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lib.base.errors import printable
 from lib.cluster.send import Request
@@ -79,6 +80,20 @@ def _letter(state: CellState | None) -> str:
     return LETTERS[state.state]
 
 
+def needless(rows: Sequence[Row]) -> set[Path]:
+    """Cells that are not done, and that nothing waits for: all that reads from them is done, brought here perhaps."""
+    found, readers, missing = set[Path](), dict[Path, list[Path]](), set[Path]()
+    for row in rows:
+        for cell, now in zip(row.request.cells_or_names()[0], row.now.cells, strict=True):
+            missing |= set() if now.state == "done" else {cell.path}
+            for parent in cell.parents:
+                readers.setdefault(parent.path, []).append(cell.path)
+    for path in reversed(list(readers)):  # who reads is read later itself
+        if path in missing and not any(one in missing and one not in found for one in readers[path]):
+            found.add(path)
+    return found
+
+
 def _below(spoken: str, rows: Sequence[Row]) -> list[str]:
     counts = {state: sum(row.now.counts[state] for row in rows) for state in LETTERS}
     lines = ["cells: " + "  ".join(f"{n} {state} ({LETTERS[state]})" for state, n in counts.items() if n)]
@@ -86,14 +101,18 @@ def _below(spoken: str, rows: Sequence[Row]) -> list[str]:
     lines += [f"{s.name} of {row.now.label} is {s.state}: {printable(s.note)}" for row, s in bad[:NOTES]]
     if counts["blocked"]:
         lines.append("blocked: what they read from is not done, and nobody works on it")
+    if spare := len(needless(rows)):
+        lines.append(f"{spare} of those that are not done are not needed: all that reads from them is done")
     if len(bad) > NOTES:
         lines.append(f"... and {len(bad) - NOTES} more")
     lines += sorted({f"the queue could not be asked: {row.now.queue_note}" for row in rows if row.now.queue_note})
     lines += sorted({f"what is not known: {row.now.inputs_note}" for row in rows if row.now.inputs_note})
-    return [*lines, *(f"next: {step}" for step in _next(spoken, rows, counts))]
+    return [*lines, *(f"next: {step}" for step in _next(spoken, rows, counts, spare))]
 
 
-def _next(spoken: str, rows: Sequence[Row], counts: Mapping[str, int]) -> list[str]:
+def _next(spoken: str, rows: Sequence[Row], counts: Mapping[str, int], spare: int) -> list[str]:
+    if counts["done"] + spare == sum(counts.values()):
+        return [f"make report {spoken}"]
     steps = []
     if any(row.now.inputs_note for row in rows):
         steps.append(f"make fetch {spoken}")
@@ -107,6 +126,4 @@ def _next(spoken: str, rows: Sequence[Row], counts: Mapping[str, int]) -> list[s
         steps.append(f"make submit-subliminal {spoken}")
     if counts["running"] + counts["pending"]:
         steps.append(f"make status {spoken} WATCH=1")
-    if counts["done"] == sum(counts.values()):
-        steps.append(f"make report {spoken}")
     return steps
