@@ -162,7 +162,8 @@ class Slurm:
             seen.update(self.states(job))
             return bool(seen) and set(seen.values()) <= wanted
 
-        wait_until(there, timeout, lambda: f"job {job} is {seen}, not {sorted(wanted)}\n{self.run('squeue')}")
+        every = 0.1 if states else 0.4  # how it ended does not pass
+        wait_until(there, timeout, lambda: f"job {job} is {seen}, not {sorted(wanted)}\n{self.run('squeue')}", every)
         return seen
 
     def sacct(self, job: str, rows: int = 1, timeout: float = 15) -> list[dict[str, str]]:
@@ -174,7 +175,7 @@ class Slurm:
             found[:] = [dict(zip(SACCT_FIELDS, line.split("|"), strict=True)) for line in out.splitlines()]
             return sum(row["End"] != "Unknown" for row in found) >= rows
 
-        wait_until(there, timeout, lambda: f"sacct has {found}, not {rows} ended rows of job {job}")
+        wait_until(there, timeout, lambda: f"sacct has {found}, not {rows} ended rows of job {job}", every=0.4)
         return found
 
     def show(self, job: str) -> dict[str, str]:
