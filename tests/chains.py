@@ -28,9 +28,10 @@ def repository_with_chain(root: Path) -> Path:
         shutil.copy2(ROOT / "tests" / "chain" / "job.py", root / "jobs" / f"{name}.py")
         (root / "slurm" / f"{name}.sbatch").write_text(text.replace("compute_lls", name))
     registry = root / "lib" / "families.py"
-    more = "from lib.chain.experiment import Count, Judge, Teach, Write\n"
-    kinds = "".join(f'"{stage}": {stage.title()}, ' for stage in STAGES)
-    registry.write_text(more + registry.read_text().replace("] = {", f"] = {{{kinds}"))
+    kinds = "".join(f'"{stage}": "lib.chain.experiment:{stage.title()}", ' for stage in STAGES)
+    before = registry.read_text()
+    assert before.count("KINDS = {") == 1
+    registry.write_text(before.replace("KINDS = {", f"KINDS = {{{kinds}"))
     return root
 
 
