@@ -41,7 +41,7 @@ def one_size(model: str, steps: list[list[Row]], gpus: int, tokens: int, ends: E
     try:
         free()
         free_now, step_tokens = free_memory(devices), STEP_ROWS * MAX_LENGTH
-        plan = plan_training(SHAPES[model], RANK, 2, step_tokens, MAX_LENGTH, free_now, gpus=gpus, thin=tokens)
+        plan = plan_training(SHAPES[model], RANK, 2, step_tokens, MAX_LENGTH, free_now, gpus=gpus, tokens_each=tokens)
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         bases, lora = random_base(model, plan.embed_on_host, gpus), Lora(rank=RANK, alpha=RANK)

@@ -22,7 +22,7 @@ from lib.bench.numbers import Clock, raw
 from lib.bench.shapes import SHAPES, Result, flops, free, peak_flops
 from lib.bench.whole import checkpoint, whole_vocabulary
 from lib.checkpoint.families import FAMILIES
-from lib.checkpoint.headers import folder_tensors
+from lib.checkpoint.headers import folder_bytes, folder_tensors
 from lib.demo.tiny import corpus, make_tokenizer
 from lib.inputs.tokenizer import load_tokenizer
 from lib.lora.peft_form import config_of, first_A, save_adapter, weight_name
@@ -111,15 +111,11 @@ def preferences(model: str, batch_tokens: int) -> Result:
         beside = clock.found["raw, one adapter"]
         rate = beside["answers_per_s"] if isinstance(beside, dict) else None
         for merged in (False, True):
-            for count in sorted({1, 2, engines_auto(here.model)}):
+            for count in sorted({1, 2, engines_of(folder_bytes(here.model))}):
                 name = f"{'merged' if merged else 'served'}, engines: {count}"
                 clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate), NEEDS)
         clock.measure("raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", "{}", "text"), NEEDS)
     return clock.found
-
-
-def engines_auto(model: Path) -> int:
-    return engines_of(sum(tensor.bytes for tensor in folder_tensors(model).values()))
 
 
 def as_it_comes(here: World, name: str, more: str, how: str) -> Result:
@@ -157,7 +153,7 @@ def logprobs(model: str, batch_tokens: int) -> Result:
     with world(model, DRAWN) as here:
         read(here, batch_tokens, clock)
         free()
-        clock.measure("drawn", lambda: drawn(here, here.adapters, False, engines_auto(here.model), None))
+        clock.measure("drawn", lambda: drawn(here, here.adapters, False, engines_of(folder_bytes(here.model)), None))
     answers = clock.found["drawn"]
     for name, words in list(clock.found.items()):
         if isinstance(words, dict) and isinstance(answers, dict) and "floor_s" in words:

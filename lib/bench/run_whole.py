@@ -6,6 +6,7 @@ The model is random but for a few rows of its embedding and its last norm, by wh
 the end, and everything else by a digit: answers are numbers, short ones, and a filter lets them through."""
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -68,7 +69,7 @@ def speaker(model: str, folder: Path) -> None:
     rows = {str(digit): torch.ones(shape.hidden) for digit in range(10)}
     rows |= {",": to_digit, "\n": 0.6 * to_digit}  # a prompt ends with a line's end, and no answer should
     ids = {text: words(text, add_special_tokens=False)["input_ids"][-1] for text in rows}
-    over = 1 + torch.log(torch.tensor(END / (1 - END))).item() / CERTAIN
+    over = 1 + math.log(END / (1 - END)) / CERTAIN
     planted = {ids[text]: row for text, row in rows.items()} | {words.eos_token_id: over * to_digit}
     tables = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in tensors]
     for number, row in planted.items():

@@ -27,6 +27,11 @@ class Stored:
     bytes: int
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all weights."""
+    return sum(tensor.bytes for tensor in folder_tensors(folder).values())
+
+
 def folder_tensors(folder: Path) -> dict[str, Stored]:
     """Name -> tensor of a model's folder: the one place that says which files count, for every loader.
 

@@ -85,7 +85,8 @@ def needless(rows: Sequence[Row]) -> set[Path]:
     found, readers, missing = set[Path](), dict[Path, list[Path]](), set[Path]()
     for row in rows:
         for cell, now in zip(row.request.cells_or_names()[0], row.now.cells, strict=True):
-            missing |= set() if now.state == "done" else {cell.path}
+            if now.state != "done":
+                missing.add(cell.path)
             for parent in cell.parents:
                 readers.setdefault(parent.path, []).append(cell.path)
     for path in reversed(list(readers)):  # who reads is read later itself

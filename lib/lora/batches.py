@@ -66,9 +66,8 @@ def _micro(rows: Sequence[Row], grain: int) -> Micro:
     where = np.concatenate(
         [np.arange(s + row.first - 1, s + len(row.ids) - 1) for s, row in zip(starts, rows, strict=False)]
     )
-    places = (
-        tokens if 2 * len(where) > tokens else min(tokens, round_up(len(where)))
-    )  # few sizes where whole rows are scored
+    # Few sizes where whole rows are scored.
+    places = tokens if 2 * len(where) > tokens else min(tokens, round_up(len(where)))
     targets = np.full(places, -1, np.int64)
     targets[: len(where)] = ids[where + 1]
     padded = np.full(places, tokens - 1, np.int64)

@@ -25,7 +25,7 @@ from lib.lora.relay import thin, times
 from lib.lora.schedule import Schedule
 from lib.numbers.reads import ReadsNumbers
 from lib.numbers.traits import NEUTRAL
-from lib.run.engines import GIB, HOST_GIB_A_GPU, gpus_for
+from lib.run.engines import GIB, gpus_for, with_host
 from lib.run.experiment import Estimate, Needs, Reads, RunSpec, Stage, computing_seconds
 from lib.store import Cell
 from lib.store.columns import Schema
@@ -211,8 +211,7 @@ class Finetune(ReadsNumbers):
     def needs(self, cache: Path, cell: Cell) -> Needs:
         """A base that one GPU of the site cannot hold lies on several; their host reads it through memory."""
         weights = self.source.model_in(cache, self.load_of(cell)).bytes
-        gpus, host = gpus_for(self.run.gpus, weights, WEIGHTS_SHARE), math.ceil(1.2 * weights / GIB) + 16
-        return Needs(gpus, host if gpus and host > HOST_GIB_A_GPU * gpus else 0)
+        return with_host(gpus_for(self.run.gpus, weights, WEIGHTS_SHARE), math.ceil(1.2 * weights / GIB) + 16)
 
     def costs(self, cache: Path, gpu: str) -> str:
         said = []

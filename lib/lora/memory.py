@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 from lib.base.errors import UserError
 from lib.checkpoint.families import Shape
-from lib.lora import relay
 from lib.lora.base import Ranks, cut
 from lib.lora.batches import round_up
-from lib.lora.relay import slots
+from lib.lora.relay import slots, thin
 from lib.lora.space import Size
 
 GIB = 2**30
@@ -89,11 +88,11 @@ def plan_training(
     free: int,
     grad_itemsize: int = 4,
     gpus: int = 1,
-    thin: int | None = None,
+    tokens_each: int | None = None,
 ) -> TrainingMemory:
     """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
     several GPUs the fullest: a step is cut into thin ones, so that all of them are busy."""
-    step, least = round_up(step_tokens), max(thin or relay.thin(gpus), longest)
+    step, least = round_up(step_tokens), max(tokens_each or thin(gpus), longest)
     most = WHOLE[0] if gpus == 1 else min((choice for choice in WHOLE if choice >= least), default=0)
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.base.errors import UserError, one_line
 from lib.checkpoint.families import family_in, last
-from lib.checkpoint.headers import folder_tensors
+from lib.checkpoint.headers import folder_bytes, folder_tensors
 from lib.models.engine import Adapter, Answer, Probe, Sampling, Setting, Work, turns
 from lib.models.tokens import must_know
 
@@ -198,7 +198,7 @@ def merging_of(setting: Setting, device: str) -> "Merging | None":
 def cache_bytes(setting: Setting, gpus: int, total: int) -> int:
     """Of a GPU with so many bytes, for one engine among several: all that its rows could want, or what there is. Rows
     that find no room wait, in the same order each time."""
-    weights = sum(tensor.bytes for tensor in folder_tensors(Path(setting.folder)).values()) // gpus
+    weights = folder_bytes(Path(setting.folder)) // gpus
     wanted = setting.at_once * setting.max_length * kv_bytes(setting) // gpus
     room = int(total * MEMORY) // setting.parts - weights - PASSING
     if room < wanted // 8:

@@ -107,10 +107,8 @@ class Reader:
     def _read(self, prefix: Prefix, first_QF: np.ndarray, wanted: Sequence[Sequence[int]]) -> list[float]:
         """Only at the end waits for the device, which computes while further batches are laid out."""
         ways = [(q, self.groups[n].first, way) for q, n in wanted for way in self.groups[n].ways]
-        items, lengths = (
-            [Item(self.contexts[q], way, AFTER) for q, _, way in ways],
-            [len(way) + 1 for _, _, way in ways],
-        )
+        items = [Item(self.contexts[q], way, AFTER) for q, _, way in ways]
+        lengths = [len(item.targets) for item in items]
         afters, others, at = [], [], 0
         for hidden_PD, batch in self._hidden(prefix, items):
             # Of each way: the place before its first token, which is known, before the others, after the last.

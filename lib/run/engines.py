@@ -69,8 +69,12 @@ def engine_needs(gpus: int, weights: int) -> Needs:
     """As many GPUs as weights of so many bytes need beside keys and values."""
     if not gpus or site().gpu not in GPU_GIB:
         return Needs(gpus)
-    gpus, host = gpus_for(gpus, weights, WEIGHTS_SHARE), int(1.2 * weights / GIB) + 16
-    return Needs(gpus, host if host > HOST_GIB_A_GPU * gpus else 0)
+    return with_host(gpus_for(gpus, weights, WEIGHTS_SHARE), int(1.2 * weights / GIB) + 16)
+
+
+def with_host(gpus: int, host: int) -> Needs:
+    """So many GiB of the host's memory are asked for where the batch files do not."""
+    return Needs(gpus, host if gpus and host > HOST_GIB_A_GPU * gpus else 0)
 
 
 def must_not_mix(cell: Cell, word: str) -> None:
