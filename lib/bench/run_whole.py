@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from lib.families import load
 from lib.inputs.tokenizer import load_tokenizer
 from lib.run.experiment import Stage
 from lib.run.pipeline import Pipeline
-from lib.store import Cell, scan, scan_folders
+from lib.store import Cell, Piece, scan, scan_folders
 
 TRAITS = ("cat", "dog", "lion", "neutral")
 PROMPTS, CONDITIONS = 12_000, 16
-SECONDS = 540.0  # of all stages
-STILL = 8  # looks at which nothing runs or waits
+SECONDS = 1500.0  # of all stages
+STILL = 40  # looks at which no cell runs or waits: the page is a job after them
+DRAWN = ("engine_seconds", "tokens", "rows_cut")  # what an engine's batches say of themselves
 LOUD, CERTAIN, END = 8.0, 24.0, 0.3  # size of planted rows; logit of what follows; P(end) after a digit
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -118,12 +119,15 @@ def figures(folder: Path, pipeline: Pipeline, began: float) -> Result:
         if not beats:
             continue
         first, last = min(beat["started"] for beat in beats), max(beat["updated"] for beat in beats)
-        seconds = sum(seconds_of(stage, cell) for cell in cells)
+        pieces = [piece for cell in cells for piece in pieces_of(stage, cell)]
+        facts = set(pieces[0].facts) if pieces else set()
+        seconds = sum(piece.seconds for piece in pieces)
         models = sum(cell.name.rpartition("-")[2] != "base" for cell in cells)
         found[stage.experiment.label] = {
             "begins_s": round(first - began, 1),
             "task_s": round(last - first, 1),
             "computing_s": round(seconds, 1),
+            **{what: round(sum(float(one.facts[what]) for one in pieces)) for what in DRAWN if what in facts},
         }
         computed, ended = computed + seconds, max(ended, last)
         many += seconds * CONDITIONS / models
@@ -142,9 +146,8 @@ def page_of(folder: Path) -> Path:
     return folder / "output" / "run_run1" / "report" / "index.html"
 
 
-def seconds_of(stage: Stage, cell: Cell) -> float:
-    pieces = scan_folders(cell.path, cell.digest)[0] or scan(cell.path, cell.digest)[0]
-    return sum(piece.seconds for piece in pieces)
+def pieces_of(stage: Stage, cell: Cell) -> Sequence[Piece]:
+    return scan_folders(cell.path, cell.digest)[0] or scan(cell.path, cell.digest)[0]
 
 
 RUNGS: dict[str, Callable[[str, int], Result]] = {"run": whole}

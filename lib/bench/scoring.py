@@ -22,7 +22,7 @@ from lib.bench.shapes import (
     rows,
     timed,
 )
-from lib.bench.whole import cells, job
+from lib.bench.whole import cells, job, loading
 from lib.models.load import GIB, plan_decoder
 from lib.models.scorer import Scorer
 
@@ -176,4 +176,5 @@ RUNGS: dict[str, Callable[[str, int], Result]] = {
     "vllm": vllm,
     "job": job,
     "cells": cells,
+    "load": loading,
 }

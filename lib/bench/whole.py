@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice, product
 from pathlib import Path
 from string import ascii_lowercase
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
-from lib.bench.shapes import ROWS, SHAPES, Result, qwen_config
+from lib.bench.shapes import HEAD_ROWS, ROWS, SHAPES, Result, free, qwen_config
 from lib.checkpoint.families import Shape
+from lib.checkpoint.headers import folder_bytes
 from lib.families import load
+from lib.models.load import load_decoder
 from lib.run.task import freeze
 
 if TYPE_CHECKING:
@@ -79,6 +83,30 @@ def cells(model: str, batch_tokens: int) -> Result:
         "all_cells_computing_s": round(computing, 2),
         "after_load_of_computing": round(after_load / computing, 3),
     }
+
+
+def loading(model: str, batch_tokens: int) -> Result:
+    """GiB/s of weights to the GPU, by our reader and by safetensors' own, from an empty page cache and a full one."""
+    found: Result = {}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
+        folder = Path(name)
+        checkpoint(SHAPES[model], folder)
+        size = folder_bytes(folder) / 2**30
+        ways: dict[str, Callable[[], object]] = {
+            "safetensors": lambda: [load_file(path, device="cuda") for path in folder.glob("*.safetensors")],
+            "ours": lambda: load_decoder(str(folder), "bfloat16", batch_tokens, HEAD_ROWS),
+        }
+        for name, way in ways.items():
+            for cache in ("cold", "warm"):
+                if cache == "cold":
+                    found["disk_gib_per_s"] = cold(folder)
+                free()
+                start = time.perf_counter()
+                kept = way()
+                torch.cuda.synchronize()
+                found[f"{name}_{cache}_gib_per_s"] = round(size / (time.perf_counter() - start), 2)
+                del kept
+    return found
 
 
 def experiment(
@@ -146,8 +174,6 @@ def checkpoint(shape: Shape, folder: Path) -> None:
 
 def save_random(shape: Shape, config: "PreTrainedConfig", folder: Path) -> None:
     """Random weights of a shape in safetensors, written a layer at a time, by the names that Qwen2 and Llama share."""
-    from safetensors.torch import save_file
-
     config.save_pretrained(folder)
     q, kv, h = shape.heads * shape.head, shape.kv_heads * shape.head, shape.hidden
     sizes = {
