@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +83,15 @@ class World:
             self.token_file.chmod(0o600)
         self.env = environment(self.places) | self.env
 
-    def start(self, *overrides: str, index: int = 0, passing: bool = True, **env: str) -> Fork:
-        """The job, begun; `passing`: over its waits, and it says how long they were."""
+    def start(
+        self,
+        *overrides: str,
+        index: int = 0,
+        passing: bool = True,
+        before: Callable[[], object] = lambda: None,
+        **env: str,
+    ) -> Fork:
+        """The job, begun; `passing`: over its waits, and it says how long they were. `before`: done in its process."""
         words = ("--config", str(self.places / "publish.yaml"), "--index", str(index), *overrides)
         work = module_work("jobs.publish", *words, env={**self.env, "HF_TOKEN_PATH": str(self.token_file), **env})
 
@@ -95,7 +103,8 @@ class World:
             for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *({"HF_USER_ID"} - set(env))):
                 os.environ.pop(name, None)
             if passing:
-                Hub.wait = lambda self, seconds: print(f"slept {seconds:.0f}", flush=True)
+                Hub.wait = lambda self, seconds: (print(f"slept {seconds:.0f}", flush=True), time.sleep(0.05))
+            before()
             work()
 
         return Fork(patched)

@@ -3,6 +3,7 @@ within what it allows in a day, an hour, five minutes.
 
     <scratch>/hub/<user>.json      for each kind: when, how many, what for"""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import read_json, write_json
+from lib.base.atomic import clock_of, disk_errors, read_json, write_json
 from lib.base.turns import one_at_a_time
 from lib.base.typed import Mistyped, parse
 
@@ -41,7 +42,7 @@ class Ledger:
         nothing is noted. `what`: asked again it is the same one, and free."""
         lock = self.path.with_suffix(".lock")
         with one_at_a_time(lock, f"what was asked of the Hub ({self.path.name})"):
-            now, all_of_them = time.time(), self._read()
+            now, all_of_them = self._now(), self._read()
             recent = [replace(one, time=min(one.time, now)) for one in all_of_them if one.time > now - DAY]
             if any(one.time > now for one in all_of_them):  # a clock was ahead: those would count until it is then
                 self._write(recent)
@@ -57,11 +58,20 @@ class Ledger:
         since = time.time() - window
         return sum(one.count for one in self._read() if one.kind == kind and one.time > since)
 
+    def _now(self) -> float:
+        """By the disk's clock, which all who share the ledger have in common: one of them that is days ahead would
+        forget what the others did today."""
+        with disk_errors(self.path):
+            return clock_of(self.path.parent)
+
     def _write(self, entries: list[Entry]) -> None:
         write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
 
     def _read(self) -> list[Entry]:
-        return list(_entries(read_json(self.path)))
+        raw = read_json(self.path)
+        if raw is None and os.path.lexists(self.path):
+            print(f"{self.path} cannot be read: what was asked of the Hub before this counts no more", flush=True)
+        return list(_entries(raw))
 
 
 def _entries(raw: object) -> Iterator[Entry]:
