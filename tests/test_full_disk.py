@@ -21,7 +21,9 @@ from publish_world import World, make_students
 from test_store import in_small_mount
 from tools import forked
 
+from lib.base.errors import UserError
 from lib.families import load
+from lib.inputs.hub import _sentences
 from lib.run.parents import read_from
 from lib.store import commit
 
@@ -160,6 +162,14 @@ def test_an_export_a_page_an_import_on_a_full_disk(seen, name, pages):
     assert one.code == 2 and len(errors) == 1 and "Traceback" not in one.said, one.said
     assert ": No space left on device" in errors[0] and f"or point SUITE_{root.upper()} elsewhere" in errors[0]
     assert (one.half, one.again, one.differs) == ([], 0, [])
+
+
+def test_the_hubs_own_cache_on_a_full_disk():
+    with pytest.raises(UserError) as e, _sentences("dataset x"), Path("/dev/full").open("wb", buffering=0) as f:
+        f.write(b"x")
+    assert str(e.value) == (
+        "dataset x: No space left on device in HF_HOME; free some, or set SUITE_CACHE to a larger place"
+    )
 
 
 @pytest.mark.parametrize("pages", PUBLISH)
