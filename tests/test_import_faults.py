@@ -133,6 +133,15 @@ def test_a_folder_that_cannot_be_looked_at_is_said(made, far, tmp_path):
     assert not (tmp_path / "here").exists()
 
 
+def test_what_holds_nothing_that_is_wanted_is_an_error(made, far, tmp_path):
+    """As the folder of the exports does, and a scratch of other settings."""
+    shutil.rmtree(far / "students_run5" / "cells")
+    for cell in list((far / "teachers_run5" / "cells").iterdir()):
+        cell.rename(cell.with_name(f"{cell.name[:-8]}00000000"))
+    code, said = bring(made, far, tmp_path / "here")
+    assert code == 2 and "holds no cell that is wanted here (2 of other settings or models): check FROM" in said
+
+
 def test_an_import_that_is_killed_anywhere_goes_on(made, tmp_path):
     """By kill -9 before some write is durable, again and again: what has its place is whole."""
     dice, here, kills = random.Random(3), tmp_path / "here", 0

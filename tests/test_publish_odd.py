@@ -126,8 +126,17 @@ def test_a_ledger_that_is_lost_is_said_and_begun_anew(tmp_path, capsys, text):
     (tmp_path / "me.json").write_text(text)
     book = Ledger(tmp_path / "me.json")
     assert book.take("new", 1, DAY, what="a") == 0.0
-    assert capsys.readouterr().out.count(f"{book.path} cannot be read: what was asked of the Hub before") == 1
+    assert capsys.readouterr().out.count(f"{book.path} is broken: what was asked of the Hub before") == 1
     assert book.take("new", 1, DAY, what="b") > 0
+
+
+def test_a_ledger_that_cannot_be_read_is_left_as_it_is(world):
+    world.publish("what=[datasets]")
+    path = world.places / "scratch" / "hub" / "acme.json"
+    before = path.read_bytes()
+    path.chmod(0)
+    assert f"{path}, where what is asked of the Hub is noted, cannot be read" in refused(world, without_roots_rights)
+    assert path.read_bytes() == before
 
 
 def test_a_ledger_whose_writer_is_killed_anywhere_keeps_what_it_had(tmp_path):

@@ -3,7 +3,7 @@ within what it allows in a day, an hour, five minutes.
 
     <scratch>/hub/<user>.json      for each kind: when, how many, what for"""
 
-import os
+import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import clock_of, disk_errors, read_json, write_json
+from lib.base.atomic import clock_of, disk_errors, read_file, write_json
+from lib.base.errors import UserError
 from lib.base.turns import one_at_a_time
 from lib.base.typed import Mistyped, parse
 
@@ -68,18 +69,27 @@ class Ledger:
         write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
 
     def _read(self) -> list[Entry]:
-        raw = read_json(self.path)
-        if raw is None and os.path.lexists(self.path):
-            print(f"{self.path} cannot be read: what was asked of the Hub before this counts no more", flush=True)
-        return list(_entries(raw))
+        try:
+            data = read_file(self.path)
+        except FileNotFoundError:
+            return []
+        except OSError as e:  # it may well be whole: nothing is written over it
+            raise UserError(
+                f"{self.path}, where what is asked of the Hub is noted, cannot be read ({e.strerror}): make it "
+                "readable, or delete it"
+            ) from None
+        try:
+            return list(_entries(json.loads(data)))
+        except (ValueError, RecursionError):
+            print(f"{self.path} is broken: what was asked of the Hub before this counts no more", flush=True)
+            return []
 
 
 def _entries(raw: object) -> Iterator[Entry]:
     """Those that can be read: what is lost of it lets the Hub itself say no."""
-    with suppress(Mistyped):
-        for one in parse(Entries, raw).entries:
-            with suppress(Mistyped):
-                yield parse(Entry, one)
+    for one in parse(Entries, raw).entries:
+        with suppress(Mistyped):
+            yield parse(Entry, one)
 
 
 def _until(entries: list[Entry], excess: int, now: float, window: float) -> float:

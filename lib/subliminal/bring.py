@@ -67,6 +67,11 @@ def bring(this: Job, source: Path, kinds: Sequence[str]) -> int:
         raise UserError(
             f"{wrong_cells} cells are not whole in {source} and were left: copy them again, or run `make verify` there"
         )
+    if not every.brought + every.here + every.begun:
+        raise UserError(
+            f"FROM={source} holds no cell that is wanted here ({every.others} of other settings or models): check "
+            "FROM, and that both checkouts have the same configuration and models"
+        )
     if every.begun:
         raise UserError(advised(f"{every.begun} cells were begun here: end them with `make resume`, or delete them"))
     return 0
