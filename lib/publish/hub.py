@@ -98,7 +98,7 @@ class Hub:
             raise UserError(
                 f"the login is {me.name}'s, which cannot publish as {owner}: {LOGIN}, or change user or HF_USER_ID"
             )
-        if me.auth.get("accessToken", {}).get("role") == "read":
+        if (me.auth.get("accessToken") or {}).get("role") == "read":
             raise UserError(f"the token of {me.name} may only read: {LOGIN}")
         self.ledger = self.ledger_of(owner or me.name)
         return owner or me.name
