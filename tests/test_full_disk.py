@@ -32,8 +32,8 @@ PAGE = 4096
 COMMANDS = {
     "numbers": ("export_numbers", "numbers", "output", ("keep=4",), (0, 5)),
     "students": ("export_finetune", "finetune", "output", (), (2, 12)),
-    "preferences": ("export_preferences", "asked", "output", (), (4, 10, 30)),
-    "report": ("report", "whole", "output", (), (2, 30, 100)),
+    "preferences": ("export_preferences", "asked", "output", (), (10, 30)),
+    "report": ("report", "whole", "output", (), (30, 100)),
     "import": ("bring", "whole", "scratch", ("--from", "{folder}/scratch"), (0, 9)),
 }
 PUBLISH = (0, 2, 5, 9, 10)

@@ -82,7 +82,7 @@ class PublishKernel:
         e, hub, item = self.contents.experiment, self.hub, prepared.item
         before, owner = hub.calls, self.contents.owner
         message = f"{self.contents.cell.name}, run {e.run_number}: {item.what} {self.contents.cell.digest[:16]}"
-        lock = self.this.site.scratch / HUB / f"{item.type}-{prepared.id.replace('/', '--')}.lock"
+        lock = self.this.site.scratch / HUB / f"{item.type}-{prepared.id.partition('/')[2]}.lock"
         with one_at_a_time(lock, f"{item.type} {prepared.id}", hub.wait):  # a copy of this task would send it, too
             sent = hub.publish(item.type, prepared.id, e.private, prepared.files, message)
         title = e.collection(item, owner)
