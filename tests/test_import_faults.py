@@ -1,6 +1,5 @@
 """Results of another machine's run where something is wrong with their copy, or with the machine that takes them."""
 
-import ctypes
 import json
 import os
 import random
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from finetune_world import cells_of, environment, files_of, source_cells
-from publish_world import make_students
+from publish_world import make_students, without_roots_rights
 from tools import Fork, module_work
 
 from lib.run.extent import extent
@@ -39,12 +38,6 @@ def bring(made: Path, far: Path | str, here: Path, before: Callable[[], object] 
     said = done.stdout + done.stderr
     assert "Traceback" not in said and done.stderr.count("error: ") == (done.returncode == 2), said
     return done.returncode, said
-
-
-def without_roots_rights() -> None:
-    """From here on a file's mode holds for root too."""
-    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 def placed(cell: Cell, scratch: Path) -> Path:

@@ -1,6 +1,5 @@
 """Publishing beside a disk, a token, a clock and a Hub that are not as they should be."""
 
-import ctypes
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ import httpx2
 import pytest
 from fake_hub import Fault
 from finetune_world import cells_of, last_folder
-from publish_world import REPOS, TITLES, World, copied, make_students
+from publish_world import REPOS, TITLES, World, copied, make_students, without_roots_rights
 from tools import in_fork
 
 from lib.base import atomic
@@ -38,12 +37,6 @@ def refused(world: World, before: Callable[[], object] = lambda: None) -> str:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return errors[0]
-
-
-def without_roots_rights() -> None:
-    """From here on a file's mode holds for root too."""
-    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    assert ctypes.CDLL(None).capset(header, none) == 0
 
 
 def folder_instead(path: Path) -> None:
