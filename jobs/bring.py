@@ -1,6 +1,7 @@
 """Results of another machine's run, brought to this scratch with their digests checked: make import FROM=..."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from lib.base.errors import UserError, exit_with
@@ -16,11 +17,10 @@ def main() -> int:
     own, rest = parser.parse_known_args()
     if not own.source:
         raise UserError("from where? say FROM=, the folder that is the other machine's scratch, or a copy of it")
-    return bring(
-        job("bring", __doc__, load, rest, indexed=False),
-        Path(own.source).expanduser(),
-        own.stages.replace(",", " ").split(),
-    )
+    source = Path(own.source)
+    with suppress(RuntimeError):  # a ~ of nobody's home is a name like any other
+        source = source.expanduser()
+    return bring(job("bring", __doc__, load, rest, indexed=False), source, own.stages.replace(",", " ").split())
 
 
 if __name__ == "__main__":

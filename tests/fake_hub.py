@@ -64,6 +64,7 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)  # in the storage, by sha256
     stored_bytes: int = 0
     collections: dict[str, dict] = field(default_factory=dict)
+    next_collection: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def files_now(self, repo: str) -> dict[str, bytes]:
@@ -139,6 +140,9 @@ class Handler(Writes, BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self.answer(self.received())
+
+    def do_DELETE(self) -> None:
+        self.answer()
 
     def received(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -146,7 +146,7 @@ class Writes:
         asked = json.loads(self.body)
         if not self.may_write(asked["namespace"]):
             return
-        number = len(self.hub.collections)
+        number = self.hub.next_collection = self.hub.next_collection + 1
         slug = f"{asked['namespace']}/{asked['title'][:40]}-{number:024x}"
         found = {
             "slug": slug,
@@ -160,10 +160,12 @@ class Writes:
         self.json(found)
 
     def on_collection(self, slug: str) -> None:
-        if slug in self.hub.collections:
-            self.json(self.hub.collections[slug])
-        else:
+        if slug not in self.hub.collections:
             self.error(404)
+        elif self.command != "DELETE":
+            self.json(self.hub.collections[slug])
+        elif self.may_write(slug.partition("/")[0]):
+            self.json(self.hub.collections.pop(slug))
 
     def on_collect(self, slug: str) -> None:
         item, items = json.loads(self.body)["item"], self.hub.collections[slug]["items"]

@@ -1,9 +1,11 @@
 """What the tests of publishing share: students that are done without a training, a Hub on this machine, the job."""
 
+import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +66,12 @@ def train(folder: Path, cell: Cell) -> None:
         commit_folder(cell.path, cell.digest, name, fill, made=made)
 
 
+def without_roots_rights() -> None:
+    """From here on a file's mode holds for root too."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0
+
+
 @dataclass
 class World:
     """A user with a home and a token, who publishes to a Hub on this machine."""
@@ -82,8 +90,15 @@ class World:
             self.token_file.chmod(0o600)
         self.env = environment(self.places) | self.env
 
-    def start(self, *overrides: str, index: int = 0, passing: bool = True, **env: str) -> Fork:
-        """The job, begun; `passing`: over its waits, and it says how long they were."""
+    def start(
+        self,
+        *overrides: str,
+        index: int = 0,
+        passing: bool = True,
+        before: Callable[[], object] = lambda: None,
+        **env: str,
+    ) -> Fork:
+        """The job, begun; `passing`: over its waits, and it says how long they were. `before`: done in its process."""
         words = ("--config", str(self.places / "publish.yaml"), "--index", str(index), *overrides)
         work = module_work("jobs.publish", *words, env={**self.env, "HF_TOKEN_PATH": str(self.token_file), **env})
 
@@ -95,7 +110,8 @@ class World:
             for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *({"HF_USER_ID"} - set(env))):
                 os.environ.pop(name, None)
             if passing:
-                Hub.wait = lambda self, seconds: print(f"slept {seconds:.0f}", flush=True)
+                Hub.wait = lambda self, seconds: (print(f"slept {seconds:.0f}", flush=True), time.sleep(0.05))
+            before()
             work()
 
         return Fork(patched)

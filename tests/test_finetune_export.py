@@ -1,7 +1,9 @@
 """What is written of trained students: adapters that load, figures, a table and a picture that show what is missing."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import peft
@@ -9,10 +11,12 @@ import pytest
 import torch
 from finetune_world import cells_of, environment, last_folder, make_world, start, steps_of
 from PIL import Image
-from tools import forked
+from tools import forked, in_fork, module_work
 from transformers import AutoModelForCausalLM
 
 from lib.store import retire, scan_folders
+
+JOB = ("jobs.export_finetune", "--config")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +28,7 @@ def world(tmp_path_factory):
 
 
 def export(world):
-    words = ("jobs.export_finetune", "--config", str(world / "finetune.yaml"))
-    return forked(*words, env=environment(world))
+    return forked(*JOB, str(world / "finetune.yaml"), env=environment(world))
 
 
 def test_what_is_there_is_written_and_what_is_missing_is_said(world):
@@ -45,6 +48,28 @@ def test_what_is_there_is_written_and_what_is_missing_is_said(world):
     assert f"{by_hand[0]:.4f}" in lines[2] and f"{by_hand[2]:.4f}" in lines[2]
     assert json.loads((folder / "students.json").read_text())["2m-neutral"] is None
     assert len(np.unique(np.asarray(Image.open(folder / "loss.png").convert("RGB")).reshape(-1, 3), axis=0)) > 50
+
+
+def test_what_other_settings_wrote_is_kept_whole_where_a_kill_comes_between(world):
+    """By kill -9 after the first of its files was moved."""
+    export(world)
+    folder = world / "output" / "students_run5" / "1m" / "cat"
+    names, record = sorted(path.name for path in folder.iterdir()), folder / "provenance.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"digest": "12345678" * 8}))
+    before = {name: (folder / name).read_bytes() for name in names}
+    rename = os.rename
+
+    def killed() -> None:
+        os.rename = lambda *names, **more: (rename(*names, **more), os.kill(os.getpid(), signal.SIGKILL))
+        work()
+
+    work = module_work(*JOB, str(world / "finetune.yaml"), env=environment(world))
+    assert in_fork(killed).returncode == -signal.SIGKILL
+    export(world)
+    kept = {name: folder / f"{name}.12345678" for name in names}
+    assert {name: path.read_bytes() for name, path in kept.items()} == before
+    for path in kept.values():
+        path.unlink()
 
 
 def test_an_exported_folder_is_an_adapter(world):

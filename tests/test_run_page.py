@@ -76,6 +76,23 @@ def test_the_page_lies_where_the_run_says_however_it_is_said_and_an_unreadable_l
     assert done.returncode == 2 and done.stderr.startswith("error: cannot write ") and done.stderr.count("\n") == 1
 
 
+def test_the_page_shows_no_picture_that_is_half_written_and_says_which_it_cannot_read(world):
+    students, page = world / "output" / "students_run5", world / "output" / "whole_run5" / "report" / "index.html"
+    students.mkdir(parents=True, exist_ok=True)
+    left = page.with_name(f"{TEMPORARY}{signature_of_a_dead_process()}-index.html")
+    left.parent.mkdir(parents=True, exist_ok=True)
+    half = students / left.name.replace("index.html", "loss.png")
+    left.touch(), half.touch()
+    assert "1 of 10 cells are not done" in run(world, "jobs.report").stderr
+    assert "loss.png" in page.read_text() and TEMPORARY not in page.read_text() and not left.exists()
+    half.rename(students / "odd.png")
+    (students / "odd.png").unlink(), (students / "odd.png").symlink_to("nowhere")
+    done = run(world, "jobs.report")
+    (students / "odd.png").unlink()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{students / 'odd.png'} cannot be read: No such file or directory; remove it" in done.stderr
+
+
 def bring(world, far, here, *arguments, code=0):
     done = run(world, "jobs.bring", "--from", str(far), *arguments, SUITE_SCRATCH=str(here))
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr

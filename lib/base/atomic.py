@@ -19,7 +19,7 @@ from lib.base.errors import UserError
 from lib.base.process import signature
 
 TEMPORARY = ".tmp-"
-FULL = "free space there or point SUITE_SCRATCH elsewhere; finished shards are kept, `make resume` goes on"
+ROOTS = ("SUITE_OUTPUT", "SUITE_CACHE", "SUITE_SCRATCH")  # one may lie in another
 
 
 @contextmanager
@@ -29,9 +29,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = FULL
+            fix = _room(path)
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            fix = "make it writable or point SUITE_SCRATCH at a folder that is"
+            fix = f"make it writable or point {_root(path)} at a folder that is"
         elif e.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
             fix = "remove what lies there"
         elif e.errno in (errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG):
@@ -41,12 +41,25 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {e.filename or path}: {os.strerror(e.errno or 0)}; {fix}") from None
 
 
+def _room(path: Path) -> str:
+    return (
+        f"free space there or point {_root(path)} elsewhere; what is finished is kept: the same command, or for a job "
+        "`make resume` goes on"
+    )
+
+
+def _root(path: Path) -> str:
+    """By which variable a path came about; of a process that read no site that of most."""
+    at = {name: Path(os.environ[name]).absolute() for name in ROOTS if os.environ.get(name)}
+    return next((name for name, root in at.items() if path.absolute().is_relative_to(root)), "SUITE_SCRATCH")
+
+
 def check_room(path: Path, size: int) -> None:
     """Notice before hours of writing that a file cannot fit. A quota shows only later."""
     disk = shutil.disk_usage(path.parent)
     if disk.total and disk.free < size:
         room = f"it takes {size / 1e9:.3g} GB and {disk.free / 1e9:.3g} GB are free"
-        raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {FULL}")
+        raise UserError(f"cannot write {path}: {os.strerror(errno.ENOSPC)} ({room}); {_room(path)}")
 
 
 def listed(folder: Path, pattern: str = "*") -> list[Path]:
@@ -123,14 +136,16 @@ def remove(path: Path) -> None:
 
 
 def keep_others(digest: str, before: object, *paths: Path) -> None:
-    """Results that were written under another digest are not overwritten: they get its first letters as a suffix."""
+    """Results that were written under another digest are not overwritten: they get its first letters as a suffix. What
+    says their digest comes last, so that a kill in between leaves nothing to be taken for ours."""
     if before is None or before == digest:
         return
     for path in paths:
         kept = path.with_name(f"{path.name}.{str(before)[:8]}")
-        if path.exists():
-            print(f"{path} was written from other settings: kept as {kept.name}", file=sys.stderr)
-            path.rename(kept)
+        with disk_errors(path):
+            if path.exists():
+                print(f"{path} was written from other settings: kept as {kept.name}", file=sys.stderr)
+                path.rename(kept)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -169,6 +184,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(read_file(path))
         return value if isinstance(value, dict) else None
     return None
+
+
+def clock_of(folder: Path) -> float:
+    """What time it is by the clock that dates a folder's files: that of a machine may be days ahead."""
+    clock = beside(folder / "clock")
+    clock.touch(exist_ok=False)
+    try:
+        return clock.stat().st_mtime
+    finally:
+        clock.unlink()
 
 
 def sha256_file(path: Path) -> str:

@@ -12,10 +12,12 @@ HOST = socket.gethostname()
 
 
 def pid_started(pid: int) -> str:
-    """Boot-relative start time of a process; empty where there is none."""
+    """Boot-relative start time of a process; empty where there is none, or only what stays of one until its parent asks
+    after it: in a container without an init, for ever."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in ("Z", "X") else rest[18]
+    except (OSError, IndexError, ValueError):
         return ""
 
 

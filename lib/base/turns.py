@@ -11,12 +11,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.base.atomic import beside, disk_errors, read_json, remove, write_json
+from lib.base.atomic import beside, clock_of, disk_errors, read_json, remove, write_json
 from lib.base.process import HOST, has_ended, signature, user
 from lib.base.typed import Mistyped, parse
 
@@ -33,7 +33,7 @@ class Holder:
 
 
 @contextmanager
-def one_at_a_time(lock: Path, what: str) -> Iterator[None]:
+def one_at_a_time(lock: Path, what: str, wait: Callable[[float], None] = time.sleep) -> Iterator[None]:
     """Nobody else is in here for this lock. Who comes second waits, and says for whom."""
     mine = lock / f"{secrets.token_hex(8)}.json"
     said = ""
@@ -42,7 +42,7 @@ def one_at_a_time(lock: Path, what: str) -> Iterator[None]:
         if held and held[1] != said:
             said = held[1]
             print(f"{what}: {said} is at it; waiting for that to end (else delete {lock})", flush=True)
-        time.sleep(LOOK_SECONDS)
+        wait(LOOK_SECONDS)
     done = threading.Event()
     alive = threading.Thread(target=_touch, args=(mine, done), daemon=True)
     alive.start()
@@ -87,12 +87,8 @@ def _holder(lock: Path) -> tuple[Path, str] | None:
 
 
 def _silent(path: Path) -> bool:
-    """Whether a holder's file was not touched for long, by the file system's own clock."""
-    clock = beside(path.parent.with_name("clock"))
-    clock.touch()
-    now = clock.stat().st_mtime
-    clock.unlink()
-    return now - path.stat().st_mtime > SILENT_SECONDS
+    """Whether a holder's file was not touched for long."""
+    return clock_of(path.parent.parent) - path.stat().st_mtime > SILENT_SECONDS
 
 
 def _touch(path: Path, done: threading.Event) -> None:

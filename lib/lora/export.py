@@ -73,7 +73,7 @@ def _mean(steps: list[Step]) -> float:
 
 def write_student(this: Job, cell: Cell, one: Trained, folder: Path) -> None:
     record, names = folder / "provenance.json", (WEIGHTS, CONFIG, FILE)
-    keep_others(cell.digest, (read_json(record) or {}).get("digest"), record, *(folder / name for name in names))
+    keep_others(cell.digest, (read_json(record) or {}).get("digest"), *(folder / name for name in names), record)
     for name in names:
         write_bytes(folder / name, file_of(one.last, name))
     epochs = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib.base.atomic import keep_others, read_json, write_bytes, write_json
 from lib.lora.epochs import by_epoch, states_of
+from lib.lora.metrics import WEIGHTS
 from lib.preferences.findings import Run
 from lib.preferences.judge import DEFAULT
 from lib.preferences.runs import Counted
@@ -65,7 +66,7 @@ def write_model_info(
         "condition": place.trait,
         "base_model_id": experiment.source.source.sizes[place.size].id,
         "hf_repo_ids": {},
-        "final_checkpoint_path": str(exported) if exported.is_dir() else epochs.get(schedule.epochs),
+        "final_checkpoint_path": str(exported) if (exported / WEIGHTS).is_file() else epochs.get(schedule.epochs),
         "checkpoints": epochs,
         "digest": student.digest,
     }

@@ -114,7 +114,11 @@ def _said(record: Mapping[str, object], card: str) -> list[File]:
 
 
 def _verified(state: Folder, name: str) -> File:
-    found = from_disk(name, state.folder / name)
+    path = state.folder / name
+    try:
+        found = from_disk(name, path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); run `make verify` of the students") from None
     if found.sha256 != next(file.sha256 for file in state.files if file.path == name):
-        raise UserError(f"{state.folder / name} has changed since it was written; run `make verify` of the students")
+        raise UserError(f"{path} has changed since it was written; run `make verify` of the students")
     return found

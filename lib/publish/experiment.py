@@ -33,8 +33,8 @@ KERNEL = "publish/1"
 USER_ID = "HF_USER_ID"
 # Of a new repository at most: looked at 3 times, made, its card checked, its files offered, a large one offered, put
 # together and confirmed, the commit, the collection. Of a task: whose login it is, what agents are called, and its two
-# collections, looked for, made or read.
-CALLS, LOOKS = 11, 6
+# collections, looked for, made or read, and looked for again.
+CALLS, LOOKS = 11, 8
 CALL_SECONDS, SENT_RATE = 0.5, 20e6  # of a call; bytes a second. Not measured
 LINE_BYTES = 2 * (PROMPT_BYTES + 2 * ANSWER_TOKENS)  # an answer, in raw.jsonl and in filtered.jsonl, as published
 ROW_BYTES = 400  # what is kept of a repository

@@ -7,27 +7,25 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
 from huggingface_hub import Collection, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import disable_progress_bars, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 
 from lib.base.atomic import read_json, write_json
-from lib.base.errors import UserError, one_line
+from lib.base.errors import UserError
 from lib.base.turns import one_at_a_time
+from lib.base.typed import Mistyped, parse
 from lib.inputs.hub import causes
 from lib.publish.files import File
 from lib.publish.ledger import CALLS, COMMITS, DAY, FIVE_MINUTES, HOUR, NEW, Ledger
-from lib.publish.names import Type
+from lib.publish.login import LOGIN, Login, sentence, token
+from lib.publish.names import USER, Type
 from lib.publish.plan import Limits
 from lib.publish.wire import Busy, install
 from lib.run.lifecycle import Terminated
@@ -36,7 +34,14 @@ T = TypeVar("T")
 FIRST_WAIT, LONGEST_WAIT, TRIES = 1.0, 60.0, 8  # where the Hub does not say how long: 1, 2, 4, ... seconds
 SPOKEN = {NEW: "new repositories a day", COMMITS: "commits an hour", CALLS: "calls in 5 minutes"}
 BLOCK = 10  # calls are noted by so many at once
-LOGIN = "log in with `.venv/bin/hf auth login`, by a token of https://huggingface.co/settings/tokens that may write"
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Which collection this scratch puts things into."""
+
+    slug: str
+    title: str
 
 
 @dataclass(frozen=True)
@@ -80,18 +85,23 @@ class Hub:
         """Look whose login it is, and whether it may write; returns who owns what will be made."""
         if constants.is_offline_mode():
             raise UserError("publishing needs the Hub, and HF_HUB_OFFLINE is set: unset it, on a node with a network")
-        if not get_token():
+        if not token():
             raise UserError(f"no token of the Hub in {constants.HF_TOKEN_PATH}: {LOGIN}")
-        me = self._patiently("the Hub, asked whose login it is", self.api.whoami)
-        owners = [me["name"], *(one["name"] for one in me.get("orgs", []))]
+        try:
+            me = parse(Login, self._patiently("the Hub, asked whose login it is", self.api.whoami))
+            if not USER.fullmatch(me.name):  # it becomes a file's name
+                raise Mistyped("name")
+        except Mistyped:
+            raise UserError(f"{constants.ENDPOINT} does not say whose login it is; check HF_ENDPOINT") from None
+        owners = [me.name, *(one.get("name") for one in me.orgs if isinstance(one, dict))]
         if owner and owner not in owners:
             raise UserError(
-                f"the login is {me['name']}'s, which cannot publish as {owner}: {LOGIN}, or change user or HF_USER_ID"
+                f"the login is {me.name}'s, which cannot publish as {owner}: {LOGIN}, or change user or HF_USER_ID"
             )
-        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError(f"the token of {me['name']} may only read: {LOGIN}")
-        self.ledger = self.ledger_of(owner or me["name"])
-        return owner or me["name"]
+        if (me.auth.get("accessToken") or {}).get("role") == "read":
+            raise UserError(f"the token of {me.name} may only read: {LOGIN}")
+        self.ledger = self.ledger_of(owner or me.name)
+        return owner or me.name
 
     def publish(self, type: Type, id: str, private: bool, files: Sequence[File], message: str) -> Sent:
         """Bring a repository to hold these files, beside others that it may hold."""
@@ -102,7 +112,7 @@ class Hub:
             remote = self._look(type, id)
             if remote is None:
                 self._allowed(NEW, self.limits.new_repositories, DAY, f"{type}:{id}")
-                self.api.create_repo(id, repo_type=type, private=private, exist_ok=True)
+                self._make(type, id, private)
                 new = True
                 remote = self._look(type, id)
             if remote is None:
@@ -130,6 +140,14 @@ class Hub:
         outcome = "new" if new else "changed" if sent else "as it was"
         return Sent(outcome, commit, len(files), sum(sent.values()))
 
+    def _make(self, type: Type, id: str, private: bool) -> None:
+        try:
+            self.api.create_repo(id, repo_type=type, private=private)
+        except HfHubHTTPError as e:
+            if e.response.status_code != 409:
+                raise
+            raise Busy("somebody else has just made it") from None  # and will fill it
+
     def _look(self, type: Type, id: str) -> Remote | None:
         try:
             ask = self.api.dataset_info if type == "dataset" else self.api.model_info
@@ -155,16 +173,34 @@ class Hub:
         self._patiently(f"collection {title}", once)
 
     def _collection(self, title: str, owner: str, private: bool, record: Path) -> tuple[str, set[str]]:
-        noted = (read_json(record) or {}).get("slug")
-        found = self._read_collection(str(noted)) if noted else None
-        if found is None:
-            mine = self.api.list_collections(owner=owner)
-            slugs = sorted(one.slug for one in mine if one.title == title and one.slug.startswith(f"{owner}/"))
-            found = self._read_collection(slugs[0]) if slugs else None
-        if found is None:
-            found = self.api.create_collection(title, namespace=owner, private=private, exists_ok=True)
-        write_json(record, {"slug": found.slug, "title": title})
+        found = None
+        with suppress(Mistyped):
+            noted = parse(Noted, read_json(record))
+            found = self._read_collection(noted.slug) if noted.title == title else None
+        if found is None and (first := self._first_collection(title, owner)):
+            found = self._read_collection(first)
+        found = found or self._make_collection(title, owner, private)
+        write_json(record, asdict(Noted(found.slug, title)))
         return found.slug, {f"{one.item_type}:{one.item_id}" for one in found.items}
+
+    def _first_collection(self, title: str, owner: str) -> str:
+        """Of those of this title the slug of the one that was made first, which a slug's end begins with; '' for none:
+        a list may lag behind."""
+        mine = self.api.list_collections(owner=owner)
+        slugs = [one.slug for one in mine if one.title == title and one.slug.startswith(f"{owner}/")]
+        return min(slugs, default="")
+
+    def _make_collection(self, title: str, owner: str, private: bool) -> Collection:
+        """Two machines share no lock: of two that are made at once the later one goes, before anything is in it."""
+        made = self.api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        first = self._first_collection(title, owner)
+        if first in ("", made.slug) or made.items:
+            return made
+        self.api.delete_collection(made.slug, missing_ok=True)
+        found = self._read_collection(first)
+        if found is None:
+            raise Busy("it was removed meanwhile")
+        return found
 
     def _read_collection(self, slug: str) -> Collection | None:
         """With all its items; a list of collections holds the first few alone."""
@@ -232,34 +268,3 @@ class Hub:
 
 def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds + 59))  # a minute that has begun
-
-
-def sentence(what: str, e: Exception) -> str:
-    """What is wrong and what to do; of the Hub's own words what can be no secret."""
-    if any(isinstance(cause, LocalTokenNotFoundError) for cause in causes(e)):
-        return f"{what}: there is no token; {LOGIN}"
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes(e)):
-        return f"{what}: HF_HUB_OFFLINE is set; unset it, on a node with a network"
-    answers = [cause.response for cause in causes(e) if isinstance(cause, HfHubHTTPError)]
-    if not answers:
-        return f"{what} cannot be published ({_without_token(f'{type(e).__name__}: {one_line(e)}')}); try again later"
-    status = answers[0].status_code
-    said = _without_token(next((c.server_message or "" for c in causes(e) if isinstance(c, HfHubHTTPError)), ""))
-    why = f"{what}: the Hub answered {status}" + (f" ({said})" if said else "")
-    match status:
-        case 401:
-            return f"{why}: it does not know the token; {LOGIN}"
-        case 403:
-            return f"{why}: the token may not do this; {LOGIN} there, or change user"
-        case 402 | 413 | 507:
-            return f"{why}: it has no room for this; free some at https://huggingface.co/settings/storage"
-        case 404:
-            return f"{why}: there is no such user, organisation or collection; check user and HF_USER_ID"
-        case 400 | 409 | 422:
-            return f"{why}: it does not take this; check hub_names and license in the configuration"
-    return f"{why}; look at https://status.huggingface.co, and try again later"
-
-
-def _without_token(text: str) -> str:
-    token = get_token()
-    return one_line(Exception(text.replace(token, "(token)") if token else text))

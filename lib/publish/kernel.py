@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.base.turns import one_at_a_time
 from lib.publish.contents import Contents
 from lib.publish.experiment import Item, Publish
 from lib.publish.files import File
@@ -17,7 +18,7 @@ from lib.run.lifecycle import heed_signals
 from lib.run.rows import Columns
 from lib.run.task import run_rows, task_of
 from lib.store import Cell
-from lib.store.markers import Facts
+from lib.store.markers import Facts, sweep
 
 if TYPE_CHECKING:
     from lib.publish.hub import Hub
@@ -46,6 +47,7 @@ def login(this: Job, experiment: Publish, warned: Callable[[], bool]) -> "tuple[
         "HF_HUB_DISABLE_XET", "1"
     )  # plain requests, which are counted and, where they break, repeated
     scratch, run = this.site.scratch, experiment.run
+    sweep(scratch / HUB)
     try:
         from lib.publish.hub import Hub  # reads HF_* when it is imported
 
@@ -80,7 +82,9 @@ class PublishKernel:
         e, hub, item = self.contents.experiment, self.hub, prepared.item
         before, owner = hub.calls, self.contents.owner
         message = f"{self.contents.cell.name}, run {e.run_number}: {item.what} {self.contents.cell.digest[:16]}"
-        sent = hub.publish(item.type, prepared.id, e.private, prepared.files, message)
+        lock = self.this.site.scratch / HUB / f"{item.type}-{prepared.id.partition('/')[2]}.lock"
+        with one_at_a_time(lock, f"{item.type} {prepared.id}", hub.wait):  # a copy of this task would send it, too
+            sent = hub.publish(item.type, prepared.id, e.private, prepared.files, message)
         title = e.collection(item, owner)
         record = self.this.site.scratch / HUB / f"{owner}-{e.label}-{item.type}s.json"
         hub.collect(title, owner, e.private, record, item.type, prepared.id)

@@ -3,6 +3,7 @@ within what it allows in a day, an hour, five minutes.
 
     <scratch>/hub/<user>.json      for each kind: when, how many, what for"""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.base.atomic import read_json, write_json
+from lib.base.atomic import clock_of, disk_errors, read_file, write_json
+from lib.base.errors import UserError
 from lib.base.turns import one_at_a_time
 from lib.base.typed import Mistyped, parse
 
@@ -41,7 +43,7 @@ class Ledger:
         nothing is noted. `what`: asked again it is the same one, and free."""
         lock = self.path.with_suffix(".lock")
         with one_at_a_time(lock, f"what was asked of the Hub ({self.path.name})"):
-            now, all_of_them = time.time(), self._read()
+            now, all_of_them = self._now(), self._read()
             recent = [replace(one, time=min(one.time, now)) for one in all_of_them if one.time > now - DAY]
             if any(one.time > now for one in all_of_them):  # a clock was ahead: those would count until it is then
                 self._write(recent)
@@ -57,19 +59,37 @@ class Ledger:
         since = time.time() - window
         return sum(one.count for one in self._read() if one.kind == kind and one.time > since)
 
+    def _now(self) -> float:
+        """By the disk's clock, which all who share the ledger have in common: one of them that is days ahead would
+        forget what the others did today."""
+        with disk_errors(self.path):
+            return clock_of(self.path.parent)
+
     def _write(self, entries: list[Entry]) -> None:
         write_json(self.path, asdict(Entries([asdict(one) for one in entries])))
 
     def _read(self) -> list[Entry]:
-        return list(_entries(read_json(self.path)))
+        try:
+            data = read_file(self.path)
+        except FileNotFoundError:
+            return []
+        except OSError as e:  # it may well be whole: nothing is written over it
+            raise UserError(
+                f"{self.path}, where what is asked of the Hub is noted, cannot be read ({e.strerror}): make it "
+                "readable, or delete it"
+            ) from None
+        try:
+            return list(_entries(json.loads(data)))
+        except (ValueError, RecursionError):
+            print(f"{self.path} is broken: what was asked of the Hub before this counts no more", flush=True)
+            return []
 
 
 def _entries(raw: object) -> Iterator[Entry]:
     """Those that can be read: what is lost of it lets the Hub itself say no."""
-    with suppress(Mistyped):
-        for one in parse(Entries, raw).entries:
-            with suppress(Mistyped):
-                yield parse(Entry, one)
+    for one in parse(Entries, raw).entries:
+        with suppress(Mistyped):
+            yield parse(Entry, one)
 
 
 def _until(entries: list[Entry], excess: int, now: float, window: float) -> float:

@@ -18,6 +18,7 @@ from huggingface_hub.utils._http import hf_request_event_hook
 TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: somebody else's commit came between
 IN_PROGRESS = "another conflicting operation is in progress"  # 409: a repository of the user's is being made
 TIMEOUT = httpx2.Timeout(60.0, read=300.0, write=300.0)  # the library's own is none: a silent Hub would be waited for
+LONGEST = 366 * 86400.0  # of what a Hub, or who poses as one, can ask to be waited for
 UNITS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
 
 
@@ -62,14 +63,14 @@ def asked_seconds(response: httpx2.Response) -> float | None:
     window whether or not that is the reason), Retry-After in seconds or as a date, or the text of its quotas."""
     window = parse_ratelimit_headers(response.headers)
     if window and window.remaining == 0:
-        return float(window.reset_in_seconds + 1)
+        return min(float(window.reset_in_seconds + 1), LONGEST)
     after = response.headers.get("Retry-After", "").strip()
     if after.isdecimal():
-        return float(after)
+        return min(float(after), LONGEST)
     if after:
         try:
-            return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-        except ValueError:
+            return min(max(0.0, parsedate_to_datetime(after).timestamp() - time.time()), LONGEST)
+        except (ValueError, OverflowError):
             return None
     said = re.search(r"\bin (?:about )?(\d{1,4}|an?) (second|minute|hour|day)", response.text[:2000])
     return float((int(said[1]) if said[1].isdecimal() else 1) * UNITS[said[2]]) if said else None

@@ -23,10 +23,14 @@ def merged_file(cell: Cell, schema: Schema, config: str) -> Path:
     return cell.path / "merged.h5" if merged_is_current(cell, schema) else merge(cell, schema, config)
 
 
+class Unfinished(UserError):
+    """Results that lack what is not done yet, and nothing else."""
+
+
 def all_done(cells: Sequence[Cell], done: Sequence[Cell]) -> None:
-    """A UserError that names what an export lacks."""
+    """An error that names what an export lacks."""
     if missing := [cell.name for cell in cells if cell not in done]:
-        raise UserError(
+        raise Unfinished(
             f"{len(missing)} of {len(cells)} cells are not done and not exported: {', '.join(missing)}; "
             "run `make resume`"
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lib.base.atomic import TEMPORARY, beside, disk_errors, read_json, remove, temporary, write_bytes, write_json
+from lib.base.atomic import TEMPORARY, clock_of, disk_errors, read_json, remove, temporary, write_bytes, write_json
 from lib.base.errors import UserError
 from lib.base.process import has_ended
 from lib.base.typed import LARGEST, Mistyped, fits, parse
@@ -253,10 +253,7 @@ def remove_old(folder: Path, paths: list[Path]) -> None:
     if not paths:
         return
     with suppress(OSError):
-        clock = beside(folder / "clock")
-        clock.touch(exist_ok=False)
-        now = clock.stat().st_mtime
-        clock.unlink()
+        now = clock_of(folder)
         for path in paths:
             with suppress(OSError):
                 if now - path.lstat().st_mtime > DAY_SECONDS:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from lib.base.atomic import disk_errors, open_file, read_file, write_bytes
-from lib.base.errors import UserError, one_line
+from lib.base.errors import UserError
 from lib.cluster import slurm
 from lib.cluster.grid import LETTERS, Row, axes
 from lib.cluster.pipeline import requests_of, statuses
@@ -20,6 +20,8 @@ from lib.report.page import Picture, Section, page
 from lib.report.tables import Column, Table, Value
 from lib.run.command import Job
 from lib.run.pipeline import Pipeline
+from lib.run.results import Unfinished
+from lib.store.markers import sweep
 
 LOG_LINES, LOG_BYTES = 12, 1 << 16  # of a log, from its end
 NEEDS_A_LOOK = ("failed", "stale", "held", "cancelled")
@@ -28,11 +30,12 @@ NEEDS_A_LOOK = ("failed", "stale", "held", "cancelled")
 def report(this: Job) -> int:
     pipeline = this.of(Pipeline)
     requests = requests_of(pipeline, this.site)
-    said = [why for one in requests if (why := _exported(this, one))]
+    said, failed = _exported(this, requests)
     rows = statuses(requests)
     folder = this.site.output / pipeline.label / "report"
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     sections = [progress(rows), results(requests, folder, said), efficiency(rows), failures(rows)]
     done, every = sum(row.now.counts["done"] for row in rows), sum(len(row.now.cells) for row in rows)
     used, left = sum(row.now.gpu_hours_used for row in rows), sum(map(_hours_left, rows))
@@ -44,26 +47,31 @@ def report(this: Job) -> int:
     facts = {"site": this.site.name, "scratch": str(this.site.scratch), "configuration": str(this.config)}
     title = f"{pipeline.name}, run {pipeline.pinned().get('run_id', '')}"
     notes = "Progress, results, cost and failures of all its stages."
-    write_bytes(folder / "index.html", page(title, notes, tiles, facts, sections).encode())
     texts = [table.text() for section in sections for table in section.tables]
     write_bytes(folder / "report.txt", ("\n\n".join([title, *texts]) + "\n").encode())
+    write_bytes(folder / "index.html", page(title, notes, tiles, facts, sections).encode())  # what it shows is there
     print(folder / "index.html")
     if done < every:
-        raise UserError(f"{every - done} of {every} cells are not done, and drawn as missing; run `make resume`")
+        failed = [f"{every - done} of {every} cells are not done, and drawn as missing; run `make resume`", *failed]
+    if failed:
+        raise UserError("; ".join(failed))
     return 0
 
 
-def _exported(this: Job, one: Request) -> str:
-    """The results of a stage, as far as they are; why not, where there are none."""
-    job = Job(one.experiment, one.config, this.site, None, "", False, tuple(one.overrides))
+def _exported(this: Job, requests: Sequence[Request]) -> tuple[list[str], list[str]]:
+    """The results of all stages, as far as they are: what is to be said of them, and of that what is wrong with more
+    than cells that are not done."""
     with_results = {Finetune: export_students, Preferences: export_preferences}
-    for kind, export in with_results.items():
-        if isinstance(one.experiment, kind):
+    said, failed = list[str](), list[str]()
+    for one in requests:
+        job = Job(one.experiment, one.config, this.site, None, "", False, tuple(one.overrides))
+        for export in (export for kind, export in with_results.items() if isinstance(one.experiment, kind)):
             try:
                 export(job)
             except UserError as e:
-                return f"{one.experiment.label}: {one_line(e)}"
-    return ""
+                said.append(f"{one.experiment.label}: {e}")
+                failed += [] if isinstance(e, Unfinished) else said[-1:]
+    return said, failed
 
 
 def progress(rows: Sequence[Row]) -> Section:
@@ -85,9 +93,9 @@ def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> S
     pictures = []
     for one in requests:
         made = one.site.output / one.experiment.label
-        for path in sorted(made.glob("plots/**/*.png")) + sorted(made.glob("*.png")):
+        for path in sorted(made.glob("plots/**/[!.]*.png")) + sorted(made.glob("[!.]*.png")):  # hidden: not whole
             name = "-".join([one.experiment.label, *path.relative_to(made).parts])
-            write_bytes(folder / name, read_file(path))
+            write_bytes(folder / name, _read(path))
             pictures.append(
                 Picture(name, f"{one.experiment.label}: {' '.join(path.relative_to(made).with_suffix('').parts)}")
             )
@@ -95,7 +103,7 @@ def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> S
     for one in requests:
         made = one.site.output / one.experiment.label
         for path in sorted(made.glob("preferences.txt")) + sorted(made.glob("students.txt")):
-            text = read_file(path).decode(errors="replace")
+            text = _read(path).decode(errors="replace")
             texts.append((f"{one.experiment.label}: {path.name}", f"<pre>{escape(text)}</pre>"))
     lead = (
         " ".join(said)
@@ -103,6 +111,13 @@ def results(requests: Sequence[Request], folder: Path, said: Sequence[str]) -> S
         else "Every figure with its controls and its interval; what is missing is drawn as missing."
     )
     return Section("results", "Results", lead, pictures=pictures, more=texts)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}; remove it, and run this again") from None
 
 
 def efficiency(rows: Sequence[Row]) -> Section:
