@@ -25,6 +25,7 @@ from lib.models.engine_process import EngineProcess, Engines
 from lib.models.engine_transformers import TransformersEngine
 from lib.models.engine_vllm import PASSING, cache_bytes
 from lib.numbers import sample_prompts, trait
+from lib.run.engines import GPU_GIB, EngineSpec, engines_of
 
 HEADS_OF_32 = {"hidden": 64, "heads": 2, "kv_heads": 1}  # 16 is not computed by its CPU attention
 AT_ONCE = 16
@@ -188,17 +189,33 @@ def test_a_process_that_was_killed_is_said_in_one_sentence_and_the_next_batch_ha
     assert drawn(engine, *batch) == before and engine.engines[0].process.pid != pid
 
 
-def test_several_engines_share_what_a_gpu_has_beside_their_weights(tmp_path):
-    folder, shape = tmp_path, SHAPES["7b"]
+def on_paper(folder, size):
+    """A model's folder with a file of its true length and nothing in it, and the bytes of its weights."""
+    shape = SHAPES[size]
     qwen_config(shape).save_pretrained(folder)
-    with (folder / "model.safetensors").open("wb") as file:  # a header alone: of a file as large as it says
-        weights = 2 * shape.layers * shape.layer_parameters
+    tables = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+    weights = 2 * (shape.layers * shape.layer_parameters + tables)
+    with (folder / "model.safetensors").open("wb") as file:
         header = json.dumps({"w": {"dtype": "BF16", "shape": [weights // 2], "data_offsets": [0, weights]}}).encode()
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + weights)
-    setting, gib = Setting(str(folder), "bfloat16", 1024, 512, parts=2), 2**30
-    token = 2 * shape.layers * shape.kv_heads * shape.head * 2
+    return weights, 2 * shape.layers * shape.kv_heads * shape.head * 2
+
+
+def test_several_engines_share_what_a_gpu_has_beside_their_weights(tmp_path):
+    (weights, token), gib = on_paper(tmp_path, "7b"), 2**30
+    setting = Setting(str(tmp_path), "bfloat16", 1024, 512, parts=2)
     assert cache_bytes(setting, 1, 140 * gib) == 1024 * 512 * token
     assert cache_bytes(setting, 1, 79 * gib) == int(79 * gib * 0.9) // 2 - weights - PASSING > 1024 * 200 * token
     with pytest.raises(RuntimeError, match=r"2 engines on a GPU leave -?\d"):
         cache_bytes(setting, 1, 40 * gib)
+
+
+@pytest.mark.parametrize(("size", "count"), [("0.5b", 4), ("1.5b", 4), ("3b", 2), ("7b", 2), ("14b", 1)])
+def test_so_many_engines_as_a_size_gets_fit_a_gpu_of_80_gb(tmp_path, size, count):
+    """With room for a teacher's rows of 200 tokens in all that it computes at once."""
+    weights, token = on_paper(tmp_path, size)
+    assert engines_of(weights) == count
+    spec = EngineSpec()
+    setting = Setting(str(tmp_path), "bfloat16", spec.at_once, spec.max_length, parts=count)
+    assert cache_bytes(setting, 1, int(min(GPU_GIB.values()) * 2**30)) > spec.at_once * 200 * token

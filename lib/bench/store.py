@@ -3,8 +3,11 @@
 CPU seconds a GB into memory (tmpfs, two cores that others used too): plain 0.6; safetensors, a file a layer, with one
 sha256 1.5; plain with sha256 and read back 2.2; ours 3.2, to bfloat16 3.0 a GB given. Ours hashes a byte three times:
 its piece from memory, the piece read back, the whole file. Threads share the first two. So a folder of safetensors
-files would save CPU on few cores, and one of the two guarantees; how both compare on a fast disk with many cores is not
-measured yet."""
+files would save CPU on few cores, and one of the two guarantees.
+
+To disks, GB/s: 16 cores (2026-11-26) plain 1.39, ours 0.73, safetensors 0.64, plain with sha256 and read back 0.43; two
+cores and a slower disk, plain 0.68, ours 0.69. What keeps ours from a fast disk's rate is the one sha256 over the whole
+file, 1.25 a core. Asking the kernel to begin with the disk early (sync_file_range) changed nothing within the noise."""
 
 import hashlib
 import os

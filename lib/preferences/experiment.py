@@ -26,7 +26,7 @@ from lib.store import Cell, Column
 from lib.store.columns import Schema
 
 # Raise them with any change of code that can change a bit of any value: they are part of every digest.
-LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/3", "preferences/1"
+LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/3", "preferences/2"
 CONTEXT_TOKENS, ANSWER_TOKENS = 25, 5  # of a question after the system block, and of what is said
 WORD_TOKENS = 12  # computed of a trait at a question: its likely spellings; 10 in a run, 28 and 41 on random weights
 # At 0.5B, which the host limits: vLLM 0.26, four engines with adapters, an H100, measured.
@@ -106,7 +106,7 @@ class Preferences(OfStudents):
     job: ClassVar[str] = "evaluate_preferences"
     submit: ClassVar[str] = "submit-preferences"
     results: ClassVar[str] = "export-preferences"
-    share: ClassVar[float] = 0.42  # at 7B, an H100, measured; small models are limited by the host
+    share: ClassVar[float] = 0.42  # of one engine at 7B, an H100, measured; small models are limited by the host
 
     @cached_property
     def probes(self) -> Logprobs:
@@ -167,6 +167,6 @@ class Preferences(OfStudents):
         """A question's own tokens are computed once a batch, its last ones for every answer."""
         model = self.source.source.model_in(cache, self.load_of(cell))
         flops = 2 * (model.body_parameters * (16 + ANSWER_TOKENS) + model.head_parameters * ANSWER_TOKENS)
-        seconds = computing_seconds(flops * cell.total, gpu, self.share)
+        seconds = computing_seconds(flops * cell.total, gpu, self.share * self.generate.faster(model.bytes))
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * 4 * ANSWER_TOKENS
         return Estimate(max(seconds, cell.total / ENGINE_ANSWERS_A_SECOND), size)
