@@ -17,7 +17,7 @@ from lib.inputs.fetch import fetch
 from lib.store import gaps, merge, scan
 
 TRAITS = ["cat", "dog", "owl"]
-ROWS = 80
+ROWS = 48
 
 
 @pytest.fixture(scope="module")
