@@ -62,7 +62,7 @@ class VllmEngine:
                 "one holds the model, or generate.adapters=served"
             )
         try:
-            with uncollected():
+            with uncollected("vllm"):
                 import vllm
 
             self.about["engine"] = f"vllm {vllm.__version__}"

@@ -79,7 +79,7 @@ def _work(
     )
     if not shards:
         return DONE
-    with uncollected():
+    with uncollected("transformers"):
         kernel, about = make_kernel()
     beat.facts["loaded"] = time.time()
     progress = Progress(cell.total, cell.total - left, every=log_seconds)

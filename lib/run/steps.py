@@ -83,7 +83,7 @@ class _Steps:
         if step == cell.total:
             self._tidy(step)
             return DONE
-        with uncollected():
+        with uncollected("transformers"):
             kernel, about = make_kernel()
         self.made = {**provenance(self.beat, cell), **about}
         self.beat.facts["loaded"] = time.time()
