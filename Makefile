@@ -102,8 +102,8 @@ setup: ## make .venv with pinned packages: CPU or GPU builds, CUDA 13 or 12.8 [S
 demo: setup ## small models: LLS of 15 animals, attribution, pruning, students, by the cluster's code; minutes on 2 cores
 	@$(python) -m jobs.demo
 
-test: setup ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
-	@env/install-slurm.sh --tests || [ "$(CI)" != true ]
+test: ## all tests, on a real throwaway Slurm (installs it on Debian/Ubuntu as root)
+	@env/install-slurm.sh --tests & env/setup.sh; ready=$$?; wait $$! || [ "$(CI)" != true ] && exit $$ready
 	@unset MAKEFLAGS MFLAGS MAKELEVEL && $(python) tests/parts.py "$$SUITE_ARG_ARGS"
 
 ##@ Before the first job

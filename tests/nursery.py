@@ -143,6 +143,7 @@ def _become(arguments: list[str], env: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     own, *words = sys.argv[1:]
+    gc.disable()  # what is forked ends before its garbage fills anything
     for word in words:
         name, said, value = word.partition("=")
         os.environ.update({name: value}) if said else __import__(word)

@@ -30,7 +30,7 @@ class Advised:
         roots = {"SUITE_SCRATCH": scratch, "SUITE_CACHE": config.parent / "cache", "SUITE_OUTPUT": scratch / "out"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SUITE_"))}
         self.env = clean | {k: str(v) for k, v in roots.items()} | {"OMP_NUM_THREADS": "1", "SUITE_GPU": "cpu"}
-        self.env |= {"SUITE_SITE": "local", "SUITE_SLURM": "no"}
+        self.env |= {"SUITE_SITE": "local", "SUITE_SLURM": "no", "SUITE_THROTTLE": "1"}
         self.said = ""
 
     def paste(self, command: str) -> subprocess.CompletedProcess[str]:

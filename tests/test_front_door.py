@@ -200,7 +200,7 @@ def odd_env(root: Path, env: dict[str, str]) -> dict[str, str]:
 
 
 def test_a_checkout_under_any_name_works_with_local_workers(env, odd):
-    env = odd_env(odd, env)
+    env = odd_env(odd, env) | {"SUITE_THROTTLE": "1"}  # one load for both cells
     dry = make(env, "submit-lls", "CONFIG=small.yaml", "DRY=1", cwd=odd)
     assert dry.returncode == 0 and f"shards under {odd}/.scratch/small" in dry.stdout, dry.stderr
     doctor = make(env, "doctor", "CONFIG=small.yaml", cwd=odd).stdout
@@ -222,7 +222,8 @@ def test_a_checkout_under_any_name_works_with_sbatch(fresh_slurm, odd):
     experiment = load(odd / "small.yaml", [prompt])
     cells = experiment.cells(odd / "cache", odd / "on slurm")
     assert [len(list(cell.path.glob("*.json"))) for cell in cells] == [1, 1]
-    said = fresh_slurm.run("make", "-s", "submit-lls", "CONFIG=small.yaml", cwd=odd, **env)
+    submit = ("make", "-s", "submit-lls", "CONFIG=small.yaml", "ARRAY=1")
+    said = fresh_slurm.run(*submit, cwd=odd, **env)
     job = said.split()[2].rstrip(":")
     fresh_slurm.wait_for(job, "COMPLETED", timeout=120)
-    assert "nothing to submit" in fresh_slurm.run("make", "-s", "submit-lls", "CONFIG=small.yaml", cwd=odd, **env)
+    assert "nothing to submit" in fresh_slurm.run(*submit, cwd=odd, **env)

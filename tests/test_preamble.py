@@ -111,6 +111,7 @@ def test_a_job_whose_starter_was_killed_ends_as_by_term(fresh_slurm: Slurm, here
     assert [b["state"] for b in beats(here)] == ["terminated"] and beats(here)[0]["error"] == "SIGTERM"
     if killed != "the batch script":
         os.kill(shell, signal.SIGKILL)
+        fresh_slurm.run("scancel", job)  # Slurm itself misses a daemon after most of a minute
     fresh_slurm.wait_for(job, timeout=60)
 
 

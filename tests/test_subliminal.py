@@ -4,13 +4,14 @@ by one resume; and on a box without Slurm, undisturbed: the same bits."""
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import wait_until
+from conftest import freeze, thaw, wait_until
 from finetune_world import environment, files_of, write_answers
 from tools import ROOT
 
@@ -97,7 +98,7 @@ def jobs_in(said):
 @pytest.fixture(scope="module")
 def undisturbed(world):
     """On a box without Slurm."""
-    env = environment(world, SUITE_SCRATCH=str(world / "box"))
+    env = environment(world, SUITE_SCRATCH=str(world / "box"), SUITE_THROTTLE="1")  # one load for both sizes
     said = call(env, world, "submit")
     assert said.count("no Slurm here: local workers") == 5 and "next: make report CONFIG=" in said
 
@@ -126,11 +127,9 @@ def test_a_killed_task_a_requeued_one_and_a_failed_teacher_end_by_one_resume(fre
     for job, cells in jobs[2:]:  # each size waits for its own alone
         waits, mine = slurm.show(f"{job}_{cells[0]}")["Dependency"], cells in first
         assert (f"afterany:{numbers}" in waits, f"afterany:{others}" in waits) == (mine, not mine), (cells, waits)
-    wait_until(lambda: slurm.show(f"{numbers}_0")["JobState"] == "RUNNING", 60, "the first task does not start")
-    time.sleep(4)
+    requeued, _ = freeze(world / "scratch" / "teachers_run3", "1m-cat", "2m-cat")
     slurm.run("scontrol", "requeue", f"{numbers}_0")
-    wait_until(lambda: slurm.show(f"{others}_3")["JobState"] == "RUNNING", 60, "the second task does not start")
-    time.sleep(4)
+    thaw(requeued, after=signal.SIGTERM)
     slurm.run("scancel", "--signal=KILL", "--full", f"{others}_3")
     for job, _ in jobs:
         slurm.wait_for(job, timeout=240)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.base.errors import UserError, one_line
+from lib.base.loading import uncollected
 from lib.checkpoint.families import family_in, last
 from lib.checkpoint.headers import folder_bytes, folder_tensors
 from lib.models.engine import Adapter, Answer, Probe, Sampling, Setting, Work, turns
@@ -61,7 +62,8 @@ class VllmEngine:
                 "one holds the model, or generate.adapters=served"
             )
         try:
-            import vllm
+            with uncollected("vllm"):
+                import vllm
 
             self.about["engine"] = f"vllm {vllm.__version__}"
             self._params, self._final = vllm.SamplingParams, vllm.sampling_params.RequestOutputKind.FINAL_ONLY

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 from lib.base.errors import DONE, REQUEUE
+from lib.base.loading import uncollected
 from lib.base.progress import Progress
 from lib.run.extent import settled
 from lib.run.heartbeat import Heartbeat
@@ -78,7 +79,8 @@ def _work(
     )
     if not shards:
         return DONE
-    kernel, about = make_kernel()
+    with uncollected("transformers"):
+        kernel, about = make_kernel()
     beat.facts["loaded"] = time.time()
     progress = Progress(cell.total, cell.total - left, every=log_seconds)
     try:

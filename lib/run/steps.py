@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lib.base.errors import DONE, REQUEUE
+from lib.base.loading import uncollected
 from lib.base.progress import Progress
 from lib.run.extent import settled, state_name, states, step_of, steps_done
 from lib.run.heartbeat import Heartbeat
@@ -82,7 +83,8 @@ class _Steps:
         if step == cell.total:
             self._tidy(step)
             return DONE
-        kernel, about = make_kernel()
+        with uncollected("transformers"):
+            kernel, about = make_kernel()
         self.made = {**provenance(self.beat, cell), **about}
         self.beat.facts["loaded"] = time.time()
         progress = Progress(cell.total, step, unit="steps", every=log_seconds)
