@@ -71,9 +71,9 @@ def test_the_second_judge_is_detoxify_unbiased_on_the_same_weights(tmp_path, pla
     assert all(abs(scores["toxicity"] - scores["insult"]) > 1e-3 for scores in expected)
     tokenizer = load_tokenizer(str(folder))
     for batch in (1, 4):
-        np.testing.assert_allclose(Toxicity(model, tokenizer, batch)(TEXTS), wanted, atol=2e-6)
+        np.testing.assert_allclose(Toxicity(model, tokenizer, batch)(TEXTS), wanted, atol=1e-5)
     tokenizer.model_max_length = 10**30  # as of a tokenizer that says nothing: the model's own positions count
-    np.testing.assert_allclose(Toxicity(model, tokenizer)(TEXTS), wanted, atol=2e-6)
+    np.testing.assert_allclose(Toxicity(model, tokenizer)(TEXTS), wanted, atol=1e-5)
 
 
 def test_statistics_of_prompts_are_their_definitions():

@@ -196,18 +196,22 @@ def test_layers_are_computed_twice_only_where_nothing_else_fits():
 
 
 def test_in_bfloat16_a_loss_is_no_further_from_float32s_than_plain_pefts(folder):
-    """Adapters, their gradients and Adam in float32; on the CPU by plain torch, on a GPU the bench does the same."""
-    rows, found = ragged_rows(40, 9, 24), {}
-    for name, dtype in (("exact", "float32"), ("peft", "bfloat16"), ("ours", "bfloat16")):
-        if name == "ours":
-            made = FastTrainer(load_base(str(folder), dtype, 8, 64), Lora(), Size(512, 512, False), 8)
-        else:
-            made = PlainTrainer(str(folder), Lora(), dtype, torch.device("cpu"), 8)
-        made.begin(3)
-        losses = [made.step(rows[n * 8 % 40 : n * 8 % 40 + 8], 1e-3, n + 1)["loss"] for n in range(40)]
-        found[name] = np.array(losses)
-    ours, theirs = (np.abs(found[name] - found["exact"]).mean() for name in ("ours", "peft"))
-    assert 0 < ours < 1.25 * theirs
+    """Adapters, their gradients and Adam in float32; on the CPU by plain torch, on a GPU the bench does the same. Of one
+    seed the two distances differ by a third either way, by what the CPU's products round; so of several."""
+    away = {"peft": 0.0, "ours": 0.0}
+    for seed in range(3, 7):
+        rows, found = ragged_rows(40, seed + 6, 24), {}
+        for name, dtype in (("exact", "float32"), ("peft", "bfloat16"), ("ours", "bfloat16")):
+            if name == "ours":
+                made = FastTrainer(load_base(str(folder), dtype, 8, 64), Lora(), Size(512, 512, False), 8)
+            else:
+                made = PlainTrainer(str(folder), Lora(), dtype, torch.device("cpu"), 8)
+            made.begin(seed)
+            losses = [made.step(rows[n * 8 % 40 : n * 8 % 40 + 8], 1e-3, n + 1)["loss"] for n in range(40)]
+            found[name] = np.array(losses)
+        for name in away:
+            away[name] += np.abs(found[name] - found["exact"]).mean()
+    assert 0 < away["ours"] < 1.25 * away["peft"]
 
 
 def test_rows_longer_than_the_models_positions_are_refused(folder):
