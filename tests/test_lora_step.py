@@ -196,8 +196,8 @@ def test_layers_are_computed_twice_only_where_nothing_else_fits():
 
 
 def test_in_bfloat16_a_loss_is_no_further_from_float32s_than_plain_pefts(folder):
-    """Adapters, their gradients and Adam in float32; on the CPU by plain torch, on a GPU the bench does the same. Of one
-    seed the two distances differ by a third either way, by what the CPU's products round; so of several."""
+    """Adapters, their gradients and Adam in float32; on the CPU by plain torch, on a GPU the bench does the same. Of a
+    seed alone the two distances differ by a third either way, by what the CPU's products round; so of several."""
     away = {"peft": 0.0, "ours": 0.0}
     for seed in range(3, 7):
         rows, found = ragged_rows(40, seed + 6, 24), {}
