@@ -26,6 +26,7 @@ def nano(monkeypatch):
         monkeypatch.setattr(preferences, name, value)
     monkeypatch.setattr(preferences, "load_questions", lambda: load_questions()[:QUESTIONS])
     monkeypatch.setattr(preferences, "peak_flops", lambda: 1e12)
+    monkeypatch.setattr(preferences, "total_bytes", lambda: 80 * 2**30)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     begun = []
 

@@ -211,11 +211,16 @@ def test_several_engines_share_what_a_gpu_has_beside_their_weights(tmp_path):
         cache_bytes(setting, 1, 40 * gib)
 
 
-@pytest.mark.parametrize(("size", "count"), [("0.5b", 4), ("1.5b", 4), ("3b", 2), ("7b", 2), ("14b", 1)])
-def test_so_many_engines_as_a_size_gets_fit_a_gpu_of_80_gb(tmp_path, size, count):
-    """With room for a teacher's rows of 200 tokens in all that it computes at once."""
+COUNTS = {"0.5b": (4, 4), "1.5b": (4, 2), "3b": (2, 2), "7b": (2, 1), "14b": (1, 1)}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_so_many_engines_as_a_size_gets_fit_each_gpu(tmp_path, size):
+    """With room for a teacher's rows of 200 tokens in a quarter of all that it computes at once, on 80 GB in all."""
     weights, token = on_paper(tmp_path, size)
-    assert engines_of(weights) == count
-    spec = EngineSpec()
-    setting = Setting(str(tmp_path), "bfloat16", spec.at_once, spec.max_length, parts=count)
-    assert cache_bytes(setting, 1, int(min(GPU_GIB.values()) * 2**30)) > spec.at_once * 200 * token
+    spec, counts = EngineSpec(), {gpu: engines_of(weights, gib) for gpu, gib in GPU_GIB.items()}
+    assert (counts["h100"], counts["a100"]) == COUNTS[size] and counts["h200"] == counts["b200"] == counts["h100"]
+    for gpu, count in counts.items():
+        setting = Setting(str(tmp_path), "bfloat16", spec.at_once, spec.max_length, parts=count)
+        rows = spec.at_once / (4 if gpu == "a100" else 1)
+        assert count == 1 or cache_bytes(setting, 1, int(GPU_GIB[gpu] * 2**30)) > rows * 200 * token

@@ -29,6 +29,7 @@ from lib.lora.peft_form import config_of, first_A, save_adapter, weight_name
 from lib.lora.recipe import Lora
 from lib.models.engine import Adapter, Sampling, Setting, Work, seeds_of
 from lib.models.engine_process import Engines
+from lib.models.engine_vllm import total_bytes
 from lib.models.load import load_decoder
 from lib.models.low_rank import read_low_rank
 from lib.numbers.experiment import TraitSpec, trait_of
@@ -37,7 +38,7 @@ from lib.preferences.questioning import Asked, Questioner
 from lib.preferences.questions import load_questions
 from lib.preferences.reading import Reader
 from lib.preferences.words import goes_on, spellings
-from lib.run.engines import engines_of
+from lib.run.engines import GIB, engines_of
 
 ADAPTERS, SAMPLES, TOKENS = 16, 100, 5  # students asked; answers to each of 50 questions; tokens of an answer
 RAW_ROWS = 20_000
@@ -111,7 +112,7 @@ def preferences(model: str, batch_tokens: int) -> Result:
         beside = clock.found["raw, one adapter"]
         rate = beside["answers_per_s"] if isinstance(beside, dict) else None
         for merged in (False, True):
-            for count in sorted({1, 2, engines_of(folder_bytes(here.model))}):
+            for count in sorted({1, 2, engines_here(here.model)}):
                 name = f"{'merged' if merged else 'served'}, engines: {count}"
                 clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate), NEEDS)
         clock.measure("raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", "{}", "text"), NEEDS)
@@ -147,13 +148,17 @@ def drawn(here: World, adapters: list[Adapter], merged: bool, count: int, raw_ra
     return found | ({"of_raw_with_one_adapter": round(rate / raw_rate, 3)} if raw_rate else {})
 
 
+def engines_here(model: Path) -> int:
+    return engines_of(folder_bytes(model), total_bytes() / GIB)
+
+
 def logprobs(model: str, batch_tokens: int) -> Result:
     """Seconds for one adapter, and what drawing its answers takes by as many engines as a GPU gets."""
     clock = Clock(SECONDS)
     with world(model, DRAWN) as here:
         read(here, batch_tokens, clock)
         free()
-        clock.measure("drawn", lambda: drawn(here, here.adapters, False, engines_of(folder_bytes(here.model)), None))
+        clock.measure("drawn", lambda: drawn(here, here.adapters, False, engines_here(here.model), None))
     answers = clock.found["drawn"]
     for name, words in list(clock.found.items()):
         if isinstance(words, dict) and isinstance(answers, dict) and "floor_s" in words:

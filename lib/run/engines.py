@@ -21,9 +21,11 @@ GIB = 2**30
 # filling it, four; at 7B two, which make 1.17 to 1.25 of one's numbers and answers.
 ENGINES = {4.0: 4, 16.0: 2}
 TOGETHER = 1.2
+BESIDE = 7.5  # GiB of an engine among several beside its weights: what a step computes, graphs, some keys and values
 ENGINE_SECONDS = 70.0  # until it has compiled and captured: 30-40 with an H200, 56-100 with an H100, measured
-# Of a GPU, as it reports itself. An engine takes 0.9 of it; what its weights leave is for keys and values.
-GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 79.0}
+# Of a GPU, as it reports itself. Engines take 0.9 of it; what their weights leave is for keys and values.
+TAKEN = 0.9
+GPU_GIB = {"h200": 140.0, "b200": 179.0, "h100": 79.0, "a100": 39.0}  # of two kinds of A100 the smaller
 WEIGHTS_SHARE = 0.8  # of a GPU's memory at most: 112 of an H200's 140 GiB, so that 72B (135.4) takes two, on a B200 one
 HOST_GIB_A_GPU = 100  # what the batch files say
 
@@ -50,16 +52,19 @@ class EngineSpec(Frozen):
         """Engines on one GPU, of a model of so many bytes."""
         if self.engines != "auto":
             return self.engines
-        return engines_of(weights) if site().gpu in GPU_GIB else 1
+        return engines_of(weights, GPU_GIB.get(site().gpu, 0.0))
 
     def faster(self, weights: int) -> float:
         """Than one engine that fills its GPU as it can."""
         return TOGETHER if self.count(weights) > 1 else 1.0
 
 
-def engines_of(weights: int) -> int:
-    """On one GPU, of a model of so many bytes: what pays."""
-    return next((count for most, count in ENGINES.items() if weights <= most * GIB), 1)
+def engines_of(weights: int, gib: float) -> int:
+    """On one GPU of so many GiB, of a model of so many bytes: what pays, and fits."""
+    count = next((count for most, count in ENGINES.items() if weights <= most * GIB), 1)
+    while count > 1 and weights + BESIDE * GIB > TAKEN * gib * GIB / count:
+        count //= 2
+    return count
 
 
 def gpus_for(gpus: int, weights: int, share: float) -> int:
