@@ -30,6 +30,8 @@ log=$(readlink "/proc/$$/fd/1" || true)
 [ ! -f "$log" ] || export SUITE_LOG="$log"
 anew='submit it again' # what helps where this task is not requeued
 
+say() { echo "$*" || true; } # a log on a full disk is no reason to end
+
 # Stopped by the warning with work left: requeue this task alone. The array's own id would requeue every task of it.
 again() {
   local times=${SLURM_RESTART_COUNT:-0}
@@ -40,7 +42,7 @@ again() {
     echo "error: stopped with work left, and requeued $times times already (SUITE_MAX_REQUEUES=$most); ask for a longer --time, then $anew" >&2
     exit 75
   fi
-  echo "requeue $this"
+  say "requeue $this"
   if ! timeout 60 scontrol requeue "$this"; then
     [ -n "$ended" ] || { sleep 2 & wait $!; }  # the requeue ends scontrol too, and this script hears of it no later
     [ -n "$ended" ] || { echo "error: could not requeue $this; $anew" >&2; exit 75; }
@@ -64,7 +66,7 @@ compare_with_site() {
       gpu=$(timeout 20 nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || true
     case " ${gpu,,} " in '  ' | *[\ -]"${SUITE_GPU,,}"[\ -]*) ;; *) differ GPU "$SUITE_GPU" "$gpu" ;; esac
   fi
-  [ -z "$asks" ] || echo "note: site $SUITE_SITE asks for ${asks#, }; this task has ${has#, }; (. env/site.sh && sbatch ...) asks as the site does"
+  [ -z "$asks" ] || say "note: site $SUITE_SITE asks for ${asks#, }; this task has ${has#, }; (. env/site.sh && sbatch ...) asks as the site does"
 }
 
 quoted() { # a word as a shell and the overrides' reader both take it
@@ -90,8 +92,8 @@ run_experiment() {
 run_job() {
   local rc=0 status
   [ -x "$python" ] || { echo "error: no .venv here; \`make setup\` on a login node, or \`make fetch JOB=1\`, makes it" >&2; exit 2; }
-  [ -z "$warned" ] || { echo "SIGUSR1 came before the job"; again; }
-  echo "job $this restart ${SLURM_RESTART_COUNT:-0} site $SUITE_SITE node ${SLURMD_NODENAME:-$(uname -n)} gpus ${CUDA_VISIBLE_DEVICES:-none}: $*"
+  [ -z "$warned" ] || { say "SIGUSR1 came before the job"; again; }
+  say "job $this restart ${SLURM_RESTART_COUNT:-0} site $SUITE_SITE node ${SLURMD_NODENAME:-$(uname -n)} gpus ${CUDA_VISIBLE_DEVICES:-none}: $*"
   [ -z "${SLURM_JOB_ID:-}" ] || compare_with_site
   SUITE_WATCH="$$${SLURM_JOB_ID:+ $PPID}" "$python" -m "jobs.$1" "${@:2}" &
   pid=$!

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lib.base.errors import UserError
+from lib.base.log import going_on_without_log
 from lib.models.engine import Answer, Made, Setting, Work
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -172,7 +173,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
-    serve(Connection(int(sys.argv[1])))
+    with going_on_without_log():  # vLLM says much at its start
+        serve(Connection(int(sys.argv[1])))
     sys.stdout.flush()
     os._exit(0)  # what an engine tears down at its end takes seconds, and may fail
 

@@ -16,6 +16,7 @@ from typing import Any
 from lib.base.advice import advised
 from lib.base.atomic import read_file, write_bytes
 from lib.base.errors import DONE, REQUEUE, USER, UserError
+from lib.base.log import going_on_without_log
 from lib.base.typed import parse
 from lib.run import queue
 from lib.run.command import Job
@@ -71,7 +72,7 @@ def _path(folder: Path, name: str) -> Path:
 
 def run_task(this: Job, work: Callable[[Cell], int]) -> int:
     """Every cell of this task in turn, and on a box without Slurm of the tasks after it: what is loaded stays so."""
-    with heed_signals("shard") as notice:
+    with going_on_without_log(), heed_signals("shard") as notice:
         try:
             code = _cells(this, task_of(this), work, notice)
             ours = queue.ours()
