@@ -10,6 +10,7 @@ import pytest
 from conftest import wait_until
 
 from lib.base.errors import UserError
+from lib.base.loading import uncollected
 from lib.models import apart
 from lib.models.apart import Apart
 
@@ -41,6 +42,9 @@ class Work:
     def fill(self) -> int:
         return len(bytearray(apart.MEMORY + (1 << 40)))
 
+    def collects(self) -> bool:
+        return gc.isenabled()
+
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,6 +63,12 @@ def test_calls_keep_the_object_and_their_order():
     work.ask("count", big)  # an answer that nobody waits for
     assert work.ask("count", "b")() == (2, "b")
     assert work.ask("count", big)() == (3, big)
+
+
+def test_it_collects_garbage_though_it_is_made_while_a_task_loads():
+    with uncollected("no_such_module"):
+        work = Apart(Work, "work")
+        assert not gc.isenabled() and work.ask("collects")()
 
 
 def test_errors_pass_as_what_they_are():

@@ -5,6 +5,7 @@ model's folder brought along: a chat template may loop for ever or want all memo
 It ends with the one that forked it, and before any CUDA is initialised is the time to fork."""
 
 import ctypes
+import gc
 import math
 import os
 import resource
@@ -95,6 +96,7 @@ def _child(connection: Connection, make: Callable[[], Any], parent: int, leads: 
         if leads:  # the kernel would send it as well when a thread that forked ends
             ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
         _limit_memory()
+        gc.enable()  # a task that loads has no use for it, and forks meanwhile: this process lives on
         made = None
         while os.getppid() == parent:
             method, arguments, seconds = connection.recv()
