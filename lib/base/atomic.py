@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from lib.base.errors import UserError
+from lib.base.errors import FULL, UserError
 from lib.base.process import signature
 
 TEMPORARY = ".tmp-"
@@ -28,7 +28,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in FULL:
             fix = _room(path)
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = f"make it writable or point {_root(path)} at a folder that is"

@@ -1,5 +1,6 @@
 """Errors that a person can act on, and the exit codes of every job."""
 
+import errno
 import gc
 import signal
 import sys
@@ -9,6 +10,7 @@ from difflib import get_close_matches
 from lib.base.advice import advised
 
 DONE, UNEXPECTED, USER, REQUEUE = 0, 1, 2, 75  # 75 = EX_TEMPFAIL of sysexits.h: stopped by a signal, work is left
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, or what a user may have of it
 
 
 class UserError(Exception):

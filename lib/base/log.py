@@ -1,14 +1,13 @@
 """A log that cannot be written is no reason to end: it lies in its user's home, whose quota may be full when scratch,
 where the results are, has room."""
 
-import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from lib.base.errors import FULL
 
 
 class Log:

@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TypeVar
 
-from lib.base.errors import UserError
+from lib.base.errors import FULL, UserError
 from lib.inputs.records import MODEL_FILES, torch_weights
 from lib.inputs.verified import hashes
 
@@ -168,7 +167,7 @@ def _sentence(what: str, e: BaseException) -> UserError:
         return UserError(
             f"{what}: {refused.filename} belongs to somebody else; ask them to run this, or set SUITE_CACHE"
         )
-    if full := next((c for c in causes(e) if isinstance(c, OSError) and c.errno in (ENOSPC, EDQUOT)), None):
+    if full := next((c for c in causes(e) if isinstance(c, OSError) and c.errno in FULL), None):
         return UserError(f"{what}: {full.strerror} in HF_HOME; free some, or set SUITE_CACHE to a larger place")
     if 404 in codes:
         return UserError(f"{what}: there is no such thing on the Hub; check the id and the revision in the config")

@@ -175,7 +175,6 @@ def main() -> None:
     ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
     with going_on_without_log():  # vLLM says much at its start
         serve(Connection(int(sys.argv[1])))
-    sys.stdout.flush()
     os._exit(0)  # what an engine tears down at its end takes seconds, and may fail
 
 
