@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from fake_hub import Hub as FakeHub
 from fake_hub import serve
 from finetune_world import cells_of, environment, last_folder, make_world, students
@@ -167,6 +169,21 @@ class World:
         weights = hub.files_now(REPOS[1])[WEIGHTS]
         assert hub.stored_bytes == len(weights) and weights == self.file(WEIGHTS)
         assert self.held() == {title: {repo} for title, repo in zip(TITLES, REPOS, strict=True)}
+
+
+def fixtures() -> tuple[Any, Any]:
+    """Of a test file that says `made, world = fixtures()`: students, and for each test a world with a copy of them."""
+
+    @pytest.fixture(scope="module")
+    def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return make_students(tmp_path_factory.mktemp("students"))
+
+    @pytest.fixture
+    def world(made: Path, tmp_path: Path) -> Iterator[World]:
+        with copied(made, tmp_path) as found:
+            yield found
+
+    return made, world
 
 
 @contextmanager

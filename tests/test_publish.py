@@ -5,16 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import fake_hub
-import pytest
 from conftest import ROOT
 from fake_hub import Fault
 from finetune_world import cells_of, last_folder, source_cells, students
-from publish_world import DATA, MODEL, REPOS, TITLES, World, copied, make_students, train
+from publish_world import DATA, MODEL, REPOS, TITLES, fixtures, train
 
 from lib.lora.metrics import WEIGHTS
 from lib.publish.plan import Plan
@@ -22,16 +19,7 @@ from lib.run.extent import extent
 from lib.run.parents import made_again
 from lib.store import read_cell, retire, scan_folders
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_students(tmp_path_factory.mktemp("students"))
-
-
-@pytest.fixture
-def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    with copied(made, tmp_path) as found:
-        yield found
+made, world = fixtures()
 
 
 def test_the_second_time_nothing_is_sent(world):

@@ -5,27 +5,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from conftest import wait_until
 from fake_hub import Fault
-from publish_world import MODEL, REPOS, TITLES, TOKEN, World, copied, make_students
+from publish_world import MODEL, REPOS, TITLES, TOKEN, fixtures
 
 from lib.publish.ledger import DAY
 from lib.run.task import freeze
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_students(tmp_path_factory.mktemp("students"))
-
-
-@pytest.fixture
-def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    with copied(made, tmp_path) as found:
-        yield found
+made, world = fixtures()
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["between-upload-and-commit", "between-commit-and-marker"])

@@ -10,14 +10,12 @@ from shutil import copytree
 import pytest
 from conftest import wait_until
 from fake_hub import Fault
-from publish_world import REPOS, TITLES, World, copied, make_students
+from publish_world import REPOS, TITLES, World, copied, fixtures
 
 HALF = ("run.share=1/2", "run.repos_a_day=4")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_students(tmp_path_factory.mktemp("students"))
+made = fixtures()[0]
 
 
 @pytest.fixture

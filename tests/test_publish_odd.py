@@ -4,14 +4,14 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
 import pytest
 from fake_hub import Fault
 from finetune_world import cells_of, last_folder
-from publish_world import REPOS, TITLES, World, copied, make_students, without_roots_rights
+from publish_world import REPOS, TITLES, World, fixtures, without_roots_rights
 from tools import in_fork
 
 from lib.base import atomic
@@ -19,16 +19,7 @@ from lib.publish.ledger import DAY, Ledger
 from lib.publish.wire import asked_seconds
 from lib.store.markers import sweep
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_students(tmp_path_factory.mktemp("students"))
-
-
-@pytest.fixture
-def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    with copied(made, tmp_path) as found:
-        yield found
+made, world = fixtures()
 
 
 def refused(world: World, before: Callable[[], object] = lambda: None) -> str:

@@ -1,28 +1,18 @@
 """`make retire-epochs`: earlier epochs go once what asks them is done, and what publishes them; the last one stays."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from finetune_world import cells_of, environment, files_of, last_folder
-from publish_world import World, copied, make_students
+from publish_world import World, fixtures
 from tools import forked
 
 from lib.families import load
 from lib.lora.export import trained
 from lib.run.extent import extent
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_students(tmp_path_factory.mktemp("students"))
-
-
-@pytest.fixture
-def world(made: Path, tmp_path: Path) -> Iterator[World]:
-    with copied(made, tmp_path) as found:
-        yield found
+made, world = fixtures()
 
 
 def retired(world: World, *arguments: str, code: int = 0) -> list[str]:
