@@ -1,8 +1,9 @@
 """Files with raw columns: tens of GB, never built in memory. HDF5 says where an array belongs, threads write it there.
 
 The structure of the file is made in memory first, with room for the arrays that stays empty. Then array after array is
-asked for, rounded if it is to be bfloat16, and written to its place; the structure follows. All is fsynced, read back,
-compared with hashes that were taken from memory, and renamed: as for small files, whole or absent."""
+asked for, rounded if it is to be bfloat16, and written to its place; the structure follows. What was written is brought
+to the disk, read back and compared with hashes that were taken from memory, while more is written. Then the file is
+renamed: as for small files, whole or absent."""
 
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ from typing import Any, NamedTuple, TypeVar
 import h5py
 import numpy as np
 
-from lib.base.atomic import check_room, temporary
+from lib.base.atomic import check_room, sha256_file, temporary
 from lib.store.bf16 import Rounding, from_bfloat16, rounding, to_bfloat16
 from lib.store.columns import Column, Schema, Values, check_raw, fill
 from lib.store.sketch import Sketch
 
 PIECE = 1 << 20  # values written and hashed at once
 BLOCK = 1 << 16  # values rounded at once
+SETTLED = 32  # pieces, 128 MiB at most, that are brought to the disk and read back together
 ALIGN = {"alignment_threshold": 1 << 16, "alignment_interval": 4096}  # threads then share no page of the file
 THREADS = min(8, len(os.sched_getaffinity(0)))
 T = TypeVar("T")
@@ -86,8 +88,9 @@ def write_with_raw(
     sketch = Sketch()
     with (
         temporary(folder / name("")) as tmp,
-        tmp.open("xb") as out,
+        tmp.open("x+b", buffering=0) as out,
         ThreadPoolExecutor(THREADS) as pool,
+        ThreadPoolExecutor(1) as beside,
         h5py.File(sketch, "w", libver=("v110", "v110"), **ALIGN) as f,
     ):
         fill(f, schema, columns, attributes)
@@ -95,11 +98,12 @@ def write_with_raw(
         check_room(folder / name(""), f.id.get_filesize())
         if not any(place.rounded for place in places):
             f.close()  # nothing is to be noted in it any more
-        pieces, sha = _put_arrays(out.fileno(), f, sketch, places, _arrays(places, columns), pool)
+        file = RawFile(out.fileno(), pool, beside)
+        sha = _put_arrays(file, f, sketch, places, _arrays(places, columns))
         f.close()
-        pieces += _put_structure(out.fileno(), sketch, places)
-        os.fsync(out.fileno())
-        sha = _read_back(tmp, sorted(pieces, key=lambda p: p.offset), sketch.size, pool, sha)
+        _put_structure(file, sketch, places)
+        file.finish(sketch.size)
+        sha = sha or sha256_file(tmp)
         path = folder / name(sha)
         tmp.replace(path)
     return Written(path, sha, sketch.size)
@@ -130,17 +134,56 @@ def _note(dataset: h5py.Dataset, costs: list[Rounding]) -> None:
     dataset.attrs["rounding_l1_relative"] = cost.l1_relative
 
 
+class RawFile:
+    """Stretches of a file: those that were written are settled, on the disk and read back, while more are written."""
+
+    def __init__(self, fd: int, pool: ThreadPoolExecutor, beside: ThreadPoolExecutor) -> None:
+        self.fd, self.pool, self.beside = fd, pool, beside
+        self.written: list[Stretch] = []
+        self.settled = 0  # so many of them are, or soon
+        self.settling = beside.submit(self._settle, 0, 0)
+
+    def put(self, place: Place, array: np.ndarray) -> Iterator[tuple[Rounding, memoryview]]:
+        """Each piece of an array once it is written."""
+        for stretch, cost, data in _in_order(self.pool, partial(_put, self.fd, place), _parts(array)):
+            self.add(stretch)
+            yield cost, data
+
+    def add(self, written: Stretch) -> None:
+        self.written.append(written)
+        if len(self.written) - self.settled == SETTLED:
+            self._go_on()
+
+    def finish(self, size: int) -> None:
+        """All of it is there, once, as it was in memory."""
+        self._go_on()
+        self.settling.result()
+        os.fsync(self.fd)
+        ends = [0]
+        for stretch in sorted(self.written, key=lambda s: s.offset):
+            if stretch.offset != ends[-1]:
+                raise OSError(errno.EIO, "the pieces leave a hole or overlap")
+            ends.append(stretch.offset + stretch.length)
+        if not ends[-1] == size == os.fstat(self.fd).st_size:
+            raise OSError(errno.EIO, "the file has another size than what was written")
+
+    def _go_on(self) -> None:
+        """Waits for those before: only so much is in memory and not yet on the disk."""
+        self.settling.result()
+        self.settling = self.beside.submit(self._settle, self.settled, len(self.written))
+        self.settled = len(self.written)
+
+    def _settle(self, start: int, stop: int) -> None:
+        os.fdatasync(self.fd)
+        for _ in _in_order(self.pool, partial(_read_back, self.fd), self.written[start:stop]):
+            pass
+
+
 def _put_arrays(
-    fd: int,
-    f: h5py.File,
-    sketch: Sketch,
-    places: list[Place],
-    arrays: Iterator[tuple[Place, np.ndarray]],
-    pool: ThreadPoolExecutor,
-) -> tuple[list[Stretch], str]:
+    file: RawFile, f: h5py.File, sketch: Sketch, places: list[Place], arrays: Iterator[tuple[Place, np.ndarray]]
+) -> str:
     """Write all arrays. The sha256 of the file keeps pace where all that stands between them is known already; it is
     empty where it is not: a rounded array's errors are noted before the array, and known after it."""
-    pieces: list[Stretch] = []
     known = not f and all(a.offset < b.offset for a, b in pairwise(places))
     whole, end = hashlib.sha256(), 0
     for place, array in arrays:
@@ -148,8 +191,7 @@ def _put_arrays(
             whole.update(sketch.cut(end, place.offset))
         end = place.offset + place.bytes
         costs = []
-        for piece, cost, data in _in_order(pool, partial(_put, fd, place), _parts(array)):
-            pieces.append(piece)
+        for cost, data in file.put(place, array):
             costs.append(cost)
             if known:
                 whole.update(data)
@@ -158,7 +200,7 @@ def _put_arrays(
             _note(f[place.name], costs)
     if known:
         whole.update(sketch.cut(end, sketch.size))
-    return pieces, whole.hexdigest() if known else ""
+    return whole.hexdigest() if known else ""
 
 
 def _arrays(places: list[Place], columns: Mapping[str, Values]) -> Iterator[tuple[Place, np.ndarray]]:
@@ -202,12 +244,13 @@ def _rounded(values: np.ndarray) -> tuple[np.ndarray, Rounding]:
     return stored, cost
 
 
-def _put_structure(fd: int, sketch: Sketch, places: list[Place]) -> list[Stretch]:
+def _put_structure(file: RawFile, sketch: Sketch, places: list[Place]) -> None:
     """All that lies before, between and behind the arrays."""
     starts = [0, *(p.offset + p.bytes for p in places)]
     stops = [*(p.offset for p in places), sketch.size]
-    gaps = zip(sorted(starts), sorted(stops), strict=True)
-    return [_write(fd, memoryview(sketch.cut(start, stop)), start) for start, stop in gaps if start < stop]
+    for start, stop in zip(sorted(starts), sorted(stops), strict=True):
+        if start < stop:
+            file.add(_write(file.fd, memoryview(sketch.cut(start, stop)), start))
 
 
 def _write(fd: int, data: memoryview, offset: int) -> Stretch:
@@ -217,29 +260,13 @@ def _write(fd: int, data: memoryview, offset: int) -> Stretch:
     return Stretch(offset, len(data), hashlib.sha256(data).digest())
 
 
-def _read_back(path: Path, pieces: list[Stretch], size: int, pool: ThreadPoolExecutor, sha: str) -> str:
-    """The sha256 of the whole file, once every byte of it is what was in memory; `sha` where that one is known."""
-    whole, at = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as f:
-        for piece, data in zip(pieces, _in_order(pool, partial(_read, f.fileno()), pieces), strict=True):
-            if piece.offset != at:
-                raise OSError(errno.EIO, "the pieces leave a hole", str(path))
-            at += len(data)
-            if not sha:
-                whole.update(data)
-        if at != size or os.fstat(f.fileno()).st_size != size:
-            raise OSError(errno.EIO, "the file has another size than what was written", str(path))
-    return sha or whole.hexdigest()
-
-
-def _read(fd: int, piece: Stretch) -> bytearray:
+def _read_back(fd: int, piece: Stretch) -> None:
     data = bytearray(piece.length)
     view, at = memoryview(data), 0
     while at < piece.length and (n := os.preadv(fd, [view[at:]], piece.offset + at)):
         at += n
     if hashlib.sha256(data).digest() != piece.sha256:
         raise OSError(errno.EIO, "what was read back differs from what was written")
-    return data
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
