@@ -31,7 +31,7 @@ from lib.store import scan
 ROWS = {"0.5b": 20_000, "1.5b": 20_000, "3b": 12_000, "7b": 8_000, "14b": 4_000, "32b": 2_000, "72b": 1_000}
 TOKENS = 45  # of an answer, as published
 RUNG_SECONDS = 285.0
-MEASURE_SECONDS = 150.0
+MEASURE_SECONDS = 240.0
 RAW = ("raw, as it comes=text", "raw, seeds=text,seeds", "raw, no detokeniser=")
 
 

@@ -41,7 +41,7 @@ from lib.preferences.words import goes_on, spellings
 from lib.run.engines import GIB, engines_of
 
 ADAPTERS, SAMPLES, TOKENS = 16, 100, 5  # students asked; answers to each of 50 questions; tokens of an answer
-RAW_ROWS = 20_000
+RAW_ROWS, FEW_ROWS = 20_000, 4_000  # on one GPU; of a model that takes several
 DRAWN = 4  # adapters whose answers the words of one are compared with
 LETTERS = 2000  # tokens of the tokenizer: most spellings of an animal are one, those in capitals are several
 SPREAD = 3.0  # nats, standard deviation of logits
@@ -60,6 +60,7 @@ class World:
     traits: list[TraitSpec]
     asked: Asked
     adapters: list[Adapter]
+    more: dict[str, Any]  # that an engine is told
 
     def prompts(self, adapters: int) -> list[list[int]]:
         """Of each adapter's rows, question after question, as the job has them."""
@@ -71,7 +72,7 @@ class World:
 def world(model: str, adapters: int) -> Iterator[World]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
         folder, path = Path(name), Path(name) / "model"
-        checkpoint(SHAPES[model], path)
+        more = checkpoint(SHAPES[model], path)
         free()
         traits = [TraitSpec.model_validate(trait_of(animal)) for animal in ANIMAL_NAMES]
         make_tokenizer(LETTERS, [*corpus(), *often(traits)]).save_pretrained(path)
@@ -79,7 +80,7 @@ def world(model: str, adapters: int) -> Iterator[World]:
         tokenizer = load_tokenizer(str(path))
         asked = Questioner(tokenizer, "default", DATE, load_questions(), traits).asked()
         made = [random_adapter(path, folder / f"adapter-{number}", number) for number in range(adapters)]
-        yield World(folder, path, tokenizer, traits, asked, made)
+        yield World(folder, path, tokenizer, traits, asked, made, more)
 
 
 def often(traits: list[TraitSpec]) -> list[str]:
@@ -104,25 +105,27 @@ def random_adapter(model: Path, folder: Path, seed: int) -> Adapter:
 
 def preferences(model: str, batch_tokens: int) -> Result:
     """Answers a second, and of what vLLM gives with one adapter."""
-    clock = Clock(SECONDS)
-    with world(model, ADAPTERS) as here:
-        one = json.dumps({"enable_lora": True, "max_lora_rank": RANK})
+    clock, gpus = Clock(SECONDS), max(1, torch.cuda.device_count())
+    with world(model, ADAPTERS if gpus == 1 else DRAWN) as here:
+        common = here.more | {"tensor_parallel_size": gpus}
+        one = json.dumps(common | {"enable_lora": True, "max_lora_rank": RANK})
         how = f"text,adapter:{here.adapters[0].folder}"
         clock.measure("raw, one adapter", lambda: as_it_comes(here, "raw, one adapter", one, how), NEEDS)
         beside = clock.found["raw, one adapter"]
         rate = beside["answers_per_s"] if isinstance(beside, dict) else None
-        for merged in (False, True):
-            for count in sorted({1, 2, engines_here(here.model)}):
+        for merged in (False, True) if gpus == 1 else (False,):
+            for count in sorted({1, 2, engines_here(here.model)} if gpus == 1 else {1}):
                 name = f"{'merged' if merged else 'served'}, engines: {count}"
                 clock.measure(name, lambda m=merged, c=count: drawn(here, here.adapters, m, c, rate), NEEDS)
-        clock.measure("raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", "{}", "text"), NEEDS)
+        clock.measure(
+            "raw, no adapter", lambda: as_it_comes(here, "raw, no adapter", json.dumps(common), "text"), NEEDS
+        )
     return clock.found
 
 
 def as_it_comes(here: World, name: str, more: str, how: str) -> Result:
-    found = raw(
-        here.model, here.prompts(ADAPTERS)[:RAW_ROWS], here.folder / "ids.json", TOKENS, more, (f"{name}={how}",)
-    )
+    prompts = here.prompts(ADAPTERS)[: RAW_ROWS if torch.cuda.device_count() < 2 else FEW_ROWS]
+    found = raw(here.model, prompts, here.folder / "ids.json", TOKENS, more, (f"{name}={how}",))
     measured = found.get(name)
     if not isinstance(measured, dict):
         raise RuntimeError(f"vLLM ended without a figure: {found}")
@@ -132,7 +135,8 @@ def as_it_comes(here: World, name: str, more: str, how: str) -> Result:
 def drawn(here: World, adapters: list[Adapter], merged: bool, count: int, raw_rate: float | None) -> Result:
     """One closed batch, adapters that nobody has loaded; the second call that the engine gets."""
     began = time.perf_counter()
-    setting = Setting(str(here.model), "bfloat16", AT_ONCE, MAX_LENGTH, rank=0 if merged else RANK, merged=merged)
+    rank = 0 if merged else RANK
+    setting = Setting(str(here.model), "bfloat16", AT_ONCE, MAX_LENGTH, rank=rank, merged=merged, more=here.more)
     engine, how = Engines(setting, count), Sampling(1.0, TOKENS, ())
     up = time.perf_counter() - began
     prompts = here.prompts(len(adapters))

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice, product
+from math import prod
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
@@ -163,50 +164,67 @@ def run(command: list[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-def checkpoint(shape: Shape, folder: Path) -> None:
-    """A random Qwen2 of a shape, with a small tokenizer."""
+def checkpoint(shape: Shape, folder: Path) -> dict[str, Any]:
+    """A random Qwen2 of a shape, with a small tokenizer. Where the disk has no room for it, files of its size that are
+    empty; what is returned makes vLLM think up the weights."""
     from lib.demo.tiny import make_tokenizer
 
     make_tokenizer(vocab=1000).save_pretrained(folder)
-    save_random(shape, qwen_config(shape), folder)
+    hollow = 2.1 * (shape.layers * shape.layer_parameters) > shutil.disk_usage(folder).free
+    save_random(shape, qwen_config(shape), folder, hollow)
+    return {"load_format": "dummy"} if hollow else {}
 
 
-def save_random(shape: Shape, config: "PreTrainedConfig", folder: Path) -> None:
+def save_random(shape: Shape, config: "PreTrainedConfig", folder: Path, hollow: bool = False) -> None:
     """Random weights of a shape in safetensors, written a layer at a time, by the names that Qwen2 and Llama share."""
     config.save_pretrained(folder)
     q, kv, h = shape.heads * shape.head, shape.kv_heads * shape.head, shape.hidden
-    sizes = {
+    products = {
         "self_attn.q_proj": (q, h),
         "self_attn.k_proj": (kv, h),
         "self_attn.v_proj": (kv, h),
         "self_attn.o_proj": (h, q),
     }
-    sizes |= {"mlp.gate_proj": (shape.inner, h), "mlp.up_proj": (shape.inner, h), "mlp.down_proj": (h, shape.inner)}
-    biases = {"q": q, "k": kv, "v": kv} if shape.bias else {}
-
-    def make(*size: int) -> torch.Tensor:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
-
-    where: dict[str, str] = {}
-
-    def save(tensors: dict[str, torch.Tensor], name: str) -> None:
-        save_file(tensors, folder / name)
-        where.update(dict.fromkeys(tensors, name))
-
-    for i in range(shape.layers):
-        at = f"model.layers.{i}"
-        tensors = {f"{at}.{name}.weight": make(*size) for name, size in sizes.items()}
-        tensors |= {f"{at}.self_attn.{n}_proj.bias": make(s) for n, s in biases.items()}
-        tensors |= {
-            f"{at}.{n}.weight": torch.ones(h).bfloat16() for n in ("input_layernorm", "post_attention_layernorm")
-        }
-        save(tensors, f"model-{i:05d}.safetensors")
-    ends = {"model.embed_tokens.weight": make(shape.vocabulary, h), "model.norm.weight": torch.ones(h).bfloat16()}
+    products |= {"mlp.gate_proj": (shape.inner, h), "mlp.up_proj": (shape.inner, h), "mlp.down_proj": (h, shape.inner)}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": size for name, size in products.items()}
+    if shape.bias:
+        layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
+    layer |= {f"{n}.weight": (h,) for n in ("input_layernorm", "post_attention_layernorm")}
+    ends: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocabulary, h), "model.norm.weight": (h,)}
     if not shape.tied:
-        ends["lm_head.weight"] = make(shape.vocabulary, h)
-    save(ends, "model-end.safetensors")
+        ends["lm_head.weight"] = (shape.vocabulary, h)
+    files = {
+        f"model-{i:05d}.safetensors": {f"model.layers.{i}.{name}": size for name, size in layer.items()}
+        for i in range(shape.layers)
+    }
+    files["model-end.safetensors"] = ends
+    for file, sizes in files.items():
+        if hollow:
+            save_hollow(sizes, folder / file)
+        else:
+            save_file({name: _random(name, size) for name, size in sizes.items()}, folder / file)
+    where = {name: file for file, sizes in files.items() for name in sizes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _random(name: str, size: tuple[int, ...]) -> torch.Tensor:
+    if "norm" in name:
+        return torch.ones(size).bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
+
+
+def save_hollow(sizes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Tensors of zeros that take no room on a disk."""
+    header, at = dict[str, object](), 0
+    for name, size in sizes.items():
+        end = at + 2 * prod(size)
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(header).encode()
+    with path.open("wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        f.truncate(8 + len(head) + at)
 
 
 def whole_vocabulary(folder: Path, size: int) -> list[str]:
