@@ -107,7 +107,7 @@ def preferences(model: str, batch_tokens: int) -> Result:
     """Answers a second, and of what vLLM gives with one adapter."""
     clock, gpus = Clock(SECONDS), max(1, torch.cuda.device_count())
     with world(model, ADAPTERS if gpus == 1 else DRAWN) as here:
-        common = here.more | {"tensor_parallel_size": gpus}
+        common = here.more | ({"tensor_parallel_size": gpus} if gpus > 1 else {})
         one = json.dumps(common | {"enable_lora": True, "max_lora_rank": RANK})
         how = f"text,adapter:{here.adapters[0].folder}"
         clock.measure("raw, one adapter", lambda: as_it_comes(here, "raw, one adapter", one, how), NEEDS)
