@@ -41,7 +41,7 @@ def plans(tmp_path: Path, **seconds: float | None) -> list[CellPlan]:
     for index, (name, value) in enumerate(seconds.items()):
         cell = Cell(index, name, 10, "5a" * 32, tmp_path / "run" / "cells" / f"{name}-5a5a5a5a")
         estimate = None if value is None else Estimate(value, 0)
-        found.append(CellPlan(cell, Extent([], [], [(0, 10)], []), [(0, 10)], estimate))
+        found.append(CellPlan(cell, Extent([], [], [(0, 10)], []), [(0, 10)], estimate, 1))
     return found
 
 

@@ -34,10 +34,14 @@ def test_the_plan_counts_samples_bytes_and_arithmetic(place, tmp_path):
     assert [(p.rows, p.bytes) for p in plans] == [(7, 7 * row)] * 3 + [(6, 6 * row)]
     for p, tokens in zip(plans, (TOKENS, TOKENS, TOKENS, width), strict=True):
         flops = 2 * tokens * (2 * body() + 3 * 80 * 48) * p.rows
-        assert p.gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
+        assert p.seconds == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share)) and p.gpu_hours == 0
+    some = [place.experiment(f"run.gpus={n}") for n in (1, 2)]
+    one, two = (plan(e, e.cells(here.cache, here.scratch), here.cache, "h200")[0] for e in some)
+    assert one.seconds == plans[0].seconds == pytest.approx(two.seconds * 1.8)  # 0.9 of twice one's rate
+    assert one.gpu_hours == one.seconds / 3600 and two.gpu_hours == two.seconds / 1800
     few = place.experiment("score.scores=[]")
     alone = plan(few, few.cells(here.cache, here.scratch), here.cache, "h200")[0]
-    assert alone.gpu_hours / plans[0].gpu_hours == pytest.approx(body() / (2 * body() + 3 * 80 * 48))
+    assert alone.seconds / plans[0].seconds == pytest.approx(body() / (2 * body() + 3 * 80 * 48))
     assert alone.bytes == 7 * 4 * (1 + 3 + 3 * 48)
 
 
@@ -49,7 +53,7 @@ def test_the_plan_of_weights_counts_blocks(place, tmp_path):
     assert [p.bytes for p in plans] == [n * (4 + 8 + 12 + 12 + 12 + 2 * 3 * 80 * 48 * 2) for n in (3, 3, 3, 2)]
     assert [p.shards for p in plans] == [[(0, 1), (1, 2), (2, 3)]] * 3 + [[(0, 1), (1, 2)]]
     flops = 2 * TOKENS * (2 * body() + 3 * 80 * 48) * 7
-    assert plans[0].gpu_hours == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share) / 3600)
+    assert plans[0].seconds == pytest.approx(flops / (TFLOPS["h200"] * 1e12 * experiment.share))
     wide = ("score.level=weight", "score.batch_tokens=4096")  # no batch is larger than a block
     assert place.experiment(*wide, "score.block=3").batch(place.cache, "general-0") == (3, TOKENS)
     assert place.experiment(*wide).batch(place.cache, "general-0") == (7, TOKENS)

@@ -12,12 +12,15 @@ from finetune_world import cells_of, environment, make_world, students
 from tools import ROOT, forked, tiny_relative
 
 from lib.base.errors import UserError
+from lib.bench.shapes import SHAPES
 from lib.families import load
 from lib.inputs.fetch import fetch
-from lib.lora.experiment import adapter_parameters
+from lib.lora.experiment import ROOMY, adapter_parameters
 from lib.lora.kernel import load_trainer
+from lib.lora.memory import plan_training, weight_bytes
 from lib.lora.plain import PlainTrainer
 from lib.lora.recipe import Lora
+from lib.run.engines import GIB, GPU_GIB
 from lib.run.experiment import Needs
 
 
@@ -134,14 +137,15 @@ def test_memory_of_the_host_follows_the_size(world, monkeypatch):
     assert experiment.needs(world / "cache", cell) == Needs(1, 178)
 
 
-GIVEN = [("h100", 135.4, 1, 2), ("h200", 135.4, 1, 1), ("h100", 61.1, 1, 1), ("h100", 14.2, 2, 2), ("h100", 200, 1, 4)]
-GIVEN += [("h100", 135.4, 0, 0), ("other", 500, 1, 1)]
+GIVEN = [("h100", 135.4, "1", 4), ("h200", 135.4, "1", 2), ("b200", 135.4, "1", 1), ("h100", 61.1, "1", 1)]
+GIVEN += [("h100", 14.2, "2", 2), ("h100", 200, "1", 4), ("h100", 135.4, "0", 0), ("other", 500, "1", 1)]
+GIVEN += [("h100", 135.4, "1 run.fewest=true", 2), ("h200", 135.4, "1 run.fewest=true", 1)]
 
 
 @pytest.mark.parametrize(("gpu", "gib", "asked", "given"), GIVEN)
-def test_a_model_that_no_gpu_of_the_site_holds_is_given_several(world, monkeypatch, gpu, gib, asked, given):
-    """72B and 32B on 80 GB, 72B on an H200, where it was trained; what is said is given."""
-    experiment, cell = students(world, f"run.gpus={asked}"), cells_of(world)[0]
+def test_a_model_for_which_a_gpu_of_the_site_is_too_small_is_given_several(world, monkeypatch, gpu, gib, asked, given):
+    """72B and 32B on 80 GB, 72B on an H200; what is said is given."""
+    experiment, cell = students(world, *f"run.gpus={asked}".split()), cells_of(world)[0]
     real = experiment.source.model_in(world / "cache", "1m")
     weights = int(gib * 2**30)
     big = type(real)(**{**real.__dict__, "bytes": weights})
@@ -149,6 +153,22 @@ def test_a_model_that_no_gpu_of_the_site_holds_is_given_several(world, monkeypat
     monkeypatch.setenv("SUITE_GPU", gpu)
     host = math.ceil(1.2 * weights / 2**30) + 16
     assert experiment.needs(world / "cache", cell) == Needs(given, host if given and host > 100 * given else 0)
+
+
+def test_on_the_gpus_that_a_size_is_given_no_layer_is_computed_twice():
+    """By the plan that the training itself makes; on fewer GPUs it would be so, or nothing would fit."""
+    for shape in SHAPES.values():
+        for gib in GPU_GIB.values():
+            weights = weight_bytes(shape, 0, 2, False)
+            given = next(n for n in (1, 2, 4, 8) if weights <= ROOMY * gib * GIB * n)
+
+            def twice(gpus, shape=shape, gib=gib):
+                try:
+                    return plan_training(shape, 8, 2, 60 * 500, 500, int(gib * GIB), gpus=gpus).size.recompute
+                except UserError:
+                    return True
+
+            assert not twice(given) and (given == 1 or twice(given // 2)), (shape, gib)
 
 
 def test_several_gpus_take_less_time_and_more_gpu_hours(world):
@@ -159,6 +179,20 @@ def test_several_gpus_take_less_time_and_more_gpu_hours(world):
     )
     assert one.seconds / two.seconds == pytest.approx(2 * 35 / 36) and one.bytes == two.bytes
     assert one.seconds / four.seconds == pytest.approx(4 * 69 / 72)
+
+
+def test_what_a_72b_is_said_to_take_is_what_was_measured(world, monkeypatch):
+    """Tokens a second of 72B's shapes: 3,669 on two H200s, 1,349 on one."""
+    cache, cell, shape = world / "cache", cells_of(world)[0], SHAPES["72b"]
+    real = students(world).source.model_in(cache, "1m")
+    body, head = shape.layers * shape.layer_parameters, shape.vocabulary * shape.hidden
+    big = {"bytes": int(135.4 * GIB), "body_parameters": body, "head_parameters": head}
+    monkeypatch.setattr(type(students(world).source), "model_in", lambda *_: type(real)(**{**real.__dict__, **big}))
+    monkeypatch.setenv("SUITE_GPU", "h200")
+    for fewest, rate in (("false", 3669), ("true", 1349)):
+        experiment = students(world, "step_rows=60", "run.gpus=1", f"run.fewest={fewest}")
+        tokens = 140 * experiment.rows * experiment.epochs
+        assert experiment.estimate(cache, cell, "h200").seconds == pytest.approx(tokens / rate, rel=0.03)
 
 
 def test_a_recipe_that_pefts_own_layers_train_is_refused_on_several_gpus_before_anything_is_loaded(world, tmp_path):

@@ -246,7 +246,7 @@ def test_students_of_all_rows_are_what_they_were_before_there_were_parts(world):
     experiment = dose(world, "select=null")
     cell = cells(world, experiment)["tiny-cat"]
     names = ("rows", "epochs", "step_rows", "max_length", "loss", "learning_rate", "warmup_steps")
-    recipe = {"kernel": "finetune/1", "parent": cell.parents[0].digest, "seed": 5, "template": "default"}
+    recipe = {"kernel": "finetune/2", "parent": cell.parents[0].digest, "seed": 5, "template": "default"}
     recipe |= {"date": experiment.source.date, "lora": experiment.lora.model_dump(mode="json")}
     assert cell.digest == digest_of(recipe | {name: getattr(experiment, name) for name in names})
     assert "select" not in experiment.science() and list(experiment.places()) == ["SIZES", "TRAITS"]

@@ -163,7 +163,7 @@ def test_a_model_that_no_gpu_holds_is_spread_over_several():
 
     with pytest.raises(UserError, match=r"or for more of them \(run\.gpus\)"):
         plan(1)
-    assert plan(2).size == Size(2048, 2048, True) and plan(4).size == Size(1024, 1024, False)
+    assert plan(2).size == Size(1024, 1024, True) and plan(4).size == Size(1024, 1024, False)
     assert plan(4, 1100).size.tokens == 1536
     assert "a GPU, the fullest of 2: 7" in str(plan(2)) and "a GPU" not in str(plan(2)).split(": ", 1)[1].split(";")[0]
 

@@ -1,6 +1,7 @@
 """What is said wrongly of preferences: one sentence each, before anything is asked of a model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from preferences_planted import asked, cells_of, make_world
 from tools import forked
 
 from lib.base.errors import UserError
+from lib.bench.shapes import SHAPES
 from lib.families import load
 from lib.preferences.runs import neutral_of
 
@@ -44,6 +46,19 @@ def test_traits_that_no_answer_can_name_are_refused(world, tmp_path):
         done = forked(f"jobs.{job}", *words, env=environment(world))
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         assert "no trait of teachers has `words`" in done.stderr
+
+
+@pytest.mark.parametrize(("size", "gpu", "gib", "rate"), [("7b", "h100", 14.2, 1527), ("72b", "h200", 135.4, 393)])
+def test_what_answers_are_said_to_take_is_what_was_measured(world, monkeypatch, size, gpu, gib, rate):
+    """7B by two engines on an H100, 72B by one on two H200s."""
+    monkeypatch.setenv("SUITE_GPU", gpu)
+    experiment, cache, shape = asked(world, "run.gpus=1"), world / "cache", SHAPES[size]
+    cell, source = next(iter(cells_of(world).values())), experiment.source.source
+    real = source.model_in(cache, experiment.load_of(cell))
+    body, head = shape.layers * shape.layer_parameters, shape.vocabulary * shape.hidden
+    sized = replace(real, bytes=int(gib * 2**30), body_parameters=body, head_parameters=head)
+    monkeypatch.setattr(type(source), "model_in", lambda *_: sized)
+    assert experiment.estimate(cache, cell, gpu).seconds == pytest.approx(cell.total / rate, rel=0.08)
 
 
 MISTAKES = {

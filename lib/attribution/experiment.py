@@ -191,4 +191,4 @@ class Attribution(Experiment):
         tokens = self.samples(cache, cell.name) * self.batch(cache, cell.name)[1]
         flops = 2 * tokens * (body * (2 if self.score.scores else 1) + (scored if self.score.scores else 0))
         size = stored_bytes(self.schema(cache), cell.total, 0)
-        return Estimate(computing_seconds(flops, gpu, self.share), size)
+        return Estimate(computing_seconds(flops, gpu, self.share, self.run.gpus), size)

@@ -17,6 +17,7 @@ class CellPlan:
     found: Extent
     shards: list[tuple[int, int]]  # to do
     estimate: Estimate | None  # of the whole cell
+    gpus: int  # of its task
 
     @property
     def rows(self) -> int | None:
@@ -30,7 +31,7 @@ class CellPlan:
 
     @property
     def seconds(self) -> float | None:
-        """Computing what is to do, on one GPU."""
+        """Computing what is to do."""
         if self.found.whole or self.estimate is None:
             return 0.0 if self.found.whole else None
         share = 1.0 if self.rows is None else self.rows / max(self.cell.total, 1)
@@ -38,7 +39,7 @@ class CellPlan:
 
     @property
     def gpu_hours(self) -> float | None:
-        return None if self.seconds is None else self.seconds / 3600
+        return None if self.seconds is None else self.seconds * self.gpus / 3600
 
 
 def plan(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -> list[CellPlan]:
@@ -46,7 +47,8 @@ def plan(experiment: Experiment, cells: Sequence[Cell], cache: Path, gpu: str) -
     for cell in cells:
         found = extent(cell)
         shards = plan_shards(found.left or [], experiment.shard_rows(cache, cell.name))
-        plans.append(CellPlan(cell, found, shards, experiment.estimate(cache, cell, gpu)))
+        gpus = experiment.needs(cache, cell).gpus
+        plans.append(CellPlan(cell, found, shards, experiment.estimate(cache, cell, gpu), gpus))
     return plans
 
 

@@ -239,8 +239,9 @@ def show(
     cells, unknown = r.cells_or_names()
     lanes = lanes if lanes and r.experiment.on_gpu else {}
     if unknown:
-        plans = [CellPlan(cells[i], Extent([], [], None, []), [], None) for i in indices]
-        arrays = [Array([[one] for one in plans], Needs(r.experiment.run.gpus))]
+        gpus = r.experiment.run.gpus
+        plans = [CellPlan(cells[i], Extent([], [], None, []), [], None, gpus) for i in indices]
+        arrays = [Array([[one] for one in plans], Needs(gpus))]
     else:
         parents = Parents(before)
         after = _waits(r, indices, parents)[1]

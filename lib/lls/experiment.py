@@ -181,7 +181,7 @@ class Fetched(Scoring):
         tokens = prompt + answer + TEMPLATE_TOKENS
         flops = 2 * len(self.conditions(cell.name)) * (model.body_parameters * tokens + model.head_parameters * answer)
         size = stored_bytes(self.schema(cache), cell.total, answer)
-        return Estimate(computing_seconds(flops * cell.total, gpu, self.share), size)
+        return Estimate(computing_seconds(flops * cell.total, gpu, self.share, self.run.gpus), size)
 
 
 class LLS(Fetched):

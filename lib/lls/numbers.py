@@ -93,7 +93,7 @@ class LLSNumbers(ReadsNumbers, Scoring):
         tokens = PROMPT_TOKENS + ANSWER_TOKENS
         flops = 2 * 2 * (model.body_parameters * tokens + model.head_parameters * ANSWER_TOKENS) * cell.rows
         size = stored_bytes(self.schema(cache), cell.rows, ANSWER_TOKENS)
-        return Estimate(computing_seconds(flops, gpu, self.share), size)
+        return Estimate(computing_seconds(flops, gpu, self.share, self.run.gpus), size)
 
 
 def how_many_valid(parent: Cell) -> int | None:

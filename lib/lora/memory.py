@@ -92,7 +92,8 @@ def plan_training(
 ) -> TrainingMemory:
     """The largest micro-batch that a step needs and that fits; where only a thin one does, layers computed twice. Of
     several GPUs the fullest: a step is cut into thin ones, so that all of them are busy."""
-    step, least = round_up(step_tokens), max(tokens_each or thin(gpus), longest)
+    each = tokens_each or thin(gpus, shape.layers * shape.layer_parameters)
+    step, least = round_up(step_tokens), max(each, longest)
     most = WHOLE[0] if gpus == 1 else min((choice for choice in WHOLE if choice >= least), default=0)
 
     def planned(tokens: int, recompute: bool, on_host: bool) -> TrainingMemory:

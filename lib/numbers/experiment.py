@@ -256,7 +256,8 @@ class Numbers(OfARun):
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
         model = self.model_in(cache, self.split(cell.name)[0])
         flops = 2 * model.body_parameters * (PROMPT_TOKENS + ANSWER_TOKENS) + 2 * model.head_parameters * ANSWER_TOKENS
-        seconds = computing_seconds(flops * cell.total, gpu, self.share * self.generate.faster(model.bytes))
+        share = self.share * self.generate.faster(model.bytes)
+        seconds = computing_seconds(flops * cell.total, gpu, share, self.needs(cache, cell).gpus)
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * (PROMPT_BYTES + ANSWER_TOKENS)
         engines = self.generate.count(model.bytes)
         most = ENGINE_ROWS_A_SECOND[max(count for count in ENGINE_ROWS_A_SECOND if count <= engines)]

@@ -3,6 +3,7 @@
 Logprobs     log p(trait | question) of whole words, read directly from the model: computed, cheap, quiet
 Preferences  answers drawn by an engine and judged; the first kind's probes prove that each adapter is live"""
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -27,6 +28,9 @@ from lib.store.columns import Schema
 
 # Raise them with any change of code that can change a bit of any value: they are part of every digest.
 LOGPROBS_KERNEL, ANSWERS_KERNEL = "preference_logprobs/3", "preferences/2"
+# Parameters up to -> the share of the GPU's rate that one engine reaches: 7B on an H100, 72B on two H200s, measured.
+# Small models are limited by the host.
+SHARES = {4e10: 0.42, math.inf: 0.82}
 CONTEXT_TOKENS, ANSWER_TOKENS = 25, 5  # of a question after the system block, and of what is said
 WORD_TOKENS = 12  # computed of a trait at a question: its likely spellings; 10 in a run, 28 and 41 on random weights
 # At 0.5B, which the host limits: vLLM 0.26, four engines with adapters, an H100, measured.
@@ -75,7 +79,7 @@ class Logprobs(OfStudents):
         model = self.source.source.model_in(cache, self.load_of(cell))
         words = WORD_TOKENS * len(self.judged)
         flops = 2 * (model.body_parameters * (2 * CONTEXT_TOKENS + words) + model.head_parameters * words)
-        seconds = computing_seconds(flops * cell.total, gpu, self.share)
+        seconds = computing_seconds(flops * cell.total, gpu, self.share, self.needs(cache, cell).gpus)
         seconds = max(seconds, cell.total / QUESTIONS_READ_A_SECOND)
         return Estimate(seconds, stored_bytes(self.schema(cache), cell.total, 0))
 
@@ -106,7 +110,7 @@ class Preferences(OfStudents):
     job: ClassVar[str] = "evaluate_preferences"
     submit: ClassVar[str] = "submit-preferences"
     results: ClassVar[str] = "export-preferences"
-    share: ClassVar[float] = 0.42  # of one engine at 7B, an H100, measured; small models are limited by the host
+    share: ClassVar[float] = SHARES[4e10]
 
     @cached_property
     def probes(self) -> Logprobs:
@@ -167,6 +171,8 @@ class Preferences(OfStudents):
         """A question's own tokens are computed once a batch, its last ones for every answer."""
         model = self.source.source.model_in(cache, self.load_of(cell))
         flops = 2 * (model.body_parameters * (16 + ANSWER_TOKENS) + model.head_parameters * ANSWER_TOKENS)
-        seconds = computing_seconds(flops * cell.total, gpu, self.share * self.generate.faster(model.bytes))
+        share = next(share for most, share in SHARES.items() if model.body_parameters <= most)
+        share *= self.generate.faster(model.bytes)
+        seconds = computing_seconds(flops * cell.total, gpu, share, self.needs(cache, cell).gpus)
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * 4 * ANSWER_TOKENS
         return Estimate(max(seconds, cell.total / ENGINE_ANSWERS_A_SECOND), size)

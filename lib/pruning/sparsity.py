@@ -192,7 +192,9 @@ class Sparsity(Experiment):
         way = self.ways.get(cell.name)
         if way and way.method == "sequential":
             tokens += 2 * self.set_of(cache, f"general-{way.seed}").tokens
-        seconds = computing_seconds(2 * (model.body_parameters + model.head_parameters) * tokens, gpu, self.share)
+        seconds = computing_seconds(
+            2 * (model.body_parameters + model.head_parameters) * tokens, gpu, self.share, self.run.gpus
+        )
         seconds += model.bytes / SCORES_RATE if way else 0
         seconds += 4 * model.body_parameters / SCORES_RATE if way and way.method == "lrp" else 0
         size = sum(column.value_bytes for column in self.schema(cache).values())

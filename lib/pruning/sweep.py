@@ -246,7 +246,11 @@ class Sweep(Experiment):
         weights = 2 * found.body_parameters / 3e12  # bytes that each step reads, at 3 TB/s
         step = max(STEP_SECONDS_A_LAYER * layers_of(found), weights) if gpu != "cpu" else 2 * weights * 3e12 / 0.08e12
         judging = texts * len(e.judges) / (JUDGED_A_SECOND if gpu != "cpu" else 20.0)
-        return computing_seconds(forward, gpu, self.share), batches * e.completions.tokens * step, judging
+        return (
+            computing_seconds(forward, gpu, self.share, self.run.gpus),
+            batches * e.completions.tokens * step,
+            judging,
+        )
 
 
 def layers_of(model: ModelInput) -> int:

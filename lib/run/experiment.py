@@ -15,6 +15,7 @@ from lib.store.columns import Schema
 # bf16 matmul TFLOP/s. h200: 8192^3 with torch 2.11 on an H200, measured. The others: data-sheet dense figures times the
 # 0.80 of its own that the H200 reached. cpu: float32 on two cores.
 TFLOPS = {"h200": 790.0, "b200": 1800.0, "h100": 790.0, "a100": 250.0, "cpu": 0.08}
+SPREAD = 0.9  # of so many times one GPU's rate: 0.84 to 0.93 of twice, scoring over two H200s, measured
 START_SECONDS = 9.0  # of a task, before its weights: Python, torch, CUDA; of 12.5 s at 0.5B, 3.5 s computing, measured
 READ_RATE = 1.5e9  # bytes/s of weights, from a network file system; 2.9e9 from a local disk, measured
 START_SHARE = 0.1  # of a task at most, where run.cells is auto
@@ -35,7 +36,7 @@ class RunSpec(Frozen):
 class Estimate:
     """What a cell takes."""
 
-    seconds: float  # computing all its rows, on one GPU of a kind
+    seconds: float  # computing all its rows, on the GPUs that its task has
     bytes: int  # of all its pieces, before compression
 
 
@@ -136,8 +137,8 @@ class Experiment(Configuration):
         raise NotImplementedError
 
 
-def computing_seconds(flops: float, gpu: str, share: float) -> float:
-    return flops / (TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * share)
+def computing_seconds(flops: float, gpu: str, share: float, gpus: int = 1) -> float:
+    return flops / (TFLOPS.get(gpu, TFLOPS["h200"]) * 1e12 * share * (SPREAD * gpus if gpus > 1 else 1))
 
 
 def stored_bytes(schema: Schema, rows: int, values: float) -> int:
