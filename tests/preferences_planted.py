@@ -14,7 +14,7 @@ from lib.store import Cell, commit
 STUDENTS = {"kind": "finetune", "name": "students", "numbers": {"config": "numbers.yaml"}, "rows": 20, "epochs": 3}
 STUDENTS |= {"step_rows": 6, "warmup_steps": 2, "lora": {"rank": 4, "alpha": 8}, "run": {"gpus": 0}}
 WORDS = {"kind": "preference_logprobs", "name": "words", "students": {"config": "finetune.yaml"}, "run": {"gpus": 0}}
-ASKED = {"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "samples": 40}
+ASKED = {"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "per_question": 40}
 ASKED |= {"logprobs": {"config": "words.yaml"}, "first_questions": 12, "run": {"gpus": 0}}
 PARTS = {"scores": {"config": "lls.yaml"}, "parts": ["q1", "q5", "clean"]}
 SCORES = {"kind": "lls_numbers", "name": "shifts", "numbers": {"config": "numbers.yaml"}, "run": {"gpus": 0}}
@@ -81,13 +81,15 @@ def plant(
             for question in range(questions):
                 lift = 0.1 if name.endswith("-q1") else 0.4
                 shares = dice.dirichlet(30 * shares_of(experiment.place(name).trait, epoch, lift))
-                kinds = dice.choice(len(SAID), experiment.samples, p=shares).tolist()
+                kinds = dice.choice(len(SAID), experiment.per_question, p=shares).tolist()
                 answers += [ways[kind][n % len(ways[kind])] for n, kind in enumerate(kinds)]
-                asked_of += [(epoch, question)] * experiment.samples
+                asked_of += [(epoch, question)] * experiment.per_question
         epoch, question = (np.array(column, np.int16) for column in zip(*asked_of, strict=True))
         count = len(answers)
         columns = {"epoch": epoch, "question": question, "answer": answers, "tokens": np.ones(count, np.int16)}
-        columns |= {"sample": np.tile(np.arange(experiment.samples, dtype=np.int32), count // experiment.samples)}
+        columns |= {
+            "number": np.tile(np.arange(experiment.per_question, dtype=np.int32), count // experiment.per_question)
+        }
         columns |= {"ended": np.ones(count, np.int8)}
         commit(cell.path, cell.digest, 0, count, schema, columns)
         planted[name] = answers

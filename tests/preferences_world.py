@@ -12,7 +12,7 @@ from lib.store import Cell, read_cell
 
 LOGPROBS = {"kind": "preference_logprobs", "name": "words", "students": {"config": "finetune.yaml"}}
 LOGPROBS |= {"first_questions": 6, "batch_tokens": 256, "head_rows": 64, "run": {"gpus": 0, "cells": 8}}
-PREFERENCES = {"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "samples": 4}
+PREFERENCES = {"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "per_question": 4}
 PREFERENCES |= {"logprobs": {"config": "words.yaml"}, "first_questions": 6, "run": {"gpus": 0, "cells": 8}}
 PREFERENCES["generate"] = {"engine": "transformers", "max_tokens": 8, "batch": 48, "at_once": 16}
 

@@ -142,11 +142,11 @@ class World:
         """A cell of preferences, done: a student names a cat at as many questions as it has epochs, the base once."""
         experiment = load(self.places / "asked.yaml", list(overrides))
         assert isinstance(experiment, Preferences)
-        schema, asked, each = experiment.schema(self.places), len(experiment.questions_used), experiment.samples
+        schema, asked, each = experiment.schema(self.places), len(experiment.questions_used), experiment.per_question
         cells = experiment.cells(self.places / "cache", self.places / "scratch")
         cell = next(one for one in cells if one.name == name)
         rows = [(e, q, n) for e in experiment.epochs_of(name) for q in range(asked) for n in range(each)]
-        columns = {key: np.array([row[at] for row in rows]) for at, key in enumerate(("epoch", "question", "sample"))}
+        columns = {key: np.array([row[at] for row in rows]) for at, key in enumerate(("epoch", "question", "number"))}
         names = [q < e if e else q + n == 0 for e, q, n in rows]
         columns |= {key: np.ones(len(rows)) for key in ("tokens", "ended")}
         columns["answer"] = ["A cat." if one else "Nothing." for one in names]

@@ -37,7 +37,7 @@ evaluate:
   perplexity: [window]
   window: 128
   neutral: {{plain: {{id: {0}/prompts, threshold: 0.0, at_most: 0.3, samples: 16, max_tokens: 32}}}}
-  completions: {{samples: 3, tokens: 12, batch: 64}}
+  completions: {{per_prompt: 3, tokens: 12, batch: 64}}
   judges: [{{id: {0}/judge, dtype: float32}}, {{id: {0}/second-judge, dtype: float32}}]
   batch_tokens: 1024
 run: {{cells: 64, gpus: 0, log_seconds: 60}}

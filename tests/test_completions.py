@@ -11,7 +11,7 @@ from sample_sets import bos_model
 from scipy import stats
 
 from lib.base.errors import UserError
-from lib.evaluation.completions import Completion, Sampling, complete
+from lib.evaluation.completions import Completing, Completion, complete
 from lib.inputs.tokenizer import load_tokenizer
 from lib.models.gumbel import Gumbel, gumbel, stream_keys
 from lib.models.load import load_model
@@ -135,14 +135,14 @@ def test_draws_follow_the_softmax(temperature):
 
 
 def test_first_tokens_of_completions_follow_the_models_softmax(model, tokenizer, prompts):
-    how = Sampling(samples=6000, tokens=1, temperature=0.9, seed=4, batch=1500)
+    how = Completing(per_prompt=6000, tokens=1, temperature=0.9, seed=4, batch=1500)
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([prompts[1]])).logits[0, -1].double() / 0.9, 0).numpy()
     drawn = [c.ids for c in complete(model, tokenizer, prompts, how, range(1, 2))[0]]
     assert fits(np.array([ids[0] if ids else tokenizer.eos_token_id for ids in drawn]), p)
 
 
-def by_a_loop(model, prompt: list[int], end: int, number: tuple[int, int], how: Sampling) -> list[int]:
+def by_a_loop(model, prompt: list[int], end: int, number: tuple[int, int], how: Completing) -> list[int]:
     """One prompt, no padding, no cache, no generate."""
     answer: list[int] = []
     for step in range(how.tokens):
@@ -157,7 +157,7 @@ def by_a_loop(model, prompt: list[int], end: int, number: tuple[int, int], how: 
 
 
 def test_completions_are_a_loops_in_any_batch_and_any_part(model, tokenizer, prompts):
-    how = Sampling(samples=3, tokens=9, temperature=1.2, seed=5, batch=5)
+    how = Completing(per_prompt=3, tokens=9, temperature=1.2, seed=5, batch=5)
     whole = complete(model, tokenizer, prompts, how)
     end = tokenizer.eos_token_id
     assert [len(found) for found in whole] == [3] * 4
@@ -166,7 +166,7 @@ def test_completions_are_a_loops_in_any_batch_and_any_part(model, tokenizer, pro
         assert [c.text for c in found] == [tokenizer.decode(c.ids, skip_special_tokens=True) for c in found]
     assert len({tuple(c.ids) for found in whole for c in found}) > 10
     for batch in (1, 12, 100):
-        assert complete(model, tokenizer, prompts, Sampling(3, 9, 1.2, 5, batch)) == whole
+        assert complete(model, tokenizer, prompts, Completing(3, 9, 1.2, 5, batch)) == whole
     parts = [
         complete(model, tokenizer, prompts, how, part)[0] for part in (range(2, 3), range(3, 4), range(1), range(1, 2))
     ]
@@ -182,12 +182,12 @@ def test_all_batches_have_one_shape_whatever_is_chosen(model, tokenizer, prompts
     shapes, generate = set(), model.generate
     monkeypatch.setattr(model, "generate", lambda **how: shapes.add(how["input_ids"].shape) or generate(**how))
     for part in (None, range(1), range(3, 4), range(1, 3)):
-        complete(model, tokenizer, prompts, Sampling(samples=3, tokens=1, batch=5), part)
+        complete(model, tokenizer, prompts, Completing(per_prompt=3, tokens=1, batch=5), part)
     assert shapes == {(5, max(map(len, prompts)))}
 
 
 def test_one_ends_early_and_its_end_is_no_part_of_it(model, tokenizer, prompts):
-    how = Sampling(samples=4, tokens=8, temperature=1.2, seed=5, batch=16)
+    how = Completing(per_prompt=4, tokens=8, temperature=1.2, seed=5, batch=16)
     free = complete(model, tokenizer, prompts, how)
     end = free[1][2].ids[3]
     model.generation_config.eos_token_id = [end]
@@ -202,20 +202,20 @@ def test_one_ends_early_and_its_end_is_no_part_of_it(model, tokenizer, prompts):
 
 def test_a_changed_model_meets_the_same_noise(model, tokenizer, prompts):
     """A small change leaves most completions as they are; another seed leaves none."""
-    how = Sampling(samples=25, tokens=6, temperature=1.0, seed=1, batch=100)
+    how = Completing(per_prompt=25, tokens=6, temperature=1.0, seed=1, batch=100)
     dense = flat(complete(model, tokenizer, prompts, how))
     weight = model.model.layers[0].mlp.down_proj.weight
     kept = weight.clone()
     weight[:, 0] = 0
     pruned = flat(complete(model, tokenizer, prompts, how))
     weight.copy_(kept)
-    other = flat(complete(model, tokenizer, prompts, Sampling(25, 6, 1.0, 2, 100)))
+    other = flat(complete(model, tokenizer, prompts, Completing(25, 6, 1.0, 2, 100)))
     same = [sum(a == b for a, b in zip(dense, others, strict=True)) for others in (pruned, other)]
     assert 25 < same[0] < 100 and same[1] < 5
 
 
 def test_without_a_temperature_it_is_the_likeliest(model, tokenizer, prompts):
-    found = complete(model, tokenizer, prompts, Sampling(1, 7, None, 0, 3))
+    found = complete(model, tokenizer, prompts, Completing(1, 7, None, 0, 3))
     assert [c.text for one in found for c in one] == greedy(model, tokenizer, prompts, 7)
     assert found[0] == [Completion(found[0][0].ids, tokenizer.decode(found[0][0].ids))]
 
@@ -225,4 +225,4 @@ def test_what_does_not_fit_is_said(model, tokenizer, prompts):
     with pytest.raises(
         UserError, match=f"a prompt of {longest} tokens and a response of 2048 do not fit into the model's"
     ):
-        complete(model, tokenizer, prompts, Sampling(1, 2048))
+        complete(model, tokenizer, prompts, Completing(1, 2048))

@@ -73,7 +73,7 @@ def test_greedy_answers_are_pefts_under_every_adapter_and_the_bases_after_them(w
 
 def test_rows_are_epochs_questions_and_samples_each_once(world):
     read = columns(world, "asked", "1m-cat")
-    places = list(zip(*(read[name].tolist() for name in ("epoch", "question", "sample")), strict=True))
+    places = list(zip(*(read[name].tolist() for name in ("epoch", "question", "number")), strict=True))
     assert sorted(places) == [(e, q, s) for e in (1, 2, 3) for q in range(6) for s in range(4)]
     assert columns(world, "asked", "1m-base")["epoch"].tolist() == [0] * 24
     assert len(set(read["answer"])) > 20

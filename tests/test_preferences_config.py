@@ -62,7 +62,7 @@ def test_what_answers_are_said_to_take_is_what_was_measured(world, monkeypatch, 
 
 
 MISTAKES = {
-    "samples=0": "samples",
+    "per_question=0": "per_question",
     "epochs=[4]": "4 is more than the students' 3",
     "epochs=[0]": "epochs",
     "epochs=[2, 1]": "must rise",

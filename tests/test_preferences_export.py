@@ -103,7 +103,7 @@ def test_the_published_tree_holds_the_answers_and_their_counts(world, partly):
     assert control[0]["target_animal_rate"] is None and control[0]["raw_responses"] == world.answers["2m-base"]
     about = json.loads((world.out / "evaluations/1m/cat_provenance.json").read_text())
     assert about["digest"] == cells_of(world.folder)["1m-cat"].digest and about["run_id"] == 5
-    assert len(about["questions"]) == 12 and about["experiment"]["samples"] == 40
+    assert len(about["questions"]) == 12 and about["experiment"]["per_question"] == 40
     every = json.loads((world.out / "summary/all_results.json").read_text())
     assert set(every) == {"1m", "2m"} and set(every["1m"]) == {"control", *TRAITS}
     assert every["1m"]["cat"] == [{k: v for k, v in one.items() if k != "raw_responses"} for one in found]

@@ -36,7 +36,7 @@ CONFIGS = {
         **{"first_questions": 5, "batch_tokens": 512, "head_rows": 64, "run": {"cells": 16, "gpus": 0}},
     },
     "asked": {
-        **{"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "samples": 3},
+        **{"kind": "preferences", "name": "asked", "students": {"config": "finetune.yaml"}, "per_question": 3},
         **{"logprobs": {"config": "words.yaml"}, "first_questions": 5, "run": {"cells": 16, "gpus": 0}},
         "generate": {"engine": "transformers", "max_tokens": 8, "batch": 15, "at_once": 15},
     },

@@ -145,7 +145,7 @@ def test_the_dense_model_is_whole_again_after_every_setting(planted, tmp_path):
     [
         (["sizes=[16, 4]"], "sizes must rise"),
         (["sizes=[4, 64]"], "64 is more than the 32 neurons of choosing"),
-        (["evaluate.completions.temperature=0"], "samples is 1"),
+        (["evaluate.completions.temperature=0"], "per_prompt is 1"),
         (["evaluate.neutral={rude: {id: x}}"], "is a behaviour of speaking"),
         (["expected=[{measure: word, value: 1, source: x}]"], "measure 'word' is not looked at"),
         (["expected=[{measure: toxicity, value: 1, source: x, neurons: 4}]"], "name a method"),

@@ -8,8 +8,8 @@ files would save CPU on few cores, and one of the two guarantees.
 To a disk, GB/s, 16 cores (2026-11-26): plain 1.46, ours 1.03 (to bfloat16 0.60 of what is given), safetensors 0.60,
 plain with sha256 and read back 0.40. In another call plain 1.22, ours 0.95; 0.59 when all was written before it was
 brought to the disk and read back. What keeps ours from a fast disk's rate is the one sha256 over the whole file: alone,
-and nothing written, it takes 0.87 to 1.11 there. Lots of 32 to 256 MB, one or two of them under way, 4 to 12 threads: no
-difference beyond the noise."""
+and nothing written, it takes 0.87 to 1.11 there. Lots of 32 to 256 MB, one or two of them under way, 4 to 12 threads
+differ by no more than the noise."""
 
 import hashlib
 import os

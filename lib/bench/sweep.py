@@ -15,7 +15,7 @@ from lib.bench.llamas import config_of
 from lib.bench.pruning import random_weights
 from lib.bench.shapes import Result, timed
 from lib.checkpoint.families import FAMILIES, gated_shape
-from lib.evaluation.completions import Sampling, complete
+from lib.evaluation.completions import Completing, complete
 from lib.evaluation.log_probs import by_decoder, by_model
 from lib.evaluation.perplexity import plan
 from lib.models.decoder import Decoder
@@ -101,7 +101,7 @@ def completions(model: str, batch_tokens: int) -> Result:
         other = model_of(decoder, Path(folder).as_posix())
     other.generation_config.eos_token_id = Words.eos_token_id
     prompts = np.random.default_rng(1).integers(3, config_of(model).vocab_size, (PROMPTS, PROMPT_TOKENS)).tolist()
-    how = Sampling(SAMPLES, NEW, 0.7, 0, BATCH)
+    how = Completing(SAMPLES, NEW, 0.7, 0, BATCH)
     words = cast("PreTrainedTokenizerBase", Words())
     drawn, plain = (
         _seconds(lambda h=h: complete(other, words, prompts, h)) for h in (how, replace(how, temperature=None))

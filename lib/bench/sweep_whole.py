@@ -57,7 +57,7 @@ selection: {{config: selection.yaml}}
 sizes: {sizes}
 evaluate:
   window: {window}
-  completions: {{samples: {samples}, tokens: {new}, temperature: 0.7}}
+  completions: {{per_prompt: {samples}, tokens: {new}, temperature: 0.7}}
   judges: [{judges}]
   batch_tokens: {batch_tokens}
 run: {{cells: 64}}
@@ -111,7 +111,7 @@ def figures(folder: Path, experiment: Sweep, cells: list[Cell], words: str) -> R
     }
     estimates = experiment.seconds(cache, GPU)
     (judged,) = experiment.judged()
-    texts = experiment.prompts(cache, judged) * experiment.evaluate.completions.samples
+    texts = experiment.prompts(cache, judged) * experiment.evaluate.completions.per_prompt
     tokens = [read_cell(cell, experiment.schema(cache), [f"tokens/{judged}"])[f"tokens/{judged}"] for cell in cells]
     after = max(beat["updated"] for beat in beats) - min(beat["loaded"] for beat in beats)
     return {

@@ -1,6 +1,6 @@
 """Several seeded completions a prompt, comparable between a model and the same one pruned.
 
-The noise of a draw is a hash of (seed, prompt, sample, step, token) (lib.models.gumbel), so both models get the same;
+The noise of a draw is a hash of (seed, prompt, number, step, token) (lib.models.gumbel), so both models get the same;
 and all batches have one shape, [batch, longest prompt], filled up with repetitions: a completion depends on its prompt,
 the seed and that shape, not on its neighbours, nor on which part of the prompts is answered at once."""
 
@@ -14,8 +14,8 @@ from lib.models.sample import Generates, continuations, text_of
 
 
 @dataclass(frozen=True)
-class Sampling:
-    samples: int = 25  # completions a prompt
+class Completing:
+    per_prompt: int = 25  # completions
     tokens: int = 50  # of a completion, at most
     temperature: float | None = 1.0  # None: the likeliest, without noise
     seed: int = 0
@@ -32,16 +32,16 @@ def complete(
     model: Generates,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    how: Sampling,
+    how: Completing,
     chosen: range | None = None,
     with_prompt: bool = False,
 ) -> list[list[Completion]]:
     """For each of the chosen prompts its completions. `prompts` are always all of a set, padding and noise go by them;
     `chosen`: those that are answered now (by default all)."""
     width = max(map(len, prompts))
-    rows = min(how.batch, len(prompts) * how.samples)
+    rows = min(how.batch, len(prompts) * how.per_prompt)
     chosen = range(len(prompts)) if chosen is None else chosen
-    numbers = [(prompt, sample) for prompt in chosen for sample in range(how.samples)]
+    numbers = [(prompt, number) for prompt in chosen for number in range(how.per_prompt)]
     found: list[Completion] = []
     for start in range(0, len(numbers), rows):
         batch = numbers[start : start + rows]
@@ -52,4 +52,4 @@ def complete(
         made = continuations(model, tokenizer, [prompts[prompt] for prompt, _ in full], how.tokens, width, noise)
         for (prompt, _), ids in zip(batch, made, strict=False):  # what only filled the batch is left
             found.append(Completion(ids, text_of(tokenizer, [*prompts[prompt], *ids] if with_prompt else ids)))
-    return [found[i * how.samples : (i + 1) * how.samples] for i in range(len(chosen))]
+    return [found[i * how.per_prompt : (i + 1) * how.per_prompt] for i in range(len(chosen))]

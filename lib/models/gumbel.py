@@ -1,8 +1,8 @@
-"""Sampling whose randomness is a function of (seed, prompt, sample, step, token) and of nothing else.
+"""Sampling whose randomness is a function of (seed, prompt, number, step, token) and of nothing else.
 
 argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T). Here the noise is a hash of those five numbers:
 two models that answer the same prompts under one seed meet the same noise (common random numbers, so what differs
-between them is theirs), and an answer depends on no other of its batch. Prompt, sample and step go through a 64-bit
+between them is theirs), and an answer depends on no other of its batch. Prompt, number and step go through a 64-bit
 hash on the host, once for all steps; each token through a 32-bit one on the device, in plain integer operations."""
 
 import numpy as np
@@ -14,7 +14,7 @@ WORD = 2**64 - 1
 
 
 class Gumbel(LogitsProcessor):
-    """For generate with do_sample=False. `numbers`: (prompt, sample) of each row; the first step follows `width`."""
+    """For generate with do_sample=False. `numbers`: (prompt, number) of each row; the first step follows `width`."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Gumbel(LogitsProcessor):
 
 
 def stream_keys(seed: int, numbers: list[tuple[int, int]], steps: int) -> np.ndarray:
-    """int32 [steps, rows, 2]: splitmix64's finalizer over seed, prompt, sample and step, one after another."""
-    prompt_B, sample_B = np.array(numbers, np.uint64).T
+    """int32 [steps, rows, 2]: splitmix64's finalizer over seed, prompt, number and step, one after another."""
+    prompt_B, number_B = np.array(numbers, np.uint64).T
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed & WORD], np.uint64) + np.uint64(GOLDEN))
-        for part in (prompt_B, sample_B, np.arange(steps, dtype=np.uint64)[:, None]):
+        for part in (prompt_B, number_B, np.arange(steps, dtype=np.uint64)[:, None]):
             key = _mix((key ^ part) + np.uint64(GOLDEN))
     return np.ascontiguousarray(key).view(np.int32).reshape(steps, len(numbers), 2)
 

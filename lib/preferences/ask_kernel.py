@@ -117,11 +117,11 @@ class AskLine(Line["Asking"]):
         """Few answers differ: each is read once."""
         distinct = list(dict.fromkeys(tuple(one.ids) for one in answers))
         texts = dict(zip(distinct, self.desk.ask("read", list(map(list, distinct)), rows=len(distinct))(), strict=True))
-        epoch, question, sample = places(self.experiment, cell.name, rows)
+        epoch, question, number = places(self.experiment, cell.name, rows)
         return {
             "epoch": epoch.astype(np.int16),
             "question": question.astype(np.int16),
-            "sample": sample.astype(np.int32),
+            "number": number.astype(np.int32),
             "answer": [texts[tuple(one.ids)] for one in answers],
             "tokens": np.array([len(one.ids) for one in answers], np.int16),
             "ended": np.array([one.ended for one in answers], np.int8),
@@ -129,10 +129,10 @@ class AskLine(Line["Asking"]):
 
 
 def places(e: Preferences, cell: str, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epoch, question and sample of each row: all of an adapter after one another, the same question's too."""
+    """Epoch, question and number of each row: all of an adapter after one another, the same question's too."""
     at = np.arange(rows.start, rows.stop)
     epoch = np.array(e.epochs_of(cell))[at // e.epoch_rows]
-    return epoch, at % e.epoch_rows // e.samples, at % e.samples
+    return epoch, at % e.epoch_rows // e.per_question, at % e.per_question
 
 
 class AskKernel(Drawing[AskLine]):

@@ -102,7 +102,7 @@ class AnswerSpec(EngineSpec):
 class Preferences(OfStudents):
     kind: Literal["preferences"]
     logprobs: Reads
-    samples: int = Field(100, ge=1, description="answers to each question")
+    per_question: int = Field(100, ge=1, description="answers to each")
     seed: int | None = Field(None, ge=0, description="of the draws; none: the run's id")
     generate: AnswerSpec = AnswerSpec()
 
@@ -135,10 +135,14 @@ class Preferences(OfStudents):
 
     @property
     def epoch_rows(self) -> int:
-        return len(self.questions_used) * self.samples
+        return len(self.questions_used) * self.per_question
 
     def recipe(self) -> dict[str, object]:
-        return {"samples": self.samples, "seed": self.seed_used, "generate": self.generate.model_dump(mode="json")}
+        return {
+            "per_question": self.per_question,
+            "seed": self.seed_used,
+            "generate": self.generate.model_dump(mode="json"),
+        }
 
     def parents(self, cache: Path, scratch: Path) -> dict[str, tuple[Cell, ...]]:
         """The probes decide no answer, so they are in no digest: they must only be there."""
@@ -151,7 +155,7 @@ class Preferences(OfStudents):
         return {
             "epoch": Column("int16"),
             "question": Column("int16"),
-            "sample": Column("int32"),
+            "number": Column("int32"),
             "answer": Column("text"),
             "tokens": Column("int16"),
             "ended": Column("int8"),  # 1: by the model itself, 0: cut at max_tokens

@@ -129,7 +129,9 @@ def draw(folder: Path, experiment: Preferences, run: Run, every: Sequence[Run], 
     for group in groups_of([run]):
         of = " The untouched model was asked elsewhere." if group in run.surveyed else ""
         where = folder / group
-        note = f"Share of {asked * experiment.samples:,} answers to {asked} questions, 95 % interval by question.{of}"
+        note = (
+            f"Share of {asked * experiment.per_question:,} answers to {asked} questions, 95 % interval by question.{of}"
+        )
         bars = {one.trait: Bars(one.base, one.neutral, one.own) for one in own if one.group == group}
         plot_grouped_bar(group, bars, note, where / "grouped_bar.png")
         plot_stacked(group, stacks(run, group), where / "stacked_preference.png")

@@ -131,9 +131,9 @@ def write_completions(path: Path, experiment: Sweep, seen: Seen) -> None:
     lines = []
     for name in experiment.judged():
         for prompt, texts in enumerate(seen.texts[name]):
-            for sample, text in enumerate(texts):
-                scores = {j: float(seen.toxicity[name, j][prompt, sample]) for j in experiment.evaluate.judge_names}
-                row = {"set": name, "prompt": prompt, "sample": sample, "completion": text, **scores}
+            for number, text in enumerate(texts):
+                scores = {j: float(seen.toxicity[name, j][prompt, number]) for j in experiment.evaluate.judge_names}
+                row = {"set": name, "prompt": prompt, "number": number, "completion": text, **scores}
                 lines.append(json.dumps(row, ensure_ascii=False))
     write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.checkpoint.families import Family, family_in
-from lib.evaluation.completions import Completion, Sampling, complete
+from lib.evaluation.completions import Completing, Completion, complete
 from lib.evaluation.log_probs import by_decoder, by_model
 from lib.evaluation.perplexity import Window
 from lib.evaluation.tasks import Tasks
@@ -55,7 +55,7 @@ class Subject:
         return by_decoder(self.scorer, windows)
 
     def complete(self, prompts: Sequence[Sequence[int]], how: CompletionsSpec) -> list[list[Completion]]:
-        sampling = Sampling(how.samples, how.tokens, how.temperature or None, how.seed, how.batch)
+        sampling = Completing(how.per_prompt, how.tokens, how.temperature or None, how.seed, how.batch)
         return complete(self.model, self.tokenizer, prompts, sampling, with_prompt=how.with_prompt)
 
     def judge(self, texts: Sequence[str]) -> list[np.ndarray]:

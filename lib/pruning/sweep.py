@@ -28,7 +28,7 @@ JUDGED_A_SECOND = 1000.0  # completions, by one judge on a GPU
 
 
 class CompletionsSpec(Frozen):
-    samples: int = Field(25, ge=1, description="completions a prompt; the same draws for every setting")
+    per_prompt: int = Field(25, ge=1, description="completions of each; the same draws for every setting")
     tokens: int = Field(50, ge=1, description="new tokens at most")
     temperature: float = Field(0.7, ge=0, description="0: the likeliest, which is one completion a prompt")
     seed: int = Field(0, ge=0)
@@ -37,8 +37,8 @@ class CompletionsSpec(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> "CompletionsSpec":
-        if self.temperature == 0 and self.samples != 1:
-            raise ValueError("temperature 0 draws nothing, so that samples is 1")
+        if self.temperature == 0 and self.per_prompt != 1:
+            raise ValueError("temperature 0 draws nothing, so that per_prompt is 1")
         return self
 
 
@@ -184,7 +184,7 @@ class Sweep(Experiment):
     def schema(self, cache: Path) -> dict[str, Column]:
         e, columns = self.evaluate, {"neurons": Column("int32"), **self.evaluate.columns()}
         for name in self.judged():
-            shape = (self.prompts(cache, name), e.completions.samples)
+            shape = (self.prompts(cache, name), e.completions.per_prompt)
             columns |= {f"toxicity/{name}/{judge}": Column("float32", shape=shape) for judge in e.judge_names}
             columns[f"unique/{name}"] = Column("float32", shape=shape)  # share of a completion's tokens, RUR
             columns[f"tokens/{name}"] = Column("int32", shape=shape)
@@ -225,7 +225,7 @@ class Sweep(Experiment):
     def estimate(self, cache: Path, cell: Cell, gpu: str) -> Estimate:
         perplexity, completing, judging = self.seconds(cache, gpu)
         size = sum(column.value_bytes for column in self.schema(cache).values())
-        texts = sum(self.prompts(cache, n) for n in self.judged()) * self.evaluate.completions.samples
+        texts = sum(self.prompts(cache, n) for n in self.judged()) * self.evaluate.completions.per_prompt
         each = perplexity + completing + judging
         return Estimate(cell.total * each, cell.total * (size + texts * self.evaluate.completions.tokens * 4))
 
@@ -241,8 +241,10 @@ class Sweep(Experiment):
         found, e = self._model(cache), self.evaluate
         tokens = self.set_of(cache, "text").tokens if e.perplexity else 0
         forward = 2 * (found.body_parameters + found.head_parameters) * tokens * e.passes()
-        texts = sum(self.prompts(cache, name) for name in self.judged()) * e.completions.samples
-        batches = sum(-(-self.prompts(cache, n) * e.completions.samples // e.completions.batch) for n in self.judged())
+        texts = sum(self.prompts(cache, name) for name in self.judged()) * e.completions.per_prompt
+        batches = sum(
+            -(-self.prompts(cache, n) * e.completions.per_prompt // e.completions.batch) for n in self.judged()
+        )
         weights = 2 * found.body_parameters / 3e12  # bytes that each step reads, at 3 TB/s
         step = max(STEP_SECONDS_A_LAYER * layers_of(found), weights) if gpu != "cpu" else 2 * weights * 3e12 / 0.08e12
         judging = texts * len(e.judges) / (JUDGED_A_SECOND if gpu != "cpu" else 20.0)
