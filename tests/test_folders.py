@@ -296,6 +296,42 @@ def test_retiring_is_marked_before_it_is_done(tmp_path, monkeypatch):
     assert not found.folder.exists() and scan_folders(tmp_path, DIGEST, deep=True) == ([found], [])
 
 
+FULL = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from contextlib import suppress
+from test_folders import *
+from lib.base.errors import exit_with
+here = Path("{folder}")
+def main():
+    piece = put(here / "cell")
+    if {wide}:  # a marker that would need another block
+        said = json.loads(piece.path.read_text())
+        piece.path.write_text(json.dumps(said | {{"note": "x" * (4090 - len(json.dumps(said | {{"note": ""}})))}}))
+    with (here / "ballast").open("wb", buffering=0) as f, suppress(OSError):
+        while f.write(bytes(4096)):
+            pass
+    before = piece.path.read_bytes()
+    try:
+        retire(piece, "asked", "owl")
+    except UserError:
+        assert piece.path.read_bytes() == before and piece.folder.exists()
+        raise
+    [found], bad = scan_folders(here / "cell", DIGEST, deep=True)
+    assert bad == [] and found.retired.read_by == "owl" and not found.folder.exists()
+    assert sorted(path.name for path in (here / "cell").iterdir()) == [piece.path.name]
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["in its block", "not in its block"])
+def test_a_full_disk_is_freed(tmp_path, wide):
+    """Retiring is what makes room; where a marker has none for the word, it stays as it is, and a sentence says so."""
+    done = in_small_mount(tmp_path, "size=1m", FULL.format(folder=tmp_path, wide=wide))
+    assert done.returncode == 2 * wide, done.stderr
+    assert ("No space left on device" in done.stderr) is wide and len(done.stderr.splitlines()) == wide
+
+
 def test_a_piece_that_another_has_replaced_is_not_retired(tmp_path):
     first, second = put(tmp_path, "first"), put(tmp_path, "second")
     assert not retire(first, "why", "who")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.base.advice import advised
-from lib.base.atomic import read_file, write_bytes
+from lib.base.atomic import json_bytes, read_file, write_bytes
 from lib.base.errors import DONE, REQUEUE, USER, UserError
 from lib.base.log import going_on_without_log
 from lib.base.typed import parse
@@ -45,7 +45,7 @@ def freeze(folder: Path, tasks: Sequence[Sequence[Cell]]) -> str:
     """Write what an array's indices stand for; the name that `frozen` finds it by."""
     cells = {str(task[0].index): [cell.name for cell in task] for task in tasks}
     them = Tasks(cells, {cell.name: cell.digest for task in tasks for cell in task})
-    data = (json.dumps(asdict(them), indent=1, sort_keys=True) + "\n").encode()
+    data = json_bytes(asdict(them))
     name = hashlib.sha256(data).hexdigest()[:16]
     write_bytes(_path(folder, name), data)
     return name

@@ -16,8 +16,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from lib.base.atomic import TEMPORARY, clock_of, disk_errors, read_json, remove, temporary, write_bytes, write_json
-from lib.base.errors import UserError
+from lib.base.atomic import (
+    TEMPORARY,
+    clock_of,
+    disk_errors,
+    json_bytes,
+    read_json,
+    remove,
+    temporary,
+    write_bytes,
+    write_json,
+)
+from lib.base.errors import FULL, UserError
 from lib.base.process import has_ended
 from lib.base.typed import LARGEST, Mistyped, fits, parse
 
@@ -213,10 +223,23 @@ def retire(piece: Piece, why: str, read_by: str) -> bool:
     if raw is None or raw.get("sha256") != piece.sha256:
         return False
     parse(Retired, gone := {"why": why, "read_by": read_by})
-    write_json(piece.path, {**raw, "retired": gone})
+    _say_more(piece.path, {**raw, "retired": gone})
     with disk_errors(piece.data):
         remove(piece.data)
     return True
+
+
+def _say_more(marker: Path, said: Mapping[str, object]) -> None:
+    """Where the disk is full, in the marker's own block, and by one write: what is to be said there makes room."""
+    try:
+        write_json(marker, said)
+    except UserError as e:
+        full = isinstance(e.__context__, OSError) and e.__context__.errno in FULL
+        if not full or marker.stat().st_blocks * 512 < len(data := json_bytes(said)):
+            raise
+        with disk_errors(marker), marker.open("r+b", buffering=0) as f:
+            f.write(data)
+            os.fsync(f.fileno())
 
 
 def drop_retired(pieces: list[P]) -> None:
