@@ -89,6 +89,14 @@ def within(place: str) -> None:
         for pages in tries:
             with emptied(there):
                 found[f"{name}-{pages}"] = attempt(call, there, pages, partial(sums, there), right)
+    with emptied(there := folder / "small" / "scratch"):
+        shutil.copytree(folder / "scratch", there)
+        fill(folder / "small" / "ballast", 0)
+        env = environment(folder, SUITE_SCRATCH=str(there))
+        done = forked("jobs.retire_epochs", "--config", str(folder / "asked.yaml"), env=env)
+        left = [str(path) for path in there.rglob("step-*/")]
+        found["retire"] = Seen(done.returncode, done.stdout, left, 0, [])
+        (folder / "small" / "ballast").unlink()
     for pages in PUBLISH:
         there = folder / "small" / "places"
         with serve() as hub, emptied(there):
@@ -162,6 +170,13 @@ def test_an_export_a_page_an_import_on_a_full_disk(seen, name, pages):
     assert one.code == 2 and len(errors) == 1 and "Traceback" not in one.said, one.said
     assert ": No space left on device" in errors[0] and f"or point SUITE_{root.upper()} elsewhere" in errors[0]
     assert (one.half, one.again, one.differs) == ([], 0, [])
+
+
+def test_epochs_are_retired_on_a_full_disk_which_makes_room(seen):
+    """Without a page free: of two students the last epoch of three stays."""
+    one = seen["retire"]
+    assert one.code == 0 and one.said.splitlines()[-1].startswith("freed ") and "of 2 students" in one.said, one.said
+    assert len(one.half) == 2 and all("step-00000012-" in path for path in one.half)
 
 
 def test_the_hubs_own_cache_on_a_full_disk():

@@ -204,7 +204,8 @@ def workers_for(per_task: int, most: int) -> int:
         return most
     have = gpus()
     if len(have) < per_task:
-        raise UserError(f"a task needs {per_task} GPUs and this box has {len(have)}; lower run.gpus")
+        fix = "lower run.gpus, for students set run.fewest=true, or leave the size out"
+        raise UserError(f"a task needs {per_task} GPUs and this box has {len(have)}; {fix}")
     if not any(gpu.used_mib < BUSY_MIB or is_leased(gpu) for gpu in have):
         used = ", ".join(f"GPU {gpu.index}: {gpu.used_mib} MiB" for gpu in have)
         raise UserError(f"all GPUs are in somebody's use ({used}); wait, or end what uses them (nvidia-smi)")
