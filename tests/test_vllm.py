@@ -1,14 +1,13 @@
 """vLLM itself, its build for CPUs: the same tokens as transformers, draws from the whole distribution, closed batches
 that come out the same again, and a job that was killed and goes on. One engine, in a process of its own, serves all."""
 
-import json
 import os
 import signal
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from numbers_world import CONFIG, cell_of, generate, generating, rows
@@ -16,6 +15,8 @@ from tools import number_rows, tiny_model
 
 from lib.base.errors import UserError
 from lib.bench.shapes import SHAPES, qwen_config
+from lib.bench.whole import save_random
+from lib.checkpoint.headers import folder_bytes
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.tokenizer import load_tokenizer, rendered
@@ -189,16 +190,35 @@ def test_a_process_that_was_killed_is_said_in_one_sentence_and_the_next_batch_ha
     assert drawn(engine, *batch) == before and engine.engines[0].process.pid != pid
 
 
+def test_an_engine_over_several_devices_ends_with_any_of_its_workers(tmp_path, monkeypatch):
+    """As 72B lies on two GPUs: the tokens of transformers; and a worker that is killed ends the batch with a sentence,
+    the engine and all other workers."""
+    settings = {"KVCACHE_SPACE": "1", "OMP_THREADS_BIND": "nobind"}  # else it wants a NUMA node for each
+    for name, value in settings.items():
+        monkeypatch.setenv(f"VLLM_CPU_{name}", value)
+    tiny_model(tmp_path / "model", hidden=64, heads=2, kv_heads=2)
+    over = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_batched_tokens": 512}
+    both = Setting(str(tmp_path / "model"), "float32", AT_ONCE, 512, more=over)
+    ids = [[5 + i % 50] * 20 for i in range(400)]
+    engine, seeds, long = Engines(both, 1), seeds_of(0, "x", range(400)), Sampling(0.0, 200, ())
+    few = ids[:4], Sampling(0.0, 12, ()), seeds[:4]
+    assert drawn(engine, *few) == TransformersEngine(replace(both, more={})).begin(Work(*few))().answers
+    family = psutil.Process(engine.engines[0].process.pid).children(recursive=True)
+    workers = [one for one in family if "Worker_TP" in " ".join(one.cmdline())]
+    assert len(workers) == 2
+    wait = engine.begin(Work(ids, long, seeds))
+    workers[1].kill()
+    with pytest.raises(UserError, match=r"vLLM stopped in the middle of a batch .*make resume"):
+        wait()
+    engine.engines[0].process.wait(30)
+    assert psutil.wait_procs(family, 30)[1] == []
+
+
 def on_paper(folder, size):
-    """A model's folder with a file of its true length and nothing in it, and the bytes of its weights."""
+    """A model's folder without its weights, and the bytes that they and the keys and values of a token would take."""
     shape = SHAPES[size]
-    qwen_config(shape).save_pretrained(folder)
-    tables = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
-    weights = 2 * (shape.layers * shape.layer_parameters + tables)
-    with (folder / "model.safetensors").open("wb") as file:
-        header = json.dumps({"w": {"dtype": "BF16", "shape": [weights // 2], "data_offsets": [0, weights]}}).encode()
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + weights)
+    save_random(shape, qwen_config(shape), folder, hollow=True)
+    weights = folder_bytes(folder)
     return weights, 2 * shape.layers * shape.kv_heads * shape.head * 2
 
 

@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # of no use without top-k and top-p, and compiled at the first call
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "HF_HUB_OFFLINE": "1",
+    "TQDM_MININTERVAL": "60",  # of its bars, which are said to a log
 }
 # What a user may set: how much it says, and its runner. The newer one draws from a hash of seed and position, where the
 # older takes a Python step a row. With adapters vLLM itself chooses: not every version's newer one has them.
