@@ -52,7 +52,7 @@ def many(tmp_path_factory):
                 "sha256": "0a",
                 "bytes": 100,
             }
-            marker |= {"seconds": 0.5, "made": {"attempt": "a", "gpus": 1}, "facts": {}, "unscored": int(i == 7)}
+            marker |= {"seconds": 0.5, "made": {"attempt": "a", "gpus": 2}, "facts": {}, "unscored": int(i == 7)}
             (cell.path / f"{name}.json").write_text(json.dumps(marker))
     return folder, cells
 
@@ -80,8 +80,8 @@ def test_ten_thousand_shards_are_counted_right(many):
     assert sum(c["shards"] for c in now["cells"]) == SHARDS - 100
     assert now["done"] == SHARDS - 100 and now["counts"]["done"] == 19 and now["counts"]["todo"] == 1
     assert now["cells"][0]["rows_per_s"] == pytest.approx(2.0) and now["cells"][0]["unscored"] == 1
-    assert now["gpu_hours_used"] == pytest.approx(9900 * 0.5 / 3600)
-    assert now["gpu_hours_left"] == pytest.approx(100 * 0.5 / 3600)
+    assert now["gpu_hours_used"] == pytest.approx(9900 * 0.5 * 2 / 3600)
+    assert now["gpu_hours_left"] == pytest.approx(100 * 0.5 * 2 / 3600)
 
 
 def test_status_imports_neither_torch_nor_transformers(many):

@@ -105,7 +105,7 @@ def _status(r: Request, as_json: bool, watch: bool, brief: bool) -> int:
         r = replace(r)  # anew: how many rows there are may be known by now
         cells, unknown = r.cells_or_names()
         seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
-        now = status(r.experiment.label, cells, r.experiment.run.gpus, advised(unknown), seconds=seconds)
+        now = status(r.experiment.label, cells, advised(unknown), seconds=seconds)
         waits = now.queue_note and now.counts["done"] < len(cells)  # nobody knows what runs: ask again
         active = watch and (waits or now.counts["running"] + now.counts["pending"])
         if as_json:

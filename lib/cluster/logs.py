@@ -23,7 +23,7 @@ def show(r: Request, asked: str) -> None:
         raise UserError(f"TASK={asked}: the experiment has cells 0-{len(cells) - 1}")
     beats = heartbeats(r.folder)
     if task is None:
-        states = status(r.experiment.label, cells, r.experiment.run.gpus).cells
+        states = status(r.experiment.label, cells).cells
         chosen = [c.index for c in states if c.state in ("failed", "stale")]
         if not chosen:
             print("no cell has failed; TASK=N shows the log of cell N")

@@ -93,7 +93,7 @@ def _statuses(found: list[Found]) -> list[tuple[Found, Status | None]]:
 
     def of(r: Request) -> Status:
         cells, unknown = r.cells_or_names()
-        return status(r.experiment.label, cells, r.experiment.run.gpus, unknown, ask)
+        return status(r.experiment.label, cells, unknown, ask)
 
     return [(one, of(one.request) if one.request else None) for one in found]
 

@@ -126,7 +126,7 @@ def statuses(requests: Sequence[Request], ask: Ask | None = None) -> list[grid.R
 def _row(r: Request, ask: Ask) -> grid.Row:
     cells, unknown = r.cells_or_names()
     seconds = estimates(r.experiment, [] if unknown else cells, r.site.cache, r.site.gpu)
-    now = status(r.experiment.label, cells, r.experiment.run.gpus, unknown, ask, seconds)
+    now = status(r.experiment.label, cells, unknown, ask, seconds)
     needs = {} if unknown else {cell.name: _gpus(r, cell) for cell in cells}
     return grid.Row(r, now, r.experiment.places(), seconds, needs)
 

@@ -71,7 +71,6 @@ class Status:
 def status(
     label: str,
     cells: Sequence[Cell],
-    gpus: int = 1,
     inputs_note: str = "",
     ask: Ask | None = None,
     seconds: Mapping[str, float] | None = None,
@@ -108,7 +107,7 @@ def status(
                 _explain(state, sacct.result())
     current = {cell.path.name for cell in cells}
     older = sum(path.name not in current for path in listed(folder / "cells"))
-    return _total(Status(label, str(folder), states, queue_note, inputs_note, older), gpus)
+    return _total(Status(label, str(folder), states, queue_note, inputs_note, older))
 
 
 def _cell_state(
@@ -212,7 +211,7 @@ def _explain(state: CellState, accounts: dict[str, slurm.Account]) -> None:
             state.note = f"{account.state} (sacct); {state.note}".rstrip("; ")
 
 
-def _total(s: Status, gpus: int) -> Status:
+def _total(s: Status) -> Status:
     s.rows, s.done = sum(c.rows or 0 for c in s.cells), sum(c.done for c in s.cells)
     s.unknown = sum(c.rows is None for c in s.cells)
     s.counts = {k: sum(c.state == k for c in s.cells) for k in STATES}
@@ -220,10 +219,8 @@ def _total(s: Status, gpus: int) -> Status:
     s.rows_per_s = sum(c.rows_per_s for c in s.cells if c.state == "running")
     if s.rows_per_s and s.done < s.rows:
         s.eta_s = (s.rows - s.done) / s.rows_per_s
-    known = [(c.rows_per_s, c.done) for c in s.cells if c.rows_per_s and c.done]
-    if known:
-        mean = sum(n for _, n in known) / sum(n / rate for rate, n in known)  # rows a second of one task
-        s.gpu_hours_left = (s.rows - s.done) / mean * gpus / 3600
+    if any(c.rows_per_s and c.done for c in s.cells):  # on as many GPUs as the done rows were computed on
+        s.gpu_hours_left = s.gpu_hours_used * max(0, s.rows - s.done) / s.done
     return s
 
 

@@ -112,7 +112,7 @@ def resume(
     cells = r.cells
     with nullcontext(-1) if dry else submitting(r.folder) as held:
         queue = asked_once()  # for both
-        now = status(r.experiment.label, cells, r.experiment.run.gpus, ask=queue)
+        now = status(r.experiment.label, cells, ask=queue)
         blocked = {c.index for c in now.cells if c.state == "blocked" and before is not None}
         indices = sorted(i for i in {*missing_cells(now), *blocked} if i in wanted)
         for state in (c for c in now.cells if c.index in wanted and c.state in ("held", "blocked")):

@@ -16,7 +16,7 @@ def sync(this: Job) -> int:
     experiment = this.of(Finetune)
     must_import()
     cells = this.cells()
-    now = {cell.name: cell.state for cell in status(experiment.label, cells, experiment.run.gpus).cells}
+    now = {cell.name: cell.state for cell in status(experiment.label, cells).cells}
     on = {run_id(cell): cell.name for cell in cells if now[cell.name] in ("running", "starting")}
     runs = sorted((this.folder / FOLDER).glob("offline-run-*"))
     ended = [run for run in runs if _id(run) not in on]
