@@ -1,5 +1,6 @@
 """Columns of arrays, and raw ones that are never in memory whole: plain numpy, full disks, kills, flipped bits."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from tools import ROOT, python
 from lib.base.errors import UserError
 from lib.base.process import HOST
 from lib.run.experiment import stored_bytes
-from lib.store import Cell, Column, commit, merge, read_array, scan
+from lib.store import Cell, Column, commit, merge, raw, read_array, scan
 from lib.store.bf16 import from_bfloat16, to_bfloat16
 from lib.store.columns import CHUNK_BYTES, CHUNK_ROWS, chunk_of
 from lib.store.markers import sweep
@@ -200,6 +201,23 @@ def test_a_byte_that_went_wrong_on_its_way_is_noticed(cell, monkeypatch, name):
     with pytest.raises(UserError, match="Input/output error"):
         put(cell, 0)
     assert list(cell.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lot", [1, 32], ids=["while more is written", "at the end"])
+def test_a_disk_that_refuses_only_when_it_is_to_keep_what_it_took(cell, monkeypatch, lot):
+    """As a quota of a network file system does."""
+
+    def full(fd):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(raw, "SETTLED", lot)
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(UserError, match=r"Disk quota exceeded.*SUITE_SCRATCH"):
+        put(cell, 0)
+    assert list(cell.path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(raw, "SETTLED", lot)  # every piece a lot of its own, or all one
+    test_a_raw_shard_holds_what_was_given_and_says_so(cell)
 
 
 FULL = """
