@@ -16,7 +16,7 @@ from lib.cluster.plan import plan
 from lib.families import load
 from lib.inputs.fetch import fetch
 from lib.inputs.records import dataset_folder, model_input, save_model
-from lib.run.experiment import Estimate
+from lib.run.experiment import Estimate, Needs
 from lib.run.site import Site
 
 TOKEN = "hf_" + "S3cretS3cret" * 3
@@ -292,6 +292,17 @@ def test_modules_are_tried_as_a_job_loads_them() -> None:
     line, _ = doctor.module_lines({k: v for k, v in env.items() if not k.startswith("BASH_FUNC")}, ROOT)
     assert line.level == "warn" and "no module command" in line.found
     assert list(doctor.module_lines(dict(os.environ), ROOT)) == []
+
+
+def test_gpus_are_asked_for_as_the_largest_task_needs_them(box, monkeypatch) -> None:
+    """Of sizes of one experiment each needs its own number."""
+    experiment, site = load(box[0]), box[1]
+    asked = list[int]()
+    monkeypatch.setattr(doctor, "workers_for", lambda gpus, most: asked.append(gpus) or 1)
+    monkeypatch.setattr(type(experiment), "needs", lambda self, cache, cell: Needs(1 + cell.index))
+    doctor.check(experiment, site)
+    doctor.check(load(box[0], ["model.id=acme/none", "run.gpus=4"]), site)  # not fetched: as configured
+    assert asked == [2, 4]
 
 
 def test_what_the_site_took_is_said(box: tuple[Path, Site]) -> None:

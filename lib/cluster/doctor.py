@@ -36,7 +36,8 @@ def check(experiment: Experiment, site: Site, deep: bool = False) -> int:
         plans = plan(experiment, cells, site.cache, site.gpu)
     count = None if cells is None else len(cells)
     script = ROOT / "slurm" / f"{experiment.job}.sbatch"
-    slurm, gpus = site.env.get("SUITE_SLURM") != "no", experiment.run.gpus
+    slurm = site.env.get("SUITE_SLURM") != "no"
+    gpus = max((one.gpus for one in plans or []), default=experiment.run.gpus)  # of the largest task
     asked = site.env | ({"SBATCH_GPUS_PER_NODE": str(gpus)} if gpus > 1 else {})  # what submit says by a flag
     probes: list[tuple[str, Callable[[], Iterable[Line]]]] = [
         ("slurm", lambda: slurm_lines(asked, ROOT, script, count, experiment.submit)),
