@@ -71,8 +71,9 @@ def table(plans: list[CellPlan], gpu: str, share: float) -> str:
     sums = [_sum([p.cell.rows for p in plans]), _sum([p.rows for p in plans]), sum(len(p.shards) for p in plans)]
     sums += [_sum([p.bytes for p in plans], si), _sum([p.gpu_hours for p in plans], "{:.3f}".format)]
     lines.append(line.format("", "all", *sums))
+    how = f"{share:.0%}" if share else "what its size was measured to reach"
     lines.append(
-        f"GPU-hours: arithmetic at {share:.0%} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
+        f"GPU-hours: arithmetic at {how} of {TFLOPS.get(gpu, TFLOPS['h200'])} TFLOP/s ({gpu}), without loading"
     )
     return "\n".join(lines)
 

@@ -109,7 +109,6 @@ class Finetune(ReadsNumbers):
     job: ClassVar[str] = "finetune"
     submit: ClassVar[str] = "submit-finetune"
     results: ClassVar[str] = "export-finetune"
-    share: ClassVar[float] = SHARES[2e10]
 
     @cached_property
     def scores(self) -> LLSNumbers:

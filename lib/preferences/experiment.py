@@ -110,7 +110,6 @@ class Preferences(OfStudents):
     job: ClassVar[str] = "evaluate_preferences"
     submit: ClassVar[str] = "submit-preferences"
     results: ClassVar[str] = "export-preferences"
-    share: ClassVar[float] = SHARES[4e10]
 
     @cached_property
     def probes(self) -> Logprobs:

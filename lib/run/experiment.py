@@ -70,7 +70,7 @@ class Experiment(Configuration):
     job: ClassVar[str]  # jobs/<job>.py and slurm/<job>.sbatch
     submit: ClassVar[str] = "submit"  # make targets: to submit it, and to get its results
     results: ClassVar[str] = "verify"
-    share: ClassVar[float]  # of the GPU's matmul rate, what the job reaches; for the estimate
+    share: ClassVar[float] = 0.0  # of the GPU's matmul rate, what the job reaches; for the estimate. 0: it goes by size
     # A stage that needs a network, or no GPU, goes to the site's CPU partition, or else to the login node.
     on_gpu: ClassVar[bool] = True
 
