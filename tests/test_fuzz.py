@@ -65,6 +65,17 @@ def typed(rng: random.Random) -> str:
     return word(rng)
 
 
+def nearly(rng: random.Random, config: dict[str, Any]) -> str:
+    """One of its own values, or a number beside it, under its key."""
+    key, value = rng.choice(list(config.items()))
+    while isinstance(value, dict) and value:
+        name, value = rng.choice(list(value.items()))
+        key = f"{key}.{name}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = max(1, value + rng.choice([-1, 0, 1]))
+    return f"{key}={json.dumps(value, default=str)}"
+
+
 def safe(experiment: Any) -> None:
     """What was loaded names folders below its roots, and can be digested and written."""
     assert "/" not in experiment.label and experiment.label not in (".", "..")
@@ -78,8 +89,11 @@ def safe(experiment: Any) -> None:
 def test_overrides() -> None:
     def case(rng: random.Random) -> None:
         path = rng.choice(CONFIGS)
-        given = [f"{rng.choice(KEYS)}={typed(rng)}" for _ in range(rng.choice([1, 1, 2, 3]))]
-        if rng.random() < 0.2:
+        if likely := rng.random() < 0.3:
+            given = [nearly(rng, yaml.safe_load(path.read_bytes())), "run_id=3"][: rng.choice([1, 2])]
+        else:
+            given = [f"{rng.choice(KEYS)}={typed(rng)}" for _ in range(rng.choice([1, 1, 2, 3]))]
+        if not likely and rng.random() < 0.2:
             given[0] = word(rng)
         rng.note = (path.name, [g[:80] for g in given])
         given = overrides_of(" ".join(given)) if rng.random() < 0.2 else given
@@ -90,10 +104,16 @@ def test_overrides() -> None:
             plain = yaml.safe_load(said)
         except ValueError:  # of a day that is none, which is text
             plain = said
-        if key and len(given) == 1 and key.count(".") < 2 and not isinstance(plain, dict | date):
+        if (
+            key
+            and (len(given) == 1 or (likely and key != "run_id"))
+            and key.count(".") < 2
+            and "{" not in said  # what becomes a part of the configuration
+            and not isinstance(plain, date)
+        ):
             value = found
             for part in key.split("."):
-                value = getattr(value, part)
+                value = value[part] if isinstance(value, dict) else getattr(value, part)
             assert value == plain
 
     fuzz(0.22, case)
@@ -112,6 +132,7 @@ def test_configuration_files(tmp_path: Path) -> None:
         data = rng.choice([
             lambda: mutated(rng, was),
             lambda: mutated(rng, was),
+            lambda: yaml.safe_dump(plain).encode(),
             lambda: yaml.safe_dump(changed(rng, plain)).encode(),
             lambda: json_bytes(rng, plain),
             lambda: BOMB.encode() + was,
@@ -188,7 +209,8 @@ def test_sets_of_tokens(tmp_path: Path) -> None:
     def case(rng: random.Random) -> None:
         path = rng.choice(tree.files())
         data = path.read_bytes()
-        path.write_bytes(json_bytes(rng, json.loads(data)) if path.suffix == ".json" else mutated(rng, data))
+        if rng.random() < 0.8:
+            path.write_bytes(json_bytes(rng, json.loads(data)) if path.suffix == ".json" else mutated(rng, data))
         if rng.random() < 0.1:
             rng.note = misplaced(rng, path)
         try:

@@ -145,6 +145,8 @@ LIES = {
     "type": ({"a": entry(0, 8, [2], "F33")}, 8, "unknown type F33"),
     "no place": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "not described"),
     "no table": ("[1, 2]", 0, "its header does not begin with a brace"),
+    "metadata": ({"__metadata__": {"format": 4}, "a": A}, 8, "__metadata__ holds something else than texts"),
+    "no metadata": ({"__metadata__": ["pt"], "a": A}, 8, "__metadata__ holds something else than texts"),
     "no JSON": ('{"a": ', 0, "not a safetensors file"),
     "twice": (f'{{"a": {json.dumps(A)}, "a": {json.dumps(A)}}}', 8, "a stands in it twice"),
     "deep": ("[" * 100_000, 0, "not a safetensors file"),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,11 @@ from tools import ROOT, write_rows
 from lib.base.errors import UserError
 from lib.demo.texts import write_demo_texts
 from lib.inputs.fetch import fetch
-from lib.inputs.samples import samples_folder
+from lib.inputs.general import draw_general
+from lib.inputs.prompts import draw_prompts, usable
+from lib.inputs.samples import samples_folder, save_samples
+from lib.inputs.specs import GeneralSpec, PromptsSpec
+from lib.inputs.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +169,19 @@ def test_a_users_own_rows_lengths_scores_and_a_bos_that_is_written_out(place, tm
     everything = place.sets({"id": file, "select": "all", "samples": 5, "max_tokens": 40}, seeds=[0])
     fetch(everything, tmp_path)
     assert made(everything, tmp_path, "toxic")[1].columns["index"].tolist() == [0, 1, 2, 5, 6]
+
+
+def test_names_that_are_no_text_are_stored_as_one(place, tmp_path):
+    """JSON may hold one half of a pair of surrogates, and a name need be no text at all."""
+    tokenizer, counts = load_tokenizer(str(place.folder / "model")), Counter()
+    rows = [
+        {"text": f"rude {i} " * 9, "toxicity": 0.99, "url": u} for i, u in enumerate(["\ud800", {"a": "\udfff"}, 7])
+    ]
+    general = draw_general(rows, tokenizer, GeneralSpec(id="x", samples=3, tokens=12), 0, "general-0")
+    spec = PromptsSpec(id="x", samples=3)
+    for found in (general, draw_prompts(usable(rows, tokenizer, spec, counts), spec, "toxic", counts)):
+        assert found.source == ["\\ud800", "{'a': '\\udfff'}", "7"]
+        save_samples(tmp_path, "odd", "ab" * 32, found, source="x", commit="c", attributes={})
 
 
 def test_too_few_of_anything_is_one_sentence_with_the_number(place, tmp_path):

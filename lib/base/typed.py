@@ -65,6 +65,11 @@ def is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
+def as_text(value: object) -> str:
+    """Anything as a str that can be written."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
 @cache
 def _fields(kind: type["DataclassInstance"]) -> list[tuple[str, object, bool]]:
     """(name, type, whether it may be missing) of a dataclass."""

@@ -72,7 +72,9 @@ def file_tensors(path: Path) -> dict[str, Stored]:
         if text[:1] != b"{":  # the format's own rule; json would pass over marks and blanks before it
             raise ValueError("its header does not begin with a brace")
         header = json.loads(text, object_pairs_hook=_once)
-        header.pop("__metadata__", None)
+        about = header.pop("__metadata__", {})  # which the format's own reader wants as texts
+        if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ holds something else than texts")
         found = {name: _tensor(path, name, about, 8 + length) for name, about in header.items()}
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}); run `make fetch` again") from None

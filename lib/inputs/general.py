@@ -10,7 +10,7 @@ import numpy as np
 
 from lib.base.errors import UserError
 from lib.base.progress import Progress
-from lib.base.typed import is_text
+from lib.base.typed import as_text, is_text
 from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
 from lib.inputs.specs import GeneralSpec, SourceSpec
@@ -110,4 +110,4 @@ def _documents(
 
 def _called(row: Row) -> str:
     """What the dataset itself calls the document, where it does."""
-    return next((str(row[key]) for key in ("url", "filename", "id") if row.get(key) is not None), "")
+    return next((as_text(row[key]) for key in ("url", "filename", "id") if row.get(key) is not None), "")

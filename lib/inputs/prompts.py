@@ -15,7 +15,7 @@ import numpy as np
 
 from lib.base.errors import UserError, shown
 from lib.base.progress import Progress
-from lib.base.typed import fits, is_text
+from lib.base.typed import as_text, fits, is_text
 from lib.inputs.general import encode, sha256_text
 from lib.inputs.hub import Row
 from lib.inputs.samples import Rows
@@ -61,7 +61,7 @@ def usable(
         elif len(ids := encode(tokenizer, [text])[0]) > spec.max_tokens:
             counts["too_long"] += 1
         else:
-            yield Prompt(index, str(row.get("filename") or row.get("url") or ""), text, ids, toxicity)
+            yield Prompt(index, as_text(row.get("filename") or row.get("url") or ""), text, ids, toxicity)
 
 
 def answered(prompts: Iterable[Prompt], spec: PromptsSpec, counts: Counter[str], answer: Answer) -> Iterator[Prompt]:
