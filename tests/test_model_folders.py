@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lib.base.errors import UserError
 from lib.checkpoint.headers import file_tensors, folder_tensors
 from lib.checkpoint.layers import linear_weights
+from lib.inputs.fetch import _tokenizer
 from lib.inputs.tokenizer import load_tokenizer
 from lib.inputs.torch_files import write_safetensors
 from lib.models.classifier import load_classifier
@@ -283,6 +284,21 @@ def test_an_adapter_beside_a_model_is_refused(llama, load):
     assert (llama / "adapter_config.json").exists() and (llama / "config.json").exists()
     with pytest.raises(UserError, match=r"holds an adapter .*merge it"):
         load(llama)
+    (llama / "adapter_config.json").unlink()
+    (llama / "adapter_config.json").symlink_to("nowhere")  # transformers would follow it
+    with pytest.raises(UserError, match=r"holds an adapter .*merge it"):
+        load(llama)
+
+
+@pytest.mark.parametrize("read", [load_tokenizer, _tokenizer], ids=["load", "fetch"])
+def test_a_tokenizer_at_which_its_reader_panics_is_one_sentence(llama, read):
+    """A merge is cut by the length of a prefix that it does not have: Rust's panic is no Exception of Python's."""
+    path = llama / "tokenizer.json"
+    said = json.loads(path.read_text())
+    said["model"]["continuing_subword_prefix"] = "longer than any merge"
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"(cannot be read|is no tokenizer) \(range end index .*make fetch` again"):
+        read(str(llama))
 
 
 @pytest.mark.parametrize(

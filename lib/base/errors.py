@@ -4,7 +4,8 @@ import errno
 import gc
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 from lib.base.advice import advised
@@ -39,6 +40,17 @@ def nearest(word: str, valid: list[str]) -> str:
 def one_line(e: BaseException) -> str:
     """What an exception says, as part of a sentence."""
     return printable(" ".join(str(e)[:2000].split())[:200])
+
+
+@contextmanager
+def reading(wrong: str, fix: str) -> Iterator[None]:
+    """Whatever a library trips over in a damaged file becomes one sentence. A panic of one in Rust is no Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, UserError) or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):
+            raise
+        raise UserError(f"{wrong} ({one_line(e)}); {fix}") from None
 
 
 def shown(value: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lib.base.atomic import read_file, read_json, whole_folder
-from lib.base.errors import UserError, one_line, shown
+from lib.base.errors import UserError, one_line, reading, shown
 from lib.base.typed import is_text
 from lib.inputs.hub import dataset_rows, forget, model_snapshot
 from lib.inputs.kept import kept_or_made
@@ -255,10 +255,8 @@ def _tokenizer(folder: str) -> "Tokenizer | None":
     from tokenizers import Tokenizer
 
     path = Path(folder) / "tokenizer.json"
-    try:
+    with reading(f"{path} is no tokenizer", "bring a whole one, then `make fetch` again"):
         return Tokenizer.from_file(str(path)) if path.is_file() else None
-    except Exception as e:  # whatever it trips over has no type of its own
-        raise UserError(f"{path} is no tokenizer ({one_line(e)}); bring a whole one, then `make fetch` again") from None
 
 
 def _count(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> int:
@@ -266,4 +264,5 @@ def _count(tokenizer: "Tokenizer | None", texts: Iterable[str]) -> int:
     texts = list(texts)
     if tokenizer is None:
         return sum(map(len, texts)) // 4
-    return sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))
+    with reading("tokenizer.json cannot read the dataset's texts", "bring a whole one, then `make fetch` again"):
+        return sum(len(e.ids) for e in tokenizer.encode_batch(texts, add_special_tokens=False))

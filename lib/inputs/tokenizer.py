@@ -1,23 +1,22 @@
 """A fetched model's tokenizer."""
 
+import os
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.base.atomic import read_json
-from lib.base.errors import UserError, one_line
+from lib.base.errors import UserError, reading
 from lib.inputs.records import Messages
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     must_exist(folder)
-    try:
+    with reading(f"the tokenizer in {folder} cannot be read", "run `make fetch` again"):
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         assert found is not None, "of no known kind"
         assert isinstance(found.model_max_length, int | float), "model_max_length is no number"
         return found
-    except Exception as e:  # a damaged file raises whatever its reader trips over
-        raise UserError(f"the tokenizer in {folder} cannot be read ({one_line(e)}); run `make fetch` again") from None
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
@@ -29,7 +28,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
 
 def must_exist(folder: str) -> None:
     """A folder with a whole model: transformers would put an adapter into it, or ask whether to run code of it."""
-    if (Path(folder) / "adapter_config.json").exists():
+    if os.path.lexists(Path(folder) / "adapter_config.json"):  # a link to nowhere, too: transformers would follow it
         raise UserError(
             f"{folder} holds an adapter (adapter_config.json), which is not computed here: merge it into its model "
             "(peft: merge_and_unload, save_pretrained) and use that folder, or remove the adapter's files"
