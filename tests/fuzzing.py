@@ -237,6 +237,7 @@ def misplaced(rng: random.Random, path: Path) -> str:
         ["gone", "folder", "dangling", "loop", "pipe", "empty", "unreadable", "socket", "full", "long", "file"]
     )
     if how == "unreadable":
+        path.touch()
         path.chmod(0)
         return how
     _away(path)
