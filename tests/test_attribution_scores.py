@@ -232,6 +232,7 @@ def test_wanda_is_the_norm_of_all_inputs_concatenated(family: str) -> None:
         ({"scores": ("squared",)}, "scores"),
         ({"scores": ()}, "scores"),
         ({"target": "given"}, "given"),
+        ({"rule": "cp_lrp", "layers": ("q_proj", "gate_proj")}, "no relevance: name other layers, or another rule"),
         ({"targets": [1, 2]}, "2 targets for 3 samples"),
         ({"samples": []}, "no sample"),
         ({"samples": [[3, 4], []]}, "without a token"),

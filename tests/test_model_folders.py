@@ -100,6 +100,26 @@ def test_what_may_be_absent_or_old_loads(tmp_path, load):
         load(folder)
 
 
+NUMBERS = {
+    "negative": ({"num_key_value_heads": -1}, r"cannot be true of a model: num_key_value_heads=-1;"),
+    "zero": ({"num_hidden_layers": 0}, r"num_hidden_layers=0|cannot be read"),
+    "half": ({"hidden_size": 32.5}, r"hidden_size=32\.5|cannot be read"),
+    "uneven": ({"num_key_value_heads": 3}, r"num_attention_heads=\d, num_key_value_heads=3|cannot be read"),
+    "beyond all": ({"vocab_size": 1 << 40}, r"vocab_size=1099511627776"),
+    "beyond the memory": ({"intermediate_size": 1 << 24}, r"mlp\.\w+\.weight has shape .*, config\.json says"),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_a_config_that_lies_is_refused_before_memory_is_taken_for_it(tmp_path, what):
+    change_to, says = NUMBERS[what]
+    folder = tiny_model(tmp_path / "model", hidden=64, heads=4, kv_heads=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change_to))
+    with pytest.raises(UserError, match=says):
+        by_scorer(folder)
+
+
 def test_a_classifier_has_every_tensor_too(tmp_path):
     folder = scorer(tmp_path / "judge", ["toxic"])
     load_classifier(str(folder), "float32", CPU)

@@ -96,6 +96,13 @@ class Attributor:
             raise UserError("the output head has a hook, which would not be run; remove it first")
         have = linear_layers(model)
         self.linears = {name: have[name] for name in choose(self.family, have, layers)}
+        linears = self.family.linears
+        cut = {linears.q, linears.k, linears.gate} if rule == "cp_lrp" else set()  # these get no relevance at all
+        self.cut = {last(name) for name in cut if name}
+        if self.scores and {last(name) for name in self.linears} <= self.cut:
+            raise UserError(
+                f"cp_lrp gives {', '.join(sorted(self.cut))} no relevance: name other layers, or another rule"
+            )
         self.input_of = shared_inputs(self.family, list(self.linears))
         self.devices = list(dict.fromkeys(m.weight.device for m in have.values()))
         self.dtype = accurate(next(iter(self.linears.values())).weight.dtype)
@@ -156,11 +163,8 @@ class Attributor:
                     with _same_bits(self.devices[0]):
                         explained.backward()
         found.logit, found.target = found.logit.cpu(), found.target.cpu()
-        linears = self.family.linears
-        cut = {linears.q, linears.k, linears.gate} if self.rule == "cp_lrp" else set()  # these get no relevance at all
-        cut = {last(name) for name in cut if name}
         for name, count in calls.items():
-            if count != len(batches) and not (count == 0 and last(name) in cut and name not in found.sumsq):
+            if count != len(batches) and not (count == 0 and last(name) in self.cut and name not in found.sumsq):
                 raise UserError(
                     f"{name} was passed by {count} of {len(batches)} gradients: no score of it would be right"
                 )

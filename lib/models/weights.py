@@ -58,6 +58,8 @@ def _equal(a: Stored, b: Stored) -> bool:
 def load_weights(
     folder: Path, family: Family, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
 ) -> Loaded:
+    paper = _empty(shape, dtype, [torch.device("meta")] * len(devices), False)
+    _sources(model_tensors(folder, shape.tied), paper, family, shape)  # before a config that lies is given its memory
     return fill(_empty(shape, dtype, devices, embed_on_host), folder, family, shape)
 
 

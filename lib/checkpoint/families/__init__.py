@@ -11,9 +11,18 @@ from pkgutil import iter_modules
 from typing import Any
 
 from lib.base.atomic import read_json
-from lib.base.errors import UserError
+from lib.base.errors import UserError, shown
 
 NO_RULES = "has no rules here; these have"
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+LARGEST = 1 << 24  # of these
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,7 @@ def gated_shape(config: Any, *, bias: bool = False, head_norms: bool = False) ->
         )
     if not bias and getattr(config, "attention_bias", False):
         raise UserError(f"a {config.model_type} with attention biases is not computed here")
+    _must_be_true(config)
     return Shape(
         config.num_hidden_layers,
         config.hidden_size,
@@ -123,6 +133,16 @@ def gated_shape(config: Any, *, bias: bool = False, head_norms: bool = False) ->
         bool(config.tie_word_embeddings),
         head_norms,
     )
+
+
+def _must_be_true(config: Any) -> None:
+    sizes = {name: getattr(config, name) for name in SIZES}
+    wrong = [name for name, n in sizes.items() if not (isinstance(n, int) and 0 < n <= LARGEST)]
+    if not wrong and sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        wrong = ["num_attention_heads", "num_key_value_heads"]
+    if wrong:
+        said = ", ".join(f"{name}={shown(sizes[name])}" for name in wrong)
+        raise UserError(f"config.json cannot be true of a model: {said}; run `make fetch` again")
 
 
 def family_of(model_type: str, what: str, able: Callable[[Family], object] = bool) -> Family:
