@@ -24,7 +24,7 @@ from lib.lora.batches import round_up
 from lib.models.decoder import Layer, Weights
 from lib.models.load import load_config, visible_devices
 from lib.models.rope import rope_table
-from lib.models.weights import fill
+from lib.models.weights import fill, model_tensors
 
 FILL = 16  # of ranks
 # Parameters whose products take as long as what is done beside them with a value of a layer's activations, and with a
@@ -186,7 +186,8 @@ def load_stages(
     positions = len(stages[0].rope[0])
     if positions < max_length:
         raise UserError(f"rows of {max_length} tokens, and the model has {positions} positions; lower max_length")
-    loaded = fill(whole(stages), Path(folder), family, family.shape(config))
+    shape = family.shape(config)
+    loaded = fill(whole(stages), model_tensors(Path(folder), shape.tied), family, shape)
     gib = loaded.bytes / 2**30
     print(f"weights: {gib:.2f} GiB in {loaded.seconds:.1f} s, {gib / loaded.seconds:.2f} GiB/s", flush=True)
     return stages

@@ -26,7 +26,7 @@ from lib.lora.schedule import Schedule
 from lib.numbers.reads import ReadsNumbers
 from lib.numbers.traits import NEUTRAL
 from lib.run.engines import GIB, gpus_for, with_host
-from lib.run.experiment import Estimate, Needs, Reads, RunSpec, Stage, computing_seconds
+from lib.run.experiment import Estimate, Needs, Reads, RunSpec, Stage, computing_seconds, share_of
 from lib.store import Cell
 from lib.store.columns import Schema
 
@@ -241,7 +241,7 @@ class Finetune(ReadsNumbers):
         scored = ROW_TOKENS if self.loss == "sequence" else ANSWER_TOKENS
         flops = 4 * (model.body_parameters * ROW_TOKENS + model.head_parameters * scored)
         state = STATE * adapter_parameters(Path(model.path), self.lora.rank)
-        share = next(share for most, share in SHARES.items() if model.body_parameters <= most)
+        share = share_of(SHARES, model)
         gpus = max(1, self._gpus(model.bytes))
         micros = math.ceil(self.step_rows * ROW_TOKENS / thin(gpus, model.body_parameters))
         faster = times(gpus, micros) * (TWICE if gpus < gpus_for(gpus, model.bytes, ROOMY) else 1)

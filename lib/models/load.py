@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from lib.base.errors import UserError, one_line, some
+from lib.base.errors import UserError, reading, some
 from lib.checkpoint.families import Shape, family_of
 from lib.checkpoint.headers import folder_tensors
 from lib.inputs.tokenizer import must_exist
@@ -46,10 +46,8 @@ def device_name(where: torch.device) -> str:
 def load_config(folder: str) -> Any:
     """config.json, of a model that its weights and transformers' own code alone make up."""
     must_exist(folder)
-    try:
+    with reading(f"{folder}/config.json cannot be read", "run `make fetch` again"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:
-        raise UserError(f"{folder}/config.json cannot be read ({one_line(e)}); run `make fetch` again") from None
     for key, what in (
         ("quantization_config", "quantised weights"),
         ("transformers_weights", "weights of its own choice"),
@@ -77,17 +75,16 @@ def load_whole(kind: Any, what: str, folder: str, **how: Any) -> Any:
     names, said = folder_tensors(Path(folder)).keys(), logging.get_verbosity()
     logging.set_verbosity_error()  # its report of what follows is a page
     try:
-        model, info = kind.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # else it stops, without a name that one could read
-            output_loading_info=True,
-            **how,
-        )
-    except Exception as e:
-        raise UserError(f"{what} in {folder} cannot be loaded ({one_line(e)}); run `make fetch` again") from None
+        with reading(f"{what} in {folder} cannot be loaded", "run `make fetch` again"):
+            model, info = kind.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # else it stops, without a name that one could read
+                output_loading_info=True,
+                **how,
+            )
     finally:
         logging.set_verbosity(said)
     shapes = [f"{name} of shape {tuple(has)}, not {tuple(wants)}" for name, has, wants in info["mismatched_keys"]]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from lib.base.errors import UserError, one_line
+from lib.base.errors import UserError, reading
 from lib.checkpoint.families import family_of
 from lib.models.decoder import Decoder
 from lib.models.load import load_config
@@ -34,10 +34,6 @@ def model_of(decoder: Decoder, folder: str, attention: str = "sdpa") -> Any:
     if len(decoder.devices) > 1:
         join(model)
     if (Path(folder) / "generation_config.json").is_file():
-        try:
+        with reading(f"{folder}/generation_config.json cannot be read", "run `make fetch` again"):
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as e:
-            raise UserError(
-                f"{folder}/generation_config.json cannot be read ({one_line(e)}); run `make fetch` again"
-            ) from None
     return model.eval().requires_grad_(False)

@@ -58,15 +58,16 @@ def _equal(a: Stored, b: Stored) -> bool:
 def load_weights(
     folder: Path, family: Family, shape: Shape, dtype: torch.dtype, devices: list[torch.device], embed_on_host: bool
 ) -> Loaded:
+    have = model_tensors(folder, shape.tied)
     paper = _empty(shape, dtype, [torch.device("meta")] * len(devices), False)
-    _sources(model_tensors(folder, shape.tied), paper, family, shape)  # before a config that lies is given its memory
-    return fill(_empty(shape, dtype, devices, embed_on_host), folder, family, shape)
+    _sources(have, paper, family, shape)  # before a config that lies is given its memory
+    return fill(_empty(shape, dtype, devices, embed_on_host), have, family, shape)
 
 
-def fill(weights: Weights, folder: Path, family: Family, shape: Shape) -> Loaded:
-    """Every tensor of the folder into its place; the places of a merged one may be columns of a wider tensor."""
+def fill(weights: Weights, have: dict[str, Stored], family: Family, shape: Shape) -> Loaded:
+    """Every tensor of a folder into its place; the places of a merged one may be columns of a wider tensor."""
     began = time.monotonic()
-    pieces = _sources(model_tensors(folder, shape.tied), weights, family, shape)
+    pieces = _sources(have, weights, family, shape)
     with ThreadPoolExecutor(THREADS) as pool:
         for done in [pool.submit(copy_tensor, source, target) for source, target in pieces]:
             done.result()

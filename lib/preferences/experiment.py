@@ -21,6 +21,7 @@ from lib.run.experiment import (
     Reads,
     Stage,
     computing_seconds,
+    share_of,
     stored_bytes,
 )
 from lib.store import Cell, Column
@@ -174,8 +175,7 @@ class Preferences(OfStudents):
         """A question's own tokens are computed once a batch, its last ones for every answer."""
         model = self.source.source.model_in(cache, self.load_of(cell))
         flops = 2 * (model.body_parameters * (16 + ANSWER_TOKENS) + model.head_parameters * ANSWER_TOKENS)
-        share = next(share for most, share in SHARES.items() if model.body_parameters <= most)
-        share *= self.generate.faster(model.bytes)
+        share = share_of(SHARES, model) * self.generate.faster(model.bytes)
         seconds = computing_seconds(flops * cell.total, gpu, share, self.needs(cache, cell).gpus)
         size = stored_bytes(self.schema(cache), cell.total, 0) + cell.total * 4 * ANSWER_TOKENS
         return Estimate(max(seconds, cell.total / ENGINE_ANSWERS_A_SECOND), size)

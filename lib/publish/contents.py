@@ -3,13 +3,13 @@
 a dataset    filtered.jsonl (the split that load_dataset gives), raw.jsonl, provenance.json, README.md
 an adapter   adapter_model.safetensors, adapter_config.json (peft's), metrics.jsonl, provenance.json, README.md"""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from lib.base.atomic import json_bytes
 from lib.base.errors import UserError
 from lib.lora.export import Trained, trained
 from lib.lora.metrics import CONFIG, FILE, WEIGHTS
@@ -109,8 +109,7 @@ def made_by(piece: Piece) -> dict[str, object]:
 
 
 def _said(record: Mapping[str, object], card: str) -> list[File]:
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-    return [from_bytes(PROVENANCE, text.encode()), from_bytes(CARD, card.encode())]
+    return [from_bytes(PROVENANCE, json_bytes(record)), from_bytes(CARD, card.encode())]
 
 
 def _verified(state: Folder, name: str) -> File:

@@ -1,5 +1,6 @@
 """What every experiment is: a configuration, inputs by reference, cells, what they cost and what they ask for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lib.config.frozen import Configuration, Frozen
-from lib.inputs.records import model_input
+from lib.inputs.records import ModelInput, model_input
 from lib.inputs.specs import DatasetSpec, ModelSpec, TokenSets
 from lib.store import Cell
 from lib.store.columns import Schema
@@ -135,6 +136,11 @@ class Experiment(Configuration):
     def cells(self, cache: Path, scratch: Path) -> list[Cell]:
         """All cells in order; a UserError names an input that is not fetched."""
         raise NotImplementedError
+
+
+def share_of(shares: Mapping[float, float], model: ModelInput) -> float:
+    """`shares`: parameters up to -> the share of the GPU's rate."""
+    return next(share for most, share in shares.items() if model.body_parameters <= most)
 
 
 def computing_seconds(flops: float, gpu: str, share: float, gpus: int = 1) -> float:

@@ -5,7 +5,6 @@ earlier one. Sampled ones need not be: their marker is made exclusively, and the
 
 import ctypes
 import errno
-import json
 import math
 import os
 import re
@@ -143,7 +142,7 @@ def place(path: Path, marker: dict[str, Any], sampled: bool, look: Callable[[Pat
     """Write a marker, or get the piece of the copy which was first. `look`: a marker's piece, or why it is none."""
     if not sampled:
         write_json(path, marker)
-    while sampled and not _first(path, (json.dumps(marker, indent=1, sort_keys=True) + "\n").encode()):
+    while sampled and not _first(path, json_bytes(marker)):
         judged, found = seen(path), look(path)
         if not isinstance(found, str):
             if found.sha256 == marker["sha256"]:
