@@ -69,10 +69,10 @@ class World:
 
 
 @contextmanager
-def world(model: str, adapters: int) -> Iterator[World]:
+def world(model: str, adapters: int, or_hollow: bool = False) -> Iterator[World]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as name:
         folder, path = Path(name), Path(name) / "model"
-        more = checkpoint(SHAPES[model], path)
+        more = checkpoint(SHAPES[model], path, or_hollow)
         free()
         traits = [TraitSpec.model_validate(trait_of(animal)) for animal in ANIMAL_NAMES]
         make_tokenizer(LETTERS, [*corpus(), *often(traits)]).save_pretrained(path)
@@ -106,7 +106,7 @@ def random_adapter(model: Path, folder: Path, seed: int) -> Adapter:
 def preferences(model: str, batch_tokens: int) -> Result:
     """Answers a second, and of what vLLM gives with one adapter."""
     clock, gpus = Clock(SECONDS), max(1, torch.cuda.device_count())
-    with world(model, ADAPTERS if gpus == 1 else DRAWN) as here:
+    with world(model, ADAPTERS if gpus == 1 else DRAWN, or_hollow=True) as here:
         common = here.more | ({"tensor_parallel_size": gpus} if gpus > 1 else {})
         one = json.dumps(common | {"enable_lora": True, "max_lora_rank": RANK})
         how = f"text,adapter:{here.adapters[0].folder}"
